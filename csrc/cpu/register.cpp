@@ -1,0 +1,351 @@
+// The CPU kernels as implementations of torch.ops.headstart.*: checks, output allocation, plain arguments.
+//
+// Only torch's stable ABI is used, so one build serves every torch from 2.10 on. Schemas and fake kernels are Python's
+// (python/headstart/ops/).
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <tuple>
+
+#include "../checks.h"
+#include "kernels.h"
+
+#define HEADSTART_NAMESPACE headstart
+
+namespace headstart {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+using Pair = std::tuple<Tensor, Tensor>;
+
+Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float: return Dtype::kFloat32;
+    case ScalarType::Half: return Dtype::kFloat16;
+    default: return Dtype::kBFloat16;
+  }
+}
+
+Tensor4 view(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+const int32_t* ints(const OptionalTensor& x) {
+  return x.has_value() ? static_cast<const int32_t*>(x->const_data_ptr()) : nullptr;
+}
+
+// At least one element behind the pointer, so that empty tensors need no special case below.
+Tensor dense(const Tensor& x) { return torch::stable::contiguous(x); }
+
+OptionalTensor dense(const OptionalTensor& x) {
+  if (!x.has_value()) return x;
+  return torch::stable::contiguous(*x);
+}
+
+Tensor new_ints(const Tensor& like, std::initializer_list<int64_t> shape) {
+  return torch::stable::new_empty(like, shape, ScalarType::Int);
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+const Parallel& threads() {
+  static thread_local Parallel parallel{};
+  parallel.workers = static_cast<int>(torch::stable::get_num_threads());
+  parallel.run = [](int workers, void (*body)(void*, int), void* context) {
+    if (workers == 1) return body(context, 0);
+    torch::stable::parallel_for(0, workers, 1, [=](int64_t begin, int64_t end) {
+      for (int64_t w = begin; w < end; ++w) body(context, static_cast<int>(w));
+    });
+  };
+  return parallel;
+}
+
+// Lists must be ascending and inside [0, limit): an id twice would count its keys twice.
+void check_ids(const Checks& check, const char* count_name, const char* index_name, const int32_t* count,
+               const int32_t* index, int64_t capacity, int64_t limit, const char* what) {
+  if (*count < 0 || *count > capacity) {
+    check.fail(count_name, "counts from 0 to " + std::to_string(capacity), *count);
+  }
+  int64_t last = -1;
+  for (int32_t i = 0; i < *count; ++i) {
+    if (index[i] <= last || index[i] >= limit) {
+      const bool inside = index[i] >= 0 && index[i] < limit;
+      check.fail(index_name, inside ? "strictly ascending " + std::string(what)
+                                    : std::string(what) + " in [0, " + std::to_string(limit) + ")",
+                 std::to_string(index[i]) + (inside ? " after " + std::to_string(last) : ""));
+    }
+    last = index[i];
+  }
+}
+
+Pair sparse_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor block_count, const Tensor block_index,
+                      const OptionalTensor column_count, const OptionalTensor column_index,
+                      const OptionalTensor kv_start, bool causal, const std::optional<double> scale, int64_t block_q,
+                      int64_t block_k) {
+  const Checks check("sparse_attention");
+  check.query_key(q, k, causal);
+  const int64_t b = q.size(0), hq = q.size(1), nq = q.size(2), d = q.size(3), hkv = k.size(1), nk = k.size(2);
+  check.tensor("v", v, {q.scalar_type()}, {b, hkv, nk, d}, &q);
+  check.contiguous_last("v", v);
+  check.block_size("block_q", block_q);
+  check.block_size("block_k", block_k);
+  check.tensor("block_count", block_count, {ScalarType::Int}, {"B", "Hi", "R"}, &q);
+  const int64_t bi = block_count.size(0), hi = block_count.size(1), rows = block_count.size(2);
+  check.tensor("block_index", block_index, {ScalarType::Int}, {bi, hi, rows, "T"}, &q);
+  if (column_count.has_value() != column_index.has_value()) {
+    check.fail(column_count.has_value() ? "column_index" : "column_count", "a tensor, since its partner is given",
+               "None");
+  }
+  int64_t column_rows = 1, column_capacity = 0;
+  if (column_count.has_value()) {
+    check.tensor("column_count", *column_count, {ScalarType::Int}, {bi, hi, "R or 1"}, &q);
+    column_rows = column_count->size(2);
+    check.expect(column_rows == 1 || column_rows == rows, "column_count", "1 or " + std::to_string(rows) + " rows",
+                 column_rows);
+    check.tensor("column_index", *column_index, {ScalarType::Int}, {bi, hi, column_rows, "C"}, &q);
+    column_capacity = column_index->size(3);
+  }
+  check.expect(bi == 1 || bi == b, "block_count", "a batch of " + std::to_string(b) + " or 1", bi);
+  check.expect(hi > 0 && hq % hi == 0, "block_count", "a number of heads that divides q's " + std::to_string(hq), hi);
+  check.expect(rows == ceil_div(nq, block_q), "block_count",
+               std::to_string(ceil_div(nq, block_q)) + " query blocks (" + std::to_string(nq) + " queries, block_q " +
+                   std::to_string(block_q) + ")",
+               rows);
+  check.kv_start(kv_start, q);
+  if (scale.has_value()) check.finite("scale", *scale);
+
+  // Rows and entries must be contiguous; batch and head may be expanded.
+  const auto rows_contiguous = [](const Tensor& x) {
+    const int64_t last = x.dim() - 1;
+    return x.dim() == 3 ? x.size(2) <= 1 || x.stride(2) == 1
+                        : (x.size(3) <= 1 || x.stride(3) == 1) && (x.size(2) <= 1 || x.stride(2) == x.size(last));
+  };
+  const auto usable = [&](const Tensor& x) { return rows_contiguous(x) ? x : dense(x); };
+  const Tensor counts = usable(block_count), ids = usable(block_index);
+  IndexArgs index{};
+  index.block_count = static_cast<const int32_t*>(counts.const_data_ptr());
+  index.block_index = static_cast<const int32_t*>(ids.const_data_ptr());
+  index.count_batch = bi == 1 ? 0 : counts.stride(0);
+  index.count_head = hi == 1 ? 0 : counts.stride(1);
+  index.index_batch = bi == 1 ? 0 : ids.stride(0);
+  index.index_head = hi == 1 ? 0 : ids.stride(1);
+  index.heads = hi;
+  index.block_capacity = ids.size(3);
+  index.shared_columns = column_rows == 1;
+  index.column_capacity = column_capacity;
+  OptionalTensor column_counts, columns;
+  if (column_count.has_value()) {
+    column_counts = usable(*column_count);
+    columns = usable(*column_index);
+    index.column_count = ints(column_counts);
+    index.column_index = ints(columns);
+    index.column_count_batch = bi == 1 ? 0 : column_counts->stride(0);
+    index.column_count_head = hi == 1 ? 0 : column_counts->stride(1);
+    index.column_index_batch = bi == 1 ? 0 : columns->stride(0);
+    index.column_index_head = hi == 1 ? 0 : columns->stride(1);
+  }
+  // Each distinct list once.
+  for (int64_t ib = 0; ib < (index.count_batch == 0 && index.index_batch == 0 ? 1 : bi); ++ib) {
+    for (int64_t ih = 0; ih < (index.count_head == 0 && index.index_head == 0 ? 1 : hi); ++ih) {
+      for (int64_t r = 0; r < rows; ++r) {
+        check_ids(check, "block_count", "block_index",
+                  index.block_count + ib * index.count_batch + ih * index.count_head + r,
+                  index.block_index + ib * index.index_batch + ih * index.index_head + r * index.block_capacity,
+                  index.block_capacity, ceil_div(nk, block_k), "block ids");
+      }
+      for (int64_t r = 0; column_count.has_value() && r < column_rows; ++r) {
+        check_ids(check, "column_count", "column_index",
+                  index.column_count + ib * index.column_count_batch + ih * index.column_count_head + r,
+                  index.column_index + ib * index.column_index_batch + ih * index.column_index_head +
+                      r * column_capacity,
+                  column_capacity, nk, "key positions");
+      }
+    }
+  }
+
+  Tensor out = torch::stable::new_empty(q, {b, hq, nq, d});
+  Tensor lse = torch::stable::new_empty(q, {b, hq, nq}, ScalarType::Float);
+  if (b * hq * nq == 0) return {out, lse};
+  const OptionalTensor start = dense(kv_start);
+  const SparseAttentionArgs args{
+      dtype_of(q),
+      view(q),
+      view(k),
+      view(v),
+      out.mutable_data_ptr(),
+      static_cast<float*>(lse.mutable_data_ptr()),
+      index,
+      ints(start),
+      b,
+      hq,
+      hkv,
+      nq,
+      nk,
+      d,
+      static_cast<int>(block_q),
+      static_cast<int>(block_k),
+      causal,
+      static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(d)))),
+  };
+  kernels().sparse_attention(args, threads());
+  return {out, lse};
+}
+
+Pair merge_attention(const Tensor out_a, const Tensor lse_a, const Tensor out_b, const Tensor lse_b) {
+  const Checks check("merge_attention");
+  check.floating("out_a", out_a, {"B", "H", "N", "D"});
+  const int64_t b = out_a.size(0), h = out_a.size(1), n = out_a.size(2), d = out_a.size(3);
+  check.tensor("lse_a", lse_a, {ScalarType::Float}, {b, h, n}, &out_a);
+  check.tensor("out_b", out_b, {out_a.scalar_type()}, {b, h, n, d}, &out_a);
+  check.tensor("lse_b", lse_b, {ScalarType::Float}, {b, h, n}, &out_a);
+  check.contiguous_last("out_a", out_a);
+  check.contiguous_last("out_b", out_b);
+  Tensor out = torch::stable::new_empty(out_a, {b, h, n, d});
+  Tensor lse = torch::stable::new_empty(lse_a, {b, h, n});
+  const Tensor left = dense(lse_a), right = dense(lse_b);
+  const MergeAttentionArgs args{dtype_of(out_a),
+                                view(out_a),
+                                view(out_b),
+                                static_cast<const float*>(left.const_data_ptr()),
+                                static_cast<const float*>(right.const_data_ptr()),
+                                out.mutable_data_ptr(),
+                                static_cast<float*>(lse.mutable_data_ptr()),
+                                b,
+                                h,
+                                n,
+                                d};
+  kernels().merge_attention(args, threads());
+  return {out, lse};
+}
+
+// --- index builders ----------------------------------------------------------------------------------------------
+
+struct Builder {
+  Checks check;
+  const Tensor& q;
+  OptionalTensor start;
+  Tensor block_count, block_index;
+
+  Builder(const char* op, const Tensor& q, const Tensor& k, int64_t capacity, int64_t sink, int64_t local,
+          const OptionalTensor& kv_start, int64_t block_q, int64_t block_k, PrefillIndexArgs& args)
+      : check(op), q(q) {
+    check.query_key(q, k, true);
+    check.expect(q.size(2) > 0, "q", "at least one query", 0);
+    check.expect(sink >= 0, "sink", "a number of tokens, at least 0", sink);
+    check.expect(local >= 0, "local", "a number of tokens, at least 0", local);
+    check.block_size("block_q", block_q);
+    check.block_size("block_k", block_k);
+    check.kv_start(kv_start, q);
+    start = dense(kv_start);
+    const int64_t nq = q.size(2), nk = k.size(2);
+    args.dtype = dtype_of(q);
+    args.q = view(q);
+    args.k = view(k);
+    args.kv_start = ints(start);
+    args.batch = q.size(0);
+    args.heads_q = q.size(1);
+    args.heads_kv = k.size(1);
+    args.nq = nq;
+    args.nk = nk;
+    args.head_dim = q.size(3);
+    args.block_q = static_cast<int>(block_q);
+    args.block_k = static_cast<int>(block_k);
+    args.sink = sink;
+    args.local = local;
+    args.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(q.size(3))));
+    args.block_capacity = std::min(capacity, ceil_div(nk, block_k));
+  }
+
+  void set_scale(const std::optional<double>& scale, PrefillIndexArgs& args) {
+    if (!scale.has_value()) return;
+    check.finite("scale", *scale);
+    args.scale = static_cast<float>(*scale);
+  }
+
+  void positive(const char* argument, int64_t value) { check.expect(value >= 1, argument, "at least 1", value); }
+
+  // The cap, or `otherwise` if there is none.
+  int64_t capped(const char* argument, const std::optional<int64_t>& cap, int64_t otherwise) {
+    if (cap.has_value()) positive(argument, *cap);
+    return cap.has_value() ? std::min(*cap, otherwise) : otherwise;
+  }
+
+  void allocate(PrefillIndexArgs& args) {
+    const int64_t rows = ceil_div(args.nq, args.block_q);
+    block_count = new_ints(q, {args.batch, args.heads_q, rows});
+    block_index = new_ints(q, {args.batch, args.heads_q, rows, args.block_capacity});
+    args.block_count = static_cast<int32_t*>(block_count.mutable_data_ptr());
+    args.block_index = static_cast<int32_t*>(block_index.mutable_data_ptr());
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> vertical_slash_index(
+    const Tensor q, const Tensor k, int64_t vertical_size, int64_t slash_size, int64_t last_q, int64_t sink,
+    int64_t local, const OptionalTensor kv_start, const std::optional<double> scale, int64_t block_q, int64_t block_k,
+    const std::optional<int64_t> max_blocks, const std::optional<int64_t> max_columns) {
+  VerticalSlashArgs args{};
+  Builder build("vertical_slash_index", q, k, INT64_MAX, sink, local, kv_start, block_q, block_k, args);
+  build.set_scale(scale, args);
+  build.positive("vertical_size", vertical_size);
+  build.positive("slash_size", slash_size);
+  build.positive("last_q", last_q);
+  const int64_t bands = build.capped("max_blocks", max_blocks, ceil_div(slash_size, block_k));
+  args.block_capacity = std::min(bands, args.block_capacity);
+  args.column_capacity = std::min(build.capped("max_columns", max_columns, vertical_size), args.nk);
+  args.last_q = last_q;
+  build.allocate(args);
+  Tensor column_count = new_ints(q, {args.batch, args.heads_q, 1});
+  Tensor column_index = new_ints(q, {args.batch, args.heads_q, 1, args.column_capacity});
+  args.column_count = static_cast<int32_t*>(column_count.mutable_data_ptr());
+  args.column_index = static_cast<int32_t*>(column_index.mutable_data_ptr());
+  kernels().vertical_slash_index(args, threads());
+  return {build.block_count, build.block_index, column_count, column_index};
+}
+
+Pair block_topk_index(const Tensor q, const Tensor k, int64_t top_k, int64_t sink, int64_t local,
+                      const OptionalTensor kv_start, int64_t block_q, int64_t block_k) {
+  PrefillIndexArgs args{};
+  Builder build("block_topk_index", q, k, top_k, sink, local, kv_start, block_q, block_k, args);
+  build.positive("top_k", top_k);
+  build.allocate(args);
+  kernels().block_topk_index(args, threads());
+  return {build.block_count, build.block_index};
+}
+
+Pair adaptive_block_index(const Tensor q, const Tensor k, double threshold, int64_t stride, int64_t sink, int64_t local,
+                          const OptionalTensor kv_start, const std::optional<double> scale, int64_t block_q,
+                          int64_t block_k, const std::optional<int64_t> max_blocks,
+                          const OptionalTensor head_threshold) {
+  AdaptiveArgs args{};
+  Builder build("adaptive_block_index", q, k, INT64_MAX, sink, local, kv_start, block_q, block_k, args);
+  build.set_scale(scale, args);
+  build.check.expect(threshold > 0 && threshold <= 1, "threshold", "a share of the mass, above 0 and up to 1",
+                     threshold);
+  build.check.expect(stride == 4 || stride == 8 || stride == 16 || stride == 32, "stride", "4, 8, 16 or 32", stride);
+  args.block_capacity = build.capped("max_blocks", max_blocks, args.block_capacity);
+  OptionalTensor thresholds;
+  if (head_threshold.has_value()) {
+    build.check.tensor("head_threshold", *head_threshold, {ScalarType::Float}, {args.heads_q}, &q);
+    thresholds = dense(head_threshold);
+    args.head_threshold = static_cast<const float*>(thresholds->const_data_ptr());
+    for (int64_t h = 0; h < args.heads_q; ++h) {
+      const float t = args.head_threshold[h];
+      build.check.expect(t > 0 && t <= 1, "head_threshold", "shares of the mass, above 0 and up to 1", t);
+    }
+  }
+  args.threshold = static_cast<float>(threshold);
+  args.stride = static_cast<int>(stride);
+  build.allocate(args);
+  kernels().adaptive_block_index(args, threads());
+  return {build.block_count, build.block_index};
+}
+
+}  // namespace
+}  // namespace headstart
+
+STABLE_TORCH_LIBRARY_IMPL(HEADSTART_NAMESPACE, CPU, m) {
+  m.impl("sparse_attention", TORCH_BOX(&headstart::sparse_attention));
+  m.impl("merge_attention", TORCH_BOX(&headstart::merge_attention));
+  m.impl("vertical_slash_index", TORCH_BOX(&headstart::vertical_slash_index));
+  m.impl("block_topk_index", TORCH_BOX(&headstart::block_topk_index));
+  m.impl("adaptive_block_index", TORCH_BOX(&headstart::adaptive_block_index));
+}

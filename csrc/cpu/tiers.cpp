@@ -1,0 +1,127 @@
+// Which kernels this CPU runs. Compiled with the baseline's flags: nothing here may need a newer CPU than the oldest.
+//
+// A tier needs its instructions (CPUID) and an operating system that saves its registers (XCR0).
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace headstart {
+namespace {
+
+struct Tier {
+  const char* name;
+  bool (*supported)();
+  Kernels kernels;
+};
+
+#if defined(__x86_64__)
+
+bool bit(unsigned word, int n) { return (word >> n & 1) != 0; }
+
+struct CpuFeatures {
+  bool avx2 = false, avx512 = false, avx512_bf16 = false;
+
+  CpuFeatures() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !bit(c, 27)) return;  // OSXSAVE
+    const bool fma = bit(c, 12), f16c = bit(c, 29), avx = bit(c, 28);
+    unsigned xcr0, upper;
+    __asm__("xgetbv" : "=a"(xcr0), "=d"(upper) : "c"(0));
+    const bool ymm = (xcr0 & 0x6) == 0x6, zmm = (xcr0 & 0xe6) == 0xe6;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+    avx2 = avx && fma && f16c && bit(b, 5) && ymm;
+    avx512 = avx2 && zmm && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return;
+    avx512_bf16 = avx512 && bit(a, 5);
+  }
+};
+
+const CpuFeatures& features() {
+  static const CpuFeatures f;
+  return f;
+}
+
+#endif
+
+#define HEADSTART_KERNELS(tier)                                                                     \
+  {                                                                                                 \
+    tier::sparse_attention, tier::merge_attention, tier::vertical_slash_index, tier::block_topk_index, \
+        tier::adaptive_block_index                                                                  \
+  }
+
+// Lowest first. The emulated tier runs the bf16 kernels' data movement without the instruction; it is built for tests
+// and never chosen by itself.
+const Tier kTiers[] = {
+    {"generic", [] { return true; }, HEADSTART_KERNELS(generic)},
+#if defined(__x86_64__)
+    {"avx2", [] { return features().avx2; }, HEADSTART_KERNELS(avx2)},
+#if HEADSTART_EMULATED_TIER
+    {"avx512_bf16_emulated", [] { return features().avx512; }, HEADSTART_KERNELS(avx512_bf16_emulated)},
+#endif
+    {"avx512", [] { return features().avx512; }, HEADSTART_KERNELS(avx512)},
+    {"avx512_bf16", [] { return features().avx512_bf16; }, HEADSTART_KERNELS(avx512_bf16)},
+#endif
+};
+constexpr int kTierCount = sizeof kTiers / sizeof kTiers[0];
+
+int find(const char* name) {
+  for (int i = 0; i < kTierCount; ++i) {
+    if (std::strcmp(kTiers[i].name, name) == 0) return i;
+  }
+  return -1;
+}
+
+// The highest tier that the CPU has and HEADSTART_ISA allows. A name that is unknown or too high is ignored here and
+// reported by `headstart doctor`.
+int choose() {
+  int best = 0;
+  for (int i = 0; i < kTierCount; ++i) {
+    if (kTiers[i].supported()) best = i;
+  }
+  const char* wanted = std::getenv("HEADSTART_ISA");
+  const int asked = wanted == nullptr ? -1 : find(wanted);
+  return asked >= 0 && kTiers[asked].supported() ? asked : best;
+}
+
+int& current() {
+  static int tier = choose();
+  return tier;
+}
+
+}  // namespace
+
+const Kernels& kernels() { return kTiers[current()].kernels; }
+
+}  // namespace headstart
+
+extern "C" {
+
+__attribute__((visibility("default"))) const char* headstart_cpu_tiers() {
+  static const std::string names = [] {
+    std::string all;
+    for (const auto& tier : headstart::kTiers) {
+      if (tier.supported()) all += std::string(all.empty() ? "" : " ") + tier.name;
+    }
+    return all;
+  }();
+  return names.c_str();
+}
+
+__attribute__((visibility("default"))) const char* headstart_cpu_tier() {
+  return headstart::kTiers[headstart::current()].name;
+}
+
+__attribute__((visibility("default"))) int headstart_set_cpu_tier(const char* name) {
+  const int tier = headstart::find(name);
+  if (tier < 0 || !headstart::kTiers[tier].supported()) return 1;
+  headstart::current() = tier;
+  return 0;
+}
+}

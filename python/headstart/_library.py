@@ -1,0 +1,151 @@
+"""Where operators are defined and compiled libraries are loaded.
+
+Every operator is defined in Python, once, by `define`: its schema, its fake kernel, and a plain-torch reference
+as the implementation of last resort. A compiled library (`_cpu.so`, `_cuda.so`) or a Triton kernel only *adds*
+implementations for a device. So the operators exist, and run, whatever failed to build or load; the failure is
+kept and told on the first call that would have used the library, with its cure.
+
+The namespace is named here and nowhere else, in Python (`NAMESPACE`) as in C++ (`HEADSTART_NAMESPACE`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+NAMESPACE = "headstart"
+
+_definitions = torch.library.Library(NAMESPACE, "FRAGMENT")
+_package = Path(__file__).parent
+
+# Operators that a compiled library serves once it is loaded; the others are served by torch alone so far.
+CPU_KERNELS = frozenset(
+    {
+        "sparse_attention",
+        "merge_attention",
+        "vertical_slash_index",
+        "block_topk_index",
+        "adaptive_block_index",
+    }
+)
+CUDA_KERNELS = frozenset({"merge_attention"})
+
+
+def define(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    tags: tuple[torch.Tag, ...] = (),
+) -> torch._ops.OpOverload:
+    """Defines `torch.ops.headstart.<name>` and returns it; ``"op.out"`` names an overload.
+
+    `schema` is the part after the name, e.g. ``(Tensor x, *, float? scale=None) -> Tensor``. `reference` serves
+    every device that has no kernel; `fake` gives the outputs' shapes and dtypes, and makes the same input checks.
+    """
+    _definitions.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, *tags))
+
+    @functools.wraps(reference)
+    def fallback(*args, **kwargs):
+        _warn_if_kernel_is_missing(name, args)
+        return reference(*args, **kwargs)
+
+    _definitions.impl(name, fallback, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_definitions)
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(getattr(torch.ops, NAMESPACE), packet), overload or "default")
+
+
+def implement(name: str, function: Callable, device: str) -> None:
+    """Adds a Python (Triton) implementation of an operator for one dispatch key, e.g. ``"CUDA"``.
+
+    A compiled implementation of the same operator, if one is loaded, stays in charge.
+    """
+    if not has_kernel(name, device):
+        _definitions.impl(name, function, device)
+
+
+def has_kernel(name: str, device: str) -> bool:
+    """Whether an operator has an implementation of its own on a device (``"CPU"``, ``"CUDA"``)."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device)
+
+
+class CompiledLibrary:
+    """A shared library of kernels beside this file, and why it is not loaded, if it is not."""
+
+    def __init__(self, device: str, cure: str):
+        self.device = device
+        self.path = _package / f"_{device}.so"
+        self.cure = cure
+        self.error: str | None = None
+        self.handle: ctypes.CDLL | None = None
+
+    def load(self) -> None:
+        if not self.path.exists():
+            self.error = f"{self.path} does not exist"
+            return
+        try:
+            torch.ops.load_library(str(self.path))
+            self.handle = ctypes.CDLL(str(self.path))
+        except OSError as error:
+            self.error = f"{error} (torch here is {torch.__version__})"
+
+
+cpu = CompiledLibrary("cpu", "run `make build` in the source tree, or `pip install --no-build-isolation .`")
+cuda = CompiledLibrary("cuda", "run `make build` in the source tree with nvcc on the PATH")
+
+
+def load_compiled_libraries() -> None:
+    cpu.load()
+    if torch.version.cuda is None:
+        cuda.error = f"torch {torch.__version__} is built without CUDA"
+    else:
+        cuda.load()
+
+
+_warned: set[str] = set()
+
+
+def _warn_if_kernel_is_missing(name: str, args: tuple) -> None:
+    device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), None)
+    library, kernels = {"cpu": (cpu, CPU_KERNELS), "cuda": (cuda, CUDA_KERNELS)}.get(device, (None, ()))
+    if name in kernels and library.error is not None and device not in _warned:
+        _warned.add(device)
+        warnings.warn(
+            f"headstart: the {device} kernels are not loaded, so {name} and others run as slow references. "
+            f"Cause: {library.error}. Cure: {library.cure}.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+# --- CPU tiers ---------------------------------------------------------------------------------------------------
+
+
+def cpu_tiers() -> list[str]:
+    """The instruction-set tiers this CPU can run, lowest first, e.g. ``["generic", "avx2", "avx512"]``."""
+    if cpu.handle is None:
+        return []
+    cpu.handle.headstart_cpu_tiers.restype = ctypes.c_char_p
+    return cpu.handle.headstart_cpu_tiers().decode().split()
+
+
+def cpu_tier() -> str | None:
+    """The tier in use: the highest of `cpu_tiers`, unless `HEADSTART_ISA` or `set_cpu_tier` asked for a lower one."""
+    if cpu.handle is None:
+        return None
+    cpu.handle.headstart_cpu_tier.restype = ctypes.c_char_p
+    return cpu.handle.headstart_cpu_tier().decode()
+
+
+def set_cpu_tier(name: str) -> None:
+    """Makes the CPU kernels of this process run in tier `name` (for tests and measurements)."""
+    if name not in cpu_tiers():
+        raise ValueError(f"set_cpu_tier: name: expected one of {cpu_tiers()}, got {name!r}")
+    cpu.handle.headstart_set_cpu_tier(name.encode())

@@ -1,0 +1,344 @@
+"""Sparse attention: one index, one kernel for all patterns.
+
+A `BlockIndex` says, for every block of queries, which blocks of keys and which single keys it attends. MInference's
+A-shape, vertical-slash and block-sparse heads (Jiang et al., 2024, arXiv 2407.02490), adaptive blocks, a sliding
+window, and the selected clusters of a fixed context are all such an index, so one kernel serves them all.
+
+Kernels: `csrc/cpu/sparse_attention.cpp`; the maths in plain torch: `reference/sparse_attention.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .. import _library
+from ..reference import sparse_attention as reference
+from . import _checks
+
+
+@dataclass(frozen=True)
+class BlockIndex:
+    """Which keys each block of queries attends: the union of a list of key blocks and a list of single keys.
+
+    With B batch, Hi index heads, R = ceil(Nq / block_q) query blocks:
+
+    - ``block_count`` int32 [B, Hi, R]: how many key blocks the row attends;
+    - ``block_index`` int32 [B, Hi, R, T]: their ids, strictly ascending; entries past the count are ignored;
+    - ``column_count`` int32 [B, Hi, R or 1], optional: how many single keys besides;
+    - ``column_index`` int32 [B, Hi, R or 1, C]: their positions, strictly ascending; a dim of 1 is one list shared by
+      all query blocks.
+
+    Hi divides Hq: query head h reads index head ``h // (Hq // Hi)``, so an index is per query head, per KV head, or
+    one for all. B and Hi may be expanded (stride 0). ``block_q`` and ``block_k`` are 64 or 128 tokens.
+    """
+
+    block_count: torch.Tensor
+    block_index: torch.Tensor
+    column_count: torch.Tensor | None = None
+    column_index: torch.Tensor | None = None
+    block_q: int = 64
+    block_k: int = 64
+
+    def __post_init__(self):
+        check_index("BlockIndex", self.block_count, self.block_index, self.column_count, self.column_index)
+        _checks.block_size("BlockIndex", "block_q", self.block_q)
+        _checks.block_size("BlockIndex", "block_k", self.block_k)
+
+    def to_mask(self, nq: int, nk: int, causal: bool = True, kv_start: torch.Tensor | None = None) -> torch.Tensor:
+        """The same index as a dense mask, bool [B, Hi, nq, nk], True where a query attends a key."""
+        return reference.index_to_mask(
+            self.block_count,
+            self.block_index,
+            self.column_count,
+            self.column_index,
+            kv_start,
+            nq=nq,
+            nk=nk,
+            causal=causal,
+            block_q=self.block_q,
+            block_k=self.block_k,
+        )
+
+    @classmethod
+    def from_mask(cls, mask: torch.Tensor, block_q: int = 64, block_k: int = 64) -> BlockIndex:
+        """The smallest index that covers a dense mask, bool [B, H, nq, nk]: every key block that holds a True.
+
+        Blocks are whole, so the index may attend more than the mask; where the mask is a union of blocks (cut by
+        causality), `to_mask` gives it back.
+        """
+        _checks.tensor("BlockIndex.from_mask", "mask", mask, torch.bool, ("B", "H", "Nq", "Nk"))
+        blocks = reference.pool_mask(mask, block_q, block_k)
+        return cls(*reference.compact(blocks), block_q=block_q, block_k=block_k)
+
+    def to_block_mask(self, nq: int, nk: int, causal: bool = True):
+        """FlexAttention's `BlockMask` for the same attention (columns included, through its `mask_mod`)."""
+        from torch.nn.attention.flex_attention import BlockMask
+
+        mask = self.to_mask(nq, nk, causal)
+        count, index = reference.compact(reference.pool_mask(mask, self.block_q, self.block_k))
+        heads = mask.shape[1]
+
+        def mask_mod(b, h, q_idx, kv_idx):
+            return mask[b, h % heads, q_idx, kv_idx]
+
+        return BlockMask.from_kv_blocks(
+            count, index, BLOCK_SIZE=(self.block_q, self.block_k), mask_mod=mask_mod, seq_lengths=(nq, nk)
+        )
+
+    @classmethod
+    def from_block_mask(cls, block_mask) -> BlockIndex:
+        """The index of FlexAttention's `BlockMask`: its full and its partial blocks, all taken whole."""
+        block_q, block_k = block_mask.BLOCK_SIZE
+        columns = -(-block_mask.seq_lengths[1] // block_k)
+        blocks = reference.scatter_blocks(block_mask.kv_num_blocks, block_mask.kv_indices, columns)
+        if block_mask.full_kv_num_blocks is not None:
+            blocks |= reference.scatter_blocks(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, columns)
+        return cls(*reference.compact(blocks), block_q=block_q, block_k=block_k)
+
+    def to_minference(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """MInference's four tensors: (block_count, block_offset in tokens, column_count, column_index), per row.
+
+        Columns that a block of the row covers are left out, as MInference's kernel would count them twice.
+        """
+        return reference.to_minference(
+            self.block_count, self.block_index, self.column_count, self.column_index, self.block_k
+        )
+
+    @classmethod
+    def from_minference(
+        cls,
+        block_count: torch.Tensor,
+        block_offset: torch.Tensor,
+        column_count: torch.Tensor,
+        column_index: torch.Tensor,
+        block_q: int = 64,
+        block_k: int = 64,
+    ) -> BlockIndex:
+        """The index of MInference's four tensors.
+
+        Their block offsets are tokens and need not be multiples of `block_k`. Blocks that start on a multiple stay
+        blocks; the tokens of the others become columns, so the attended keys are the same.
+        """
+        return cls(
+            *reference.from_minference(block_count, block_offset, column_count, column_index, block_k),
+            block_q=block_q,
+            block_k=block_k,
+        )
+
+    def density(self, nq: int, nk: int, causal: bool = True) -> float:
+        """The share of the (query, key) pairs that dense attention computes which this index attends, 0 to 1."""
+        return reference.density(
+            self.block_count,
+            self.block_index,
+            self.column_count,
+            self.column_index,
+            nq=nq,
+            nk=nk,
+            causal=causal,
+            block_q=self.block_q,
+            block_k=self.block_k,
+        )
+
+    def to(self, device: torch.device | str) -> BlockIndex:
+        """The same index on another device."""
+        move = [
+            None if t is None else t.to(device)
+            for t in (self.block_count, self.block_index, self.column_count, self.column_index)
+        ]
+        return BlockIndex(*move, block_q=self.block_q, block_k=self.block_k)
+
+
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    index: BlockIndex,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    kv_start: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the keys that an index selects.
+
+    For query i of head h, at key position p = Nk - Nq + i, with S the union of its row's blocks and columns, cut to
+    keys j <= p (if causal) and j >= kv_start[b]::
+
+        out[i] = sum_{j in S} softmax_j(scale * q[i]·k[j]) v[j]        lse[i] = ln sum_{j in S} exp(scale * q[i]·k[j])
+
+    Args:
+        q: [B, Hq, Nq, D], float32, float16 or bfloat16, last dim contiguous; D a multiple of 8 up to 256.
+        k, v: [B, Hkv, Nk, D], q's dtype; Hkv divides Hq.
+        index: a `BlockIndex`, on q's device, with B (or 1, which is expanded) batches and Hi heads, Hi divides Hq.
+        causal: bottom-right aligned, so prefill, chunked prefill and decode are one case.
+        scale: 1 / sqrt(D) if None.
+        kv_start: int32 [B], the first real key of each sequence of a left-padded batch.
+
+    Returns:
+        out [B, Hq, Nq, D] in q's dtype, and lse float32 [B, Hq, Nq] (natural log). A query that sees nothing gets
+        out = 0 and lse = -inf.
+
+    Raises:
+        ValueError or RuntimeError: naming the argument, what was expected and what was got. An id outside the keys,
+            or lists out of order, are an error on the CPU; on a GPU an id outside is never dereferenced.
+
+    Source: MInference 1.0 (arXiv 2407.02490), section 3.2, generalised to one index for all patterns.
+    """
+    _checks.expect(
+        isinstance(index, BlockIndex), "sparse_attention", "index", "a BlockIndex", type(index).__name__
+    )
+    return _sparse_attention(
+        q,
+        k,
+        v,
+        index.block_count,
+        index.block_index,
+        index.column_count,
+        index.column_index,
+        kv_start,
+        causal=causal,
+        scale=scale,
+        block_q=index.block_q,
+        block_k=index.block_k,
+    )
+
+
+def merge_attention(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Joins the attention of the same queries over two disjoint sets of keys::
+
+        lse = ln(exp(lse_a) + exp(lse_b))        out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
+
+    Args:
+        out_a, out_b: [B, H, N, D], one floating dtype, last dim contiguous.
+        lse_a, lse_b: float32 [B, H, N], natural log; -inf where a side saw nothing.
+
+    Returns:
+        out [B, H, N, D] in out_a's dtype and lse float32 [B, H, N]; 0 and -inf where neither side saw a key.
+    """
+    return _merge_attention(out_a, lse_a, out_b, lse_b)
+
+
+# --- the contract: checks, fake kernels, schemas -------------------------------------------------------------------
+
+
+def check_index(
+    op: str,
+    block_count: torch.Tensor,
+    block_index: torch.Tensor,
+    column_count: torch.Tensor | None,
+    column_index: torch.Tensor | None,
+    like: torch.Tensor | None = None,
+) -> None:
+    """The invariants among an index's own tensors."""
+    _checks.tensor(op, "block_count", block_count, torch.int32, ("B", "Hi", "R"), like)
+    b, hi, r = block_count.shape
+    _checks.tensor(op, "block_index", block_index, torch.int32, (b, hi, r, "T"), block_count)
+    if (column_count is None) != (column_index is None):
+        missing = "column_index" if column_index is None else "column_count"
+        _checks.fail(op, missing, "a tensor, since its partner is given", None)
+    if column_count is not None:
+        _checks.tensor(op, "column_count", column_count, torch.int32, (b, hi, "R or 1"), block_count)
+        rows = column_count.shape[2]
+        _checks.expect(rows in (1, r), op, "column_count", f"1 or {r} rows", rows)
+        _checks.tensor(op, "column_index", column_index, torch.int32, (b, hi, rows, "C"), block_count)
+
+
+def _check(q, k, v, block_count, block_index, column_count, column_index, kv_start, causal, scale, block_q, block_k):
+    op = "sparse_attention"
+    _checks.query_key(op, q, k, causal=causal)
+    b, hq, nq, d = q.shape
+    hkv, nk = k.shape[1], k.shape[2]
+    _checks.tensor(op, "v", v, q.dtype, (b, hkv, nk, d), like=q)
+    _checks.contiguous_last(op, "v", v)
+    _checks.block_size(op, "block_q", block_q)
+    _checks.block_size(op, "block_k", block_k)
+    check_index(op, block_count, block_index, column_count, column_index, like=q)
+    bi, hi, rows = block_count.shape
+    _checks.expect(bi in (1, b), op, "block_count", f"a batch of {b} or 1", bi)
+    _checks.expect(hi > 0 and hq % hi == 0, op, "block_count", f"a number of heads that divides q's {hq}", hi)
+    r = -(-nq // block_q)
+    _checks.expect(rows == r, op, "block_count", f"{r} query blocks ({nq} queries, block_q {block_q})", rows)
+    _checks.kv_start(op, kv_start, b, like=q)
+    if scale is not None:
+        _checks.finite(op, "scale", scale)
+
+
+def _sparse_attention_impl(
+    q,
+    k,
+    v,
+    block_count,
+    block_index,
+    column_count=None,
+    column_index=None,
+    kv_start=None,
+    *,
+    causal=True,
+    scale=None,
+    block_q=64,
+    block_k=64,
+):
+    index = (block_count, block_index, column_count, column_index)
+    _check(q, k, v, *index, kv_start, causal, scale, block_q, block_k)
+    return reference.sparse_attention(
+        q, k, v, *index, kv_start, causal=causal, scale=scale, block_q=block_q, block_k=block_k
+    )
+
+
+def _sparse_attention_fake(
+    q,
+    k,
+    v,
+    block_count,
+    block_index,
+    column_count=None,
+    column_index=None,
+    kv_start=None,
+    *,
+    causal=True,
+    scale=None,
+    block_q=64,
+    block_k=64,
+):
+    index = (block_count, block_index, column_count, column_index)
+    _check(q, k, v, *index, kv_start, causal, scale, block_q, block_k)
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _check_merge(out_a, lse_a, out_b, lse_b):
+    op = "merge_attention"
+    _checks.tensor(op, "out_a", out_a, _checks.FLOAT_DTYPES, ("B", "H", "N", "D"))
+    _checks.tensor(op, "lse_a", lse_a, torch.float32, tuple(out_a.shape[:3]), like=out_a)
+    _checks.tensor(op, "out_b", out_b, out_a.dtype, tuple(out_a.shape), like=out_a)
+    _checks.tensor(op, "lse_b", lse_b, torch.float32, tuple(out_a.shape[:3]), like=out_a)
+    _checks.contiguous_last(op, "out_a", out_a)
+    _checks.contiguous_last(op, "out_b", out_b)
+
+
+def _merge_attention_impl(out_a, lse_a, out_b, lse_b):
+    _check_merge(out_a, lse_a, out_b, lse_b)
+    return reference.merge_attention(out_a, lse_a, out_b, lse_b)
+
+
+def _merge_attention_fake(out_a, lse_a, out_b, lse_b):
+    _check_merge(out_a, lse_a, out_b, lse_b)
+    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
+
+
+_sparse_attention = _library.define(
+    "sparse_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor block_count, Tensor block_index, Tensor? column_count=None, "
+    "Tensor? column_index=None, Tensor? kv_start=None, *, bool causal=True, float? scale=None, int block_q=64, "
+    "int block_k=64) -> (Tensor out, Tensor lse)",
+    reference=_sparse_attention_impl,
+    fake=_sparse_attention_fake,
+)
+_merge_attention = _library.define(
+    "merge_attention",
+    "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)",
+    reference=_merge_attention_impl,
+    fake=_merge_attention_fake,
+)
