@@ -103,13 +103,13 @@ struct Kernels {
 const Kernels& kernels();
 
 // Each tier's sources define its functions in a namespace of their own: generic::, avx2::, avx512::, avx512_bf16::.
-#define HEADSTART_DECLARE_TIER(tier)                                          \
-  namespace tier {                                                            \
-  void sparse_attention(const SparseAttentionArgs&, const Parallel&);         \
-  void merge_attention(const MergeAttentionArgs&, const Parallel&);           \
-  void vertical_slash_index(const VerticalSlashArgs&, const Parallel&);       \
-  void block_topk_index(const PrefillIndexArgs&, const Parallel&);            \
-  void adaptive_block_index(const AdaptiveArgs&, const Parallel&);            \
+#define HEADSTART_DECLARE_TIER(tier)                                    \
+  namespace tier {                                                      \
+  void sparse_attention(const SparseAttentionArgs&, const Parallel&);   \
+  void merge_attention(const MergeAttentionArgs&, const Parallel&);     \
+  void vertical_slash_index(const VerticalSlashArgs&, const Parallel&); \
+  void block_topk_index(const PrefillIndexArgs&, const Parallel&);      \
+  void adaptive_block_index(const AdaptiveArgs&, const Parallel&);      \
   }
 HEADSTART_DECLARE_TIER(generic)
 HEADSTART_DECLARE_TIER(avx2)

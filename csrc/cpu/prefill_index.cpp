@@ -24,9 +24,7 @@ namespace {
 
 constexpr float kLog2E = 1.4426950408889634f;
 
-int64_t start_of(const PrefillIndexArgs& a, int64_t b) {
-  return a.kv_start == nullptr ? 0 : max(a.kv_start[b], 0);
-}
+int64_t start_of(const PrefillIndexArgs& a, int64_t b) { return a.kv_start == nullptr ? 0 : max(a.kv_start[b], 0); }
 
 // The key positions of a row of queries, and which key blocks it may see, must take, ...
 struct RowBlocks {
@@ -69,9 +67,8 @@ void best_first(int32_t* ids, int64_t n, int64_t count, const float* score) {
 }
 
 void sort_by_score(int32_t* ids, int64_t n, const float* score) {
-  std::sort(ids, ids + n, [score](int32_t x, int32_t y) {
-    return score[x] > score[y] || (score[x] == score[y] && x < y);
-  });
+  std::sort(ids, ids + n,
+            [score](int32_t x, int32_t y) { return score[x] > score[y] || (score[x] == score[y] && x < y); });
 }
 
 constexpr float kForced = __builtin_inff();
@@ -172,8 +169,7 @@ struct VerticalSlash {
 
   void choose_bands(Scratch& w) const {
     const int64_t width = max(a.block_q, a.block_k), spread = width / a.block_k;
-    const int64_t edge =
-        a.block_q >= a.block_k ? a.block_k - 1 - (a.nk - a.nq + a.block_q - 1) % a.block_k : 0;
+    const int64_t edge = a.block_q >= a.block_k ? a.block_k - 1 - (a.nk - a.nq + a.block_q - 1) % a.block_k : 0;
     zero(w.band, bands);
     for (int64_t offset = 0; offset < a.nk; ++offset) {
       // Key j of query i stands offset = nk - last_q + i - j before it, at diagonal[nk - 1 - offset].
@@ -320,8 +316,8 @@ struct Adaptive {
         score_width(key_tiles * kTile) {}
 
   struct Scratch {
-    Scratch(int64_t query_units, int64_t scores, int64_t blocks) : query(query_units), scores(scores), mass(blocks),
-      key(blocks), ids(blocks), kept(blocks) {}
+    Scratch(int64_t query_units, int64_t scores, int64_t blocks)
+        : query(query_units), scores(scores), mass(blocks), key(blocks), ids(blocks), kept(blocks) {}
     Buffer<U> query;
     Buffer<float> scores, mass, key;
     Buffer<int32_t> ids;
@@ -459,9 +455,12 @@ struct Adaptive {
 template <template <typename> class Builder, typename Args>
 void build(const Args& a, const Parallel& parallel) {
   switch (a.dtype) {
-    case Dtype::kFloat32: return Builder<float>(a).run_all(parallel);
-    case Dtype::kFloat16: return Builder<Float16>(a).run_all(parallel);
-    case Dtype::kBFloat16: return Builder<BFloat16>(a).run_all(parallel);
+    case Dtype::kFloat32:
+      return Builder<float>(a).run_all(parallel);
+    case Dtype::kFloat16:
+      return Builder<Float16>(a).run_all(parallel);
+    case Dtype::kBFloat16:
+      return Builder<BFloat16>(a).run_all(parallel);
   }
 }
 

@@ -21,9 +21,12 @@ using Pair = std::tuple<Tensor, Tensor>;
 
 Dtype dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::Half: return Dtype::kFloat16;
-    default: return Dtype::kBFloat16;
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      return Dtype::kBFloat16;
   }
 }
 
@@ -69,16 +72,17 @@ void check_ids(const Checks& check, const char* count_name, const char* index_na
   for (int32_t i = 0; i < *count; ++i) {
     if (index[i] <= last || index[i] >= limit) {
       const bool inside = index[i] >= 0 && index[i] < limit;
-      check.fail(index_name, inside ? "strictly ascending " + std::string(what)
-                                    : std::string(what) + " in [0, " + std::to_string(limit) + ")",
+      check.fail(index_name,
+                 inside ? "strictly ascending " + std::string(what)
+                        : std::string(what) + " in [0, " + std::to_string(limit) + ")",
                  std::to_string(index[i]) + (inside ? " after " + std::to_string(last) : ""));
     }
     last = index[i];
   }
 }
 
-Pair sparse_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor block_count, const Tensor block_index,
-                      const OptionalTensor column_count, const OptionalTensor column_index,
+Pair sparse_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor block_count,
+                      const Tensor block_index, const OptionalTensor column_count, const OptionalTensor column_index,
                       const OptionalTensor kv_start, bool causal, const std::optional<double> scale, int64_t block_q,
                       int64_t block_k) {
   const Checks check("sparse_attention");
@@ -153,11 +157,11 @@ Pair sparse_attention(const Tensor q, const Tensor k, const Tensor v, const Tens
                   index.block_capacity, ceil_div(nk, block_k), "block ids");
       }
       for (int64_t r = 0; column_count.has_value() && r < column_rows; ++r) {
-        check_ids(check, "column_count", "column_index",
-                  index.column_count + ib * index.column_count_batch + ih * index.column_count_head + r,
-                  index.column_index + ib * index.column_index_batch + ih * index.column_index_head +
-                      r * column_capacity,
-                  column_capacity, nk, "key positions");
+        check_ids(
+            check, "column_count", "column_index",
+            index.column_count + ib * index.column_count_batch + ih * index.column_count_head + r,
+            index.column_index + ib * index.column_index_batch + ih * index.column_index_head + r * column_capacity,
+            column_capacity, nk, "key positions");
       }
     }
   }

@@ -54,8 +54,8 @@ Row read_row(const IndexArgs& index, int64_t b, int64_t h, int64_t r) {
   if (index.column_count != nullptr) {
     const int64_t c = index.shared_columns ? 0 : r;
     row.column_count = index.column_count[b * index.column_count_batch + h * index.column_count_head + c];
-    row.columns = index.column_index + b * index.column_index_batch + h * index.column_index_head +
-                  c * index.column_capacity;
+    row.columns =
+        index.column_index + b * index.column_index_batch + h * index.column_index_head + c * index.column_capacity;
   }
   return row;
 }
@@ -103,6 +103,72 @@ int64_t common_divisor(int64_t a, int64_t b) {
 
 // --- prefill -----------------------------------------------------------------------------------------------------
 
+// Running softmax of up to kTile rows.
+struct Softmax {
+  alignas(64) float maximum[kTile], base[kTile], rescale[kTile];
+  alignas(64) float sum[kTile][Vec::width];  // per lane; added up once, at the end
+
+  void start(int64_t rows) {
+    for (int64_t i = 0; i < rows; ++i) maximum[i] = kNegInf;
+    zero(sum[0], rows * Vec::width);
+  }
+
+  float total(int64_t i) const { return reduce_add(load(sum[i])); }
+};
+
+// [rows][64] scores become weights relative to the running maximum, in place, or as bf16 for pair units. `position`
+// null: no key is masked. Row i sees the positions lo ... hi + i * hi_step (cut off at cycle rows, for several heads).
+template <typename Unit>
+inline void softmax_tile(Softmax& state, float* scores, BFloat16* as_bf16, int64_t rows, float scale,
+                         const int32_t* position, int32_t lo, int32_t hi, int32_t hi_step, int64_t cycle) {
+  constexpr int n = kTile / Vec::width;
+  alignas(64) float top[kTile];
+  for (int64_t i = 0; i < rows; ++i) {
+    float* s = scores + i * kTile;
+    const Vec factor = broadcast(scale);
+    Vec most = broadcast(kNegInf);
+    if (position == nullptr) {
+#pragma GCC unroll 16
+      for (int j = 0; j < n; ++j) most = max(most, load(s + j * Vec::width) * factor);
+    } else {
+      const auto last = static_cast<int32_t>(hi + i % cycle * hi_step);
+#pragma GCC unroll 16
+      for (int j = 0; j < n; ++j) {
+        const Vec x = keep_between(load(s + j * Vec::width) * factor, position + j * Vec::width, lo, last);
+        store(s + j * Vec::width, x);
+        most = max(most, x);
+      }
+    }
+    top[i] = reduce_max(most);
+  }
+  for (int64_t i = rows; i < round_up(rows, Vec::width); ++i) top[i] = state.maximum[i] = kNegInf;
+  for (int64_t i = 0; i < rows; i += Vec::width) {
+    // A row that has seen nothing yet keeps weight 0 everywhere: -inf minus a finite number.
+    const Vec before = load(state.maximum + i), now = max(before, load(top + i));
+    const Vec base = finite_or_zero(now);
+    store(state.rescale + i, exp2(before - base));
+    store(state.base + i, base);
+    store(state.maximum + i, now);
+  }
+  const Vec factor = broadcast(position == nullptr ? scale : 1.0f);
+  for (int64_t i = 0; i < rows; ++i) {
+    float* s = scores + i * kTile;
+    const Vec shift = broadcast(-state.base[i]);
+    Vec total = load(state.sum[i]) * broadcast(state.rescale[i]);
+#pragma GCC unroll 16
+    for (int j = 0; j < n; ++j) {
+      const Vec x = exp2(fma(load(s + j * Vec::width), factor, shift));
+      total = total + x;
+      if (Unit::values == 2) {
+        store(as_bf16 + i * kTile + j * Vec::width, x);
+      } else {
+        store(s + j * Vec::width, x);
+      }
+    }
+    store(state.sum[i], total);
+  }
+}
+
 // What a worker needs beside the shared tiles.
 template <typename Unit>
 struct Scratch {
@@ -124,42 +190,8 @@ struct Scratch {
   Buffer<U> keys, values;  // a tile of gathered columns
   Buffer<uint8_t> covered;
   int32_t position[kTile];
-  float maximum[kTile], sum[kTile], rescale[kTile];
+  Softmax softmax;
 };
-
-// One row of 64 scores becomes weights relative to the running maximum. `position` null: no key is masked.
-template <typename Unit>
-inline void softmax_row(float* s, BFloat16* as_bf16, float scale, const int32_t* position, int32_t lo, int32_t hi,
-                        float* maximum, float* sum, float* rescale) {
-  constexpr int n = kTile / Vec::width;
-  Vec x[n];
-  Vec top = broadcast(*maximum);
-  const Vec factor = broadcast(scale);
-#pragma GCC unroll 16
-  for (int i = 0; i < n; ++i) {
-    x[i] = load(s + i * Vec::width) * factor;
-    if (position != nullptr) x[i] = keep_between(x[i], position + i * Vec::width, lo, hi);
-    top = max(top, x[i]);
-  }
-  const float new_maximum = reduce_max(top);
-  // A row that has seen nothing yet keeps weight 0 everywhere: -inf minus a finite number.
-  const float base = new_maximum == kNegInf ? 0.0f : new_maximum;
-  const Vec shift = broadcast(base);
-  Vec total = broadcast(0.0f);
-#pragma GCC unroll 16
-  for (int i = 0; i < n; ++i) {
-    x[i] = exp2(x[i] - shift);
-    total = total + x[i];
-    if (Unit::values == 2) {
-      store(as_bf16 + i * Vec::width, x[i]);
-    } else {
-      store(s + i * Vec::width, x[i]);
-    }
-  }
-  *rescale = *maximum == base ? 1.0f : exp2(*maximum - base);
-  *sum = *sum * *rescale + reduce_add(total);
-  *maximum = new_maximum;
-}
 
 template <typename T>
 struct Prefill {
@@ -167,12 +199,12 @@ struct Prefill {
   using U = typename Unit::Type;
 
   const SparseAttentionArgs& a;
-  int64_t group, index_group, run;      // query heads per KV head, per index head, per pair of both
-  int64_t padded_dim, tiles;            // tiles of 64 keys
-  int64_t key_tile, value_tile;         // units of a packed tile
-  int64_t query_tiles;                  // jobs per head
-  int64_t column_tiles;                 // of a shared list, per run
-  float scale;                          // with log2(e)
+  int64_t group, index_group, run;  // query heads per KV head, per index head, per pair of both
+  int64_t padded_dim, tiles;        // tiles of 64 keys
+  int64_t key_tile, value_tile;     // units of a packed tile
+  int64_t query_tiles;              // jobs per head
+  int64_t column_tiles;             // of a shared list, per run
+  float scale;                      // with log2(e)
 
   explicit Prefill(const SparseAttentionArgs& args)
       : a(args),
@@ -184,9 +216,8 @@ struct Prefill {
         key_tile(a.head_dim / Unit::values * kTile),
         value_tile(kTile / Unit::values * padded_dim),
         query_tiles(ceil_div(a.nq, kTile)),
-        column_tiles(a.index.column_count != nullptr && a.index.shared_columns
-                         ? ceil_div(a.index.column_capacity, kTile)
-                         : 0),
+        column_tiles(
+            a.index.column_count != nullptr && a.index.shared_columns ? ceil_div(a.index.column_capacity, kTile) : 0),
         scale(a.scale * kLog2E) {}
 
   struct Job {
@@ -236,30 +267,47 @@ struct Prefill {
     pack(keys, values, k_rows, v_rows);
   }
 
-  // `position` null means the 64 keys from `first`.
-  void attend_tile(Scratch<Unit>& w, int64_t rows, const U* keys, const U* values, const int32_t* position,
-                   int64_t first, int64_t first_query_position, int64_t first_key, bool* started) const {
+  // scores = Q · keys for the rows' visible keys; row i sees `seen` + i keys, the others' scores are left undefined.
+  void multiply_keys(Scratch<Unit>& w, int64_t rows, const U* keys, int64_t seen) const {
     const int64_t depth = a.head_dim / Unit::values;
-    matmul<Unit, Start::kZero>(rows, kTile, depth, w.query, depth, keys, kTile, w.scores, kTile);
-    const int64_t origin = position == nullptr ? first : 0;
-    const bool masked = position != nullptr || first < first_key || first + kTile > a.nk ||
-                        (a.causal && first + kTile - 1 > first_query_position);
-    const int32_t* where = masked ? (position == nullptr ? kIota.value : position) : nullptr;
-    const auto lo = static_cast<int32_t>(first_key - origin);
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t last = a.causal ? first_query_position + i : a.nk - 1;
-      softmax_row<Unit>(w.scores + i * kTile, w.weights + i * kTile, scale, where, lo,
-                        static_cast<int32_t>(last - origin), &w.maximum[i], &w.sum[i], &w.rescale[i]);
+    for (int64_t i = 0, n; i < rows; i += n) {
+      n = seen >= kTile ? rows : min(kRows, rows - i);
+      const int64_t columns = min(kTile, round_up(seen + i + n - 1, Vec::width));
+      if (columns <= 0) continue;
+      matmul<Unit, Start::kZero>(n, columns, depth, w.query + i * depth, depth, keys, kTile, w.scores + i * kTile,
+                                 kTile);
     }
+  }
+
+  // output = rescale · output + weights · values, over the rows' visible keys.
+  template <Start start>
+  void multiply_values(Scratch<Unit>& w, int64_t rows, const U* values, int64_t seen) const {
     const U* weights = Unit::values == 2 ? reinterpret_cast<const U*>(static_cast<BFloat16*>(w.weights))
                                          : reinterpret_cast<const U*>(static_cast<float*>(w.scores));
     constexpr int64_t row_units = kTile / Unit::values;
+    for (int64_t i = 0, n; i < rows; i += n) {
+      n = seen >= kTile ? rows : min(kRows, rows - i);
+      const int64_t depth = max(0, min(row_units, ceil_div(seen + i + n - 1, Unit::values)));
+      matmul<Unit, start>(n, padded_dim, depth, weights + i * row_units, row_units, values, padded_dim,
+                          w.output + i * padded_dim, padded_dim, w.softmax.rescale + i);
+    }
+  }
+
+  // `position` null means the 64 keys from `first`.
+  void attend_tile(Scratch<Unit>& w, int64_t rows, const U* keys, const U* values, const int32_t* position,
+                   int64_t first, int64_t first_query_position, int64_t first_key, bool* started) const {
+    const int64_t origin = position == nullptr ? first : 0;
+    const int64_t last = a.causal ? first_query_position : a.nk - 1;  // that row 0 sees
+    const int64_t seen = a.causal && position == nullptr ? last - first + 1 : kTile;
+    const bool masked = position != nullptr || first < first_key || first + kTile > a.nk || seen < kTile;
+    const int32_t* where = masked ? (position == nullptr ? kIota.value : position) : nullptr;
+    multiply_keys(w, rows, keys, seen);
+    softmax_tile<Unit>(w.softmax, w.scores, w.weights, rows, scale, where, static_cast<int32_t>(first_key - origin),
+                       static_cast<int32_t>(last - origin), a.causal ? 1 : 0, kTile);
     if (*started) {
-      matmul<Unit, Start::kScaled>(rows, padded_dim, row_units, weights, row_units, values, padded_dim, w.output,
-                                   padded_dim, w.rescale);
+      multiply_values<Start::kScaled>(w, rows, values, seen);
     } else {
-      matmul<Unit, Start::kZero>(rows, padded_dim, row_units, weights, row_units, values, padded_dim, w.output,
-                                 padded_dim);
+      multiply_values<Start::kZero>(w, rows, values, seen);
       *started = true;
     }
   }
@@ -276,10 +324,7 @@ struct Prefill {
     const T* q_rows[kTile];
     for (int64_t i = 0; i < rows; ++i) q_rows[i] = row_of<T>(a.q, b, h, first_query + i);
     pack_queries(w.query, q_rows, rows, a.head_dim, Unit());
-    for (int64_t i = 0; i < rows; ++i) {
-      w.maximum[i] = kNegInf;
-      w.sum[i] = 0.0f;
-    }
+    w.softmax.start(rows);
     bool started = false;
 
     TileWalk walk(list, a.block_k, range.first_key, range.end_key);
@@ -345,8 +390,9 @@ struct Prefill {
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = (b * a.heads_q + h) * a.nq + first_query + i;
       T* out = static_cast<T*>(a.out) + at * a.head_dim;
-      const bool empty = !started || w.maximum[i] == kNegInf;
-      const Vec inverse = broadcast(empty ? 0.0f : 1.0f / w.sum[i]);
+      const float maximum = w.softmax.maximum[i], sum = w.softmax.total(i);
+      const bool empty = !started || maximum == kNegInf;
+      const Vec inverse = broadcast(empty ? 0.0f : 1.0f / sum);
       for (int64_t d = 0; d < a.head_dim; d += Vec::width) {
         const Vec x = empty ? broadcast(0.0f) : load(w.output + i * padded_dim + d) * inverse;
         const auto n = static_cast<int>(min(Vec::width, a.head_dim - d));
@@ -356,7 +402,7 @@ struct Prefill {
           store_first(out + d, x, n);
         }
       }
-      a.lse[at] = empty ? kNegInf : w.maximum[i] * kLn2 + __builtin_logf(w.sum[i]);
+      a.lse[at] = empty ? kNegInf : maximum * kLn2 + __builtin_logf(sum);
     }
   }
 
@@ -369,7 +415,8 @@ struct Prefill {
     const int64_t wave = max(1, min(pairs_total, kWaveBytes / (pair_units * static_cast<int64_t>(sizeof(U)))));
 
     Buffer<U> keys(wave * tiles * key_tile), values(wave * tiles * value_tile);
-    Buffer<U> column_keys(wave * runs * column_tiles * key_tile), column_values(wave * runs * column_tiles * value_tile);
+    Buffer<U> column_keys(wave * runs * column_tiles * key_tile),
+        column_values(wave * runs * column_tiles * value_tile);
     Buffer<int32_t> column_position(wave * runs * column_tiles * kTile);
     const Packed packed{keys, values, column_keys, column_values, column_position};
     Buffer<uint8_t> needed(wave * tiles);
@@ -464,6 +511,7 @@ struct FewRows {
     const T* k_rows[kTile];
     const T* v_rows[kTile];
     int32_t position[kTile];
+    Softmax softmax;
   };
 
   // A part's running maximum, sum and unnormalised output, per row.
@@ -531,7 +579,7 @@ struct FewRows {
   }
 
   template <int n>
-  void accumulate(Scratch& w, State& state, const float* rescale, int64_t first_row) const {
+  void accumulate(Scratch& w, float* output, int64_t first_row) const {
     constexpr int vecs = 4;
     for (int64_t d = 0; d < padded_dim; d += vecs * Vec::width) {
       const auto used = static_cast<int>(min(vecs, (padded_dim - d) / Vec::width));
@@ -540,8 +588,8 @@ struct FewRows {
         for (int i = 0; i < vecs; ++i) {
           sum[r][i] = broadcast(0.0f);
           if (i < used) {
-            sum[r][i] = load(state.output + (first_row + r) * padded_dim + d + i * Vec::width) *
-                        broadcast(rescale[first_row + r]);
+            sum[r][i] = load(output + (first_row + r) * padded_dim + d + i * Vec::width) *
+                        broadcast(w.softmax.rescale[first_row + r]);
           }
         }
       }
@@ -558,7 +606,7 @@ struct FewRows {
       }
       for (int r = 0; r < n; ++r) {
         for (int i = 0; i < used; ++i) {
-          store(state.output + (first_row + r) * padded_dim + d + i * Vec::width, sum[r][i]);
+          store(output + (first_row + r) * padded_dim + d + i * Vec::width, sum[r][i]);
         }
       }
     }
@@ -579,34 +627,42 @@ struct FewRows {
     for (int64_t r = 0; r < rows; ++r) {
       zero(w.query + r * padded_dim, padded_dim);
       convert_row(w.query + r * padded_dim, row_of<T>(a.q, b, h + r / a.nq, r % a.nq), a.head_dim);
-      state.maximum[r] = kNegInf;
-      state.sum[r] = 0.0f;
     }
+    w.softmax.start(rows);
     zero(state.output, rows * padded_dim);
-    float rescale[kFewRows];
+    const int64_t last = a.causal ? a.nk - a.nq : a.nk - 1;
     for (int64_t t = 0; t < part.tiles; ++t) {
       find_keys(w, b, kv_head, list, tiles[part.first_tile + t]);
       by_rows([&](int64_t r, int n) {
         switch (n) {
-          case 4: return score<4>(w, r);
-          case 3: return score<3>(w, r);
-          case 2: return score<2>(w, r);
-          default: return score<1>(w, r);
+          case 4:
+            return score<4>(w, r);
+          case 3:
+            return score<3>(w, r);
+          case 2:
+            return score<2>(w, r);
+          default:
+            return score<1>(w, r);
         }
       });
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t last = a.causal ? a.nk - a.nq + r % a.nq : a.nk - 1;
-        softmax_row<FloatUnit>(w.scores + r * kTile, nullptr, scale, w.position, lo, static_cast<int32_t>(last),
-                               &state.maximum[r], &state.sum[r], &rescale[r]);
-      }
+      softmax_tile<FloatUnit>(w.softmax, w.scores, nullptr, rows, scale, w.position, lo, static_cast<int32_t>(last),
+                              a.causal ? 1 : 0, a.nq);
       by_rows([&](int64_t r, int n) {
         switch (n) {
-          case 4: return accumulate<4>(w, state, rescale, r);
-          case 3: return accumulate<3>(w, state, rescale, r);
-          case 2: return accumulate<2>(w, state, rescale, r);
-          default: return accumulate<1>(w, state, rescale, r);
+          case 4:
+            return accumulate<4>(w, state.output, r);
+          case 3:
+            return accumulate<3>(w, state.output, r);
+          case 2:
+            return accumulate<2>(w, state.output, r);
+          default:
+            return accumulate<1>(w, state.output, r);
         }
       });
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      state.maximum[r] = w.softmax.maximum[r];
+      state.sum[r] = w.softmax.total(r);
     }
   }
 
@@ -668,9 +724,8 @@ struct FewRows {
     };
     for_each_job(parallel, part_count,
                  [&](int64_t i, int worker) { attend_part(scratch[worker], parts[i], tiles, state(i)); });
-    for_each_job(parallel, runs, [&](int64_t i, int) {
-      join(i, first_part[i + 1] - first_part[i], state(first_part[i]));
-    });
+    for_each_job(parallel, runs,
+                 [&](int64_t i, int) { join(i, first_part[i + 1] - first_part[i], state(first_part[i])); });
   }
 
   // The tiles that a run attends, as `find_keys` reads them; returns how many.
@@ -740,17 +795,23 @@ namespace HEADSTART_TIER {
 
 void sparse_attention(const SparseAttentionArgs& a, const Parallel& parallel) {
   switch (a.dtype) {
-    case Dtype::kFloat32: return attend<float>(a, parallel);
-    case Dtype::kFloat16: return attend<Float16>(a, parallel);
-    case Dtype::kBFloat16: return attend<BFloat16>(a, parallel);
+    case Dtype::kFloat32:
+      return attend<float>(a, parallel);
+    case Dtype::kFloat16:
+      return attend<Float16>(a, parallel);
+    case Dtype::kBFloat16:
+      return attend<BFloat16>(a, parallel);
   }
 }
 
 void merge_attention(const MergeAttentionArgs& a, const Parallel& parallel) {
   switch (a.dtype) {
-    case Dtype::kFloat32: return merge<float>(a, parallel);
-    case Dtype::kFloat16: return merge<Float16>(a, parallel);
-    case Dtype::kBFloat16: return merge<BFloat16>(a, parallel);
+    case Dtype::kFloat32:
+      return merge<float>(a, parallel);
+    case Dtype::kFloat16:
+      return merge<Float16>(a, parallel);
+    case Dtype::kBFloat16:
+      return merge<BFloat16>(a, parallel);
   }
 }
 

@@ -220,8 +220,8 @@ enum class Start { kZero, kAdd, kScaled };  // C = AB, C += AB, C = diag(factor)
 
 template <typename Unit, Start start, int rows, int vecs>
 inline __attribute__((always_inline)) void multiply(const typename Unit::Type* a, int64_t lda,
-                                                    const typename Unit::Type* b, int64_t ldb, int64_t depth,
-                                                    float* c, int64_t ldc, const float* factor) {
+                                                    const typename Unit::Type* b, int64_t ldb, int64_t depth, float* c,
+                                                    int64_t ldc, const float* factor) {
   Vec sum[rows][vecs];
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
@@ -264,12 +264,18 @@ inline void multiply_rows(int64_t rows, const typename Unit::Type* a, int64_t ld
   c += i * ldc;
   factor += i;
   switch (rows - i) {
-    case 5: return multiply<Unit, start, 5, vecs>(a, lda, b, ldb, depth, c, ldc, factor);
-    case 4: return multiply<Unit, start, 4, vecs>(a, lda, b, ldb, depth, c, ldc, factor);
-    case 3: return multiply<Unit, start, 3, vecs>(a, lda, b, ldb, depth, c, ldc, factor);
-    case 2: return multiply<Unit, start, 2, vecs>(a, lda, b, ldb, depth, c, ldc, factor);
-    case 1: return multiply<Unit, start, 1, vecs>(a, lda, b, ldb, depth, c, ldc, factor);
-    default: return;
+    case 5:
+      return multiply<Unit, start, 5, vecs>(a, lda, b, ldb, depth, c, ldc, factor);
+    case 4:
+      return multiply<Unit, start, 4, vecs>(a, lda, b, ldb, depth, c, ldc, factor);
+    case 3:
+      return multiply<Unit, start, 3, vecs>(a, lda, b, ldb, depth, c, ldc, factor);
+    case 2:
+      return multiply<Unit, start, 2, vecs>(a, lda, b, ldb, depth, c, ldc, factor);
+    case 1:
+      return multiply<Unit, start, 1, vecs>(a, lda, b, ldb, depth, c, ldc, factor);
+    default:
+      return;
   }
 }
 
@@ -281,8 +287,15 @@ inline void matmul(int64_t rows, int64_t columns, int64_t depth, const typename 
   for (; j + kVecs * Vec::width <= columns; j += kVecs * Vec::width) {
     multiply_rows<Unit, start, kVecs>(rows, a, lda, b + j, ldb, depth, c + j, ldc, factor);
   }
-  for (; j < columns; j += Vec::width) {
-    multiply_rows<Unit, start, 1>(rows, a, lda, b + j, ldb, depth, c + j, ldc, factor);
+  switch ((columns - j) / Vec::width) {
+    case 3:
+      return multiply_rows<Unit, start, 3>(rows, a, lda, b + j, ldb, depth, c + j, ldc, factor);
+    case 2:
+      return multiply_rows<Unit, start, 2>(rows, a, lda, b + j, ldb, depth, c + j, ldc, factor);
+    case 1:
+      return multiply_rows<Unit, start, 1>(rows, a, lda, b + j, ldb, depth, c + j, ldc, factor);
+    default:
+      return;
   }
 }
 

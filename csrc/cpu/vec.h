@@ -93,9 +93,7 @@ inline Vec load(const BFloat16* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
-inline Vec load(const Float16* p) {
-  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-}
+inline Vec load(const Float16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -109,8 +107,8 @@ inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 // x where lo <= position <= hi, else -inf. `position` is first, first + 1, ... or read from memory.
 inline Vec keep_between(Vec x, const int32_t* position, int32_t lo, int32_t hi) {
   const __m512i p = _mm512_loadu_si512(position);
-  const __mmask16 keep = _mm512_cmpge_epi32_mask(p, _mm512_set1_epi32(lo)) &
-                         _mm512_cmple_epi32_mask(p, _mm512_set1_epi32(hi));
+  const __mmask16 keep =
+      _mm512_cmpge_epi32_mask(p, _mm512_set1_epi32(lo)) & _mm512_cmple_epi32_mask(p, _mm512_set1_epi32(hi));
   return {_mm512_mask_mov_ps(_mm512_set1_ps(kNegInf), keep, x.v)};
 }
 
@@ -154,8 +152,8 @@ inline float reduce_max(Vec a) {
 
 inline Vec keep_between(Vec x, const int32_t* position, int32_t lo, int32_t hi) {
   const __m256i p = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(position));
-  const __m256i drop = _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(lo), p),
-                                       _mm256_cmpgt_epi32(p, _mm256_set1_epi32(hi)));
+  const __m256i drop =
+      _mm256_or_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32(lo), p), _mm256_cmpgt_epi32(p, _mm256_set1_epi32(hi)));
   return {_mm256_blendv_ps(x.v, _mm256_set1_ps(kNegInf), _mm256_castsi256_ps(drop))};
 }
 
@@ -247,6 +245,14 @@ inline Vec exp2(Vec x) {
   p = fma(p, f, broadcast(0.69314694f));
   p = fma(p, f, broadcast(1.0f));
   return scale_by_power(p, whole);
+}
+
+// x, or 0 where x is -inf.
+inline Vec finite_or_zero(Vec x) {
+  float lane[Vec::width];
+  store(lane, x);
+  for (int i = 0; i < Vec::width; ++i) lane[i] = lane[i] == kNegInf ? 0.0f : lane[i];
+  return load(lane);
 }
 
 inline float exp2(float x) {

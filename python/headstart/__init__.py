@@ -5,18 +5,28 @@ Face model: `headstart.patch(model)`. `python -m headstart doctor` tells what ru
 """
 
 from . import _library
+from .ops.bitmap import BitmapWeight, bitmap_gemm
+from .ops.centroid_lookup import KeyClusters, centroid_lookup
+from .ops.int4_gemm import Int4Weight, int4_gemm
 from .ops.prefill_index import a_shape_index, adaptive_block_index, block_topk_index, vertical_slash_index
 from .ops.sparse_attention import BlockIndex, merge_attention, sparse_attention
 
 __version__ = "0.1.0"
 
 _library.load_compiled_libraries()
+_library.register_triton_kernels()
 
 __all__ = [
+    "BitmapWeight",
     "BlockIndex",
+    "Int4Weight",
+    "KeyClusters",
     "a_shape_index",
     "adaptive_block_index",
+    "bitmap_gemm",
     "block_topk_index",
+    "centroid_lookup",
+    "int4_gemm",
     "merge_attention",
     "sparse_attention",
     "vertical_slash_index",

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -103,10 +105,23 @@ cuda = CompiledLibrary("cuda", "run `make build` in the source tree with nvcc on
 
 def load_compiled_libraries() -> None:
     cpu.load()
+    wanted = os.environ.get("HEADSTART_ISA")
+    if wanted and cpu.handle is not None and wanted != cpu_tier():
+        warnings.warn(
+            f"headstart: HEADSTART_ISA: expected one of {' '.join(cpu_tiers())}, got {wanted}; using {cpu_tier()}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     if torch.version.cuda is None:
         cuda.error = f"torch {torch.__version__} is built without CUDA"
     else:
         cuda.load()
+
+
+def register_triton_kernels() -> None:
+    """Triton serves the CUDA operators that no compiled library does, where torch has CUDA and Triton is installed."""
+    if torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
+        importlib.import_module(f"{__package__}.triton.sparse_attention").register()
 
 
 _warned: set[str] = set()

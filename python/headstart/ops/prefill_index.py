@@ -145,9 +145,7 @@ def block_topk_index(
     Source: MInference 1.0, section 3.2 and algorithm 2.
     """
     return BlockIndex(
-        *_block_topk_index(
-            q, k, top_k, sink=sink, local=local, kv_start=kv_start, block_q=block_q, block_k=block_k
-        ),
+        *_block_topk_index(q, k, top_k, sink=sink, local=local, kv_start=kv_start, block_q=block_q, block_k=block_k),
         block_q=block_q,
         block_k=block_k,
     )

@@ -185,9 +185,7 @@ def sparse_attention(
 
     Source: MInference 1.0 (arXiv 2407.02490), section 3.2, generalised to one index for all patterns.
     """
-    _checks.expect(
-        isinstance(index, BlockIndex), "sparse_attention", "index", "a BlockIndex", type(index).__name__
-    )
+    _checks.expect(isinstance(index, BlockIndex), "sparse_attention", "index", "a BlockIndex", type(index).__name__)
     return _sparse_attention(
         q,
         k,

@@ -64,7 +64,9 @@ def expand_heads(k: torch.Tensor, hq: int) -> torch.Tensor:
 def keep_best(scores: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
     """bool like `scores` [..., N]: the `count` highest (int, or int64 [..., 1]); -inf is never kept."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
     return (rank < count) & (scores > -math.inf)
 
 
@@ -96,9 +98,7 @@ def vertical_slash_index(
 
     # Slash: sums along diagonals (offset = query position - key position), pooled into bands of one block.
     offset = (position[:, None] - keys).clamp(min=0)
-    slash = weights.new_zeros(b, hq, nk).scatter_add_(
-        -1, offset.flatten().expand(b, hq, -1), weights.flatten(-2)
-    )
+    slash = weights.new_zeros(b, hq, nk).scatter_add_(-1, offset.flatten().expand(b, hq, -1), weights.flatten(-2))
     first_row, last_row = row_positions(nq, nk, block_q, device)
     bands = nk // block_k + 2 + block_q // block_k
     mass, forced = band_mass(slash, bands, local, nq, nk, block_q, block_k)
@@ -205,9 +205,7 @@ def adaptive_block_index(
 ):
     d, nq, nk = q.shape[3], q.shape[2], k.shape[2]
     scale = 1 / math.sqrt(d) if scale is None else scale
-    mass = antidiagonal_mass(
-        q, k, stride=stride, kv_start=kv_start, scale=scale, block_q=block_q, block_k=block_k
-    )
+    mass = antidiagonal_mass(q, k, stride=stride, kv_start=kv_start, scale=scale, block_q=block_q, block_k=block_k)
     forced, visible = forced_blocks(nq, nk, sink, local, kv_start, block_q, block_k, q.device)
     mass = mass.masked_fill(~visible, 0.0)
     if head_threshold is None:

@@ -38,9 +38,7 @@ def pool_mask(mask: torch.Tensor, block_q: int, block_k: int) -> torch.Tensor:
     return padded.unflatten(-1, (-1, block_k)).any(-1).unflatten(-2, (-1, block_q)).any(-2)
 
 
-def visible(
-    rows: torch.Tensor, nq: int, nk: int, causal: bool, kv_start: torch.Tensor | None = None
-) -> torch.Tensor:
+def visible(rows: torch.Tensor, nq: int, nk: int, causal: bool, kv_start: torch.Tensor | None = None) -> torch.Tensor:
     """bool [B or 1, 1, len(rows), nk]: which keys queries `rows` may see by causality and left padding."""
     keys = torch.arange(nk, device=rows.device)
     seen = torch.ones(len(rows), nk, dtype=torch.bool, device=rows.device)
@@ -135,9 +133,7 @@ def merge_attention(out_a, lse_a, out_b, lse_b):
     return out.to(out_a.dtype).contiguous(), lse
 
 
-def density(
-    block_count, block_index, column_count, column_index, *, nq, nk, causal, block_q, block_k
-) -> float:
+def density(block_count, block_index, column_count, column_index, *, nq, nk, causal, block_q, block_k) -> float:
     """Attended pairs over visible pairs, counted per block row, without a dense mask."""
     device = block_count.device
     blocks = scatter_blocks(block_count, block_index, -(-nk // block_k))

@@ -1,0 +1,275 @@
+"""The GPU kernels against dense attention and against the machine's own limits: ``python bench/gpu.py``.
+
+Sparse attention at 8K, 32K and 128K tokens, 32 query and 8 KV heads of 128 and 64 dims, bfloat16, causal, with every
+block listed and at densities 0.25, 0.1 and 0.05; the baseline is torch's scaled_dot_product_attention, each of its
+flash and cuDNN backends. `merge_attention` against the copy bandwidth.
+
+How: CUDA events, medians; baseline and kernel take turns within one run; L2 is flushed before each call; the numbers
+are checked against dense attention (all blocks) or against float32 attention over the listed keys (some query rows).
+Rooflines are measured in the same run: a large bfloat16 matmul, and a copy. Writes bench/results/<gpu>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+ROOT = Path(__file__).resolve().parent.parent
+HEADS, KV_HEADS, BLOCK = 32, 8, 64
+LENGTHS = (8192, 32768, 131072)
+DENSITIES = (1.0, 0.25, 0.1, 0.05)
+BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+
+
+def first_line(command: list[str]) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
+
+
+def environment() -> dict:
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "capability": list(torch.cuda.get_device_capability()),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "cuda": torch.version.cuda,
+        "driver": first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": first_line(["git", "rev-parse", "HEAD"]),
+        "uncommitted": bool(first_line(["git", "status", "--porcelain"])),
+    }
+
+
+class Clock:
+    """Times callables in turn, L2-cold, until each has its repeats or the time is up."""
+
+    def __init__(self, deadline: float):
+        self.deadline = deadline
+        size = max(2 * getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0), 2**27)
+        self.flush = torch.empty(size, dtype=torch.int8, device="cuda")
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def medians(self, calls: dict[str, Callable], seconds: float = 2.0, repeats: int = 20) -> dict[str, float]:
+        """Milliseconds by name; at least three rounds of all, whatever they take."""
+        for call in calls.values():
+            call()
+        torch.cuda.synchronize()
+        times = {name: [] for name in calls}
+        stop = time.monotonic() + min(seconds, max(self.left(), 0))
+        for done in range(repeats):
+            if done >= 3 and time.monotonic() > stop:
+                break
+            for name, call in calls.items():
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                # The flush also keeps the GPU busy while the host prepares the launch, so no event waits for Python.
+                self.flush.zero_()
+                torch.cuda._sleep(1_000_000)
+                begin.record()
+                call()
+                end.record()
+                torch.cuda.synchronize()
+                times[name].append(begin.elapsed_time(end))
+        return {name: statistics.median(t) for name, t in times.items()}
+
+
+def rooflines(clock: Clock) -> dict[str, float]:
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    ms = clock.medians({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)})
+    return {
+        "bf16_matmul_tflops": 2 * 8192**3 / ms["matmul"] / 1e9,
+        "copy_gbps": 2 * source.nbytes / ms["copy"] / 1e6,
+    }
+
+
+def causal_index(n: int, density: float):
+    """An index of random blocks, the first and the diagonal among them, with this share of the causal pairs."""
+    from headstart import BlockIndex
+    from headstart.reference import sparse_attention as reference
+
+    blocks = n // BLOCK
+    rows = torch.arange(blocks, device="cuda")
+    causal = rows[None, :] <= rows[:, None]
+    if density >= 1:
+        selected = causal.expand(1, 1, -1, -1)
+    else:
+        scores = torch.rand(1, HEADS, blocks, blocks, device="cuda").masked_fill_(~causal, -1)
+        scores[..., 0] = 2
+        scores.diagonal(dim1=-2, dim2=-1).fill_(2)
+        wanted = (density * (rows + 1)).ceil().long().clamp(min=1)
+        ordered = scores.sort(-1, descending=True).values
+        limit = ordered.gather(-1, (wanted - 1).expand(1, HEADS, -1).unsqueeze(-1))
+        selected = causal & (scores >= limit)
+    count, ids = reference.compact(selected)
+    return BlockIndex(count, ids[..., : int(count.max())].contiguous(), block_q=BLOCK, block_k=BLOCK), count
+
+
+def largest_error(q, k, v, index, out) -> float:
+    """Over a few query blocks of a few heads, against float32 attention over the listed keys."""
+    worst = 0.0
+    n = q.shape[2]
+    for head in (0, HEADS - 1):
+        listed = head * index.block_count.shape[1] // HEADS
+        for row in {0, n // BLOCK // 2, n // BLOCK - 1}:
+            ids = index.block_index[0, listed, row, : int(index.block_count[0, listed, row])].long()
+            keys = (ids[:, None] * BLOCK + torch.arange(BLOCK, device="cuda")).flatten()
+            queries = row * BLOCK + torch.arange(BLOCK, device="cuda")
+            kv_head = head * KV_HEADS // HEADS
+            scores = q[0, head, queries].float() @ k[0, kv_head, keys].float().T / math.sqrt(q.shape[-1])
+            scores.masked_fill_(keys[None, :] > queries[:, None], -math.inf)
+            exact = scores.softmax(-1) @ v[0, kv_head, keys].float()
+            worst = max(worst, float((out[0, head, queries].float() - exact).abs().max()))
+    return worst
+
+
+def dense_calls(q, k, v) -> dict[str, Callable]:
+    calls = {}
+    for name, backend in BACKENDS.items():
+
+        def call(backend=backend):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+        try:
+            call()
+        except RuntimeError:
+            continue  # this build or GPU does not have that backend
+        calls[name] = call
+    return calls
+
+
+def attention(clock: Clock, limits: dict, n: int, d: int) -> list[dict]:
+    import headstart
+
+    q = torch.randn(1, HEADS, n, d, dtype=torch.bfloat16, device="cuda")
+    k, v = (torch.randn(1, KV_HEADS, n, d, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    dense = dense_calls(q, k, v)
+    results = []
+    for density in DENSITIES:
+        if clock.left() < 10:
+            break
+        index, count = causal_index(n, density)
+        out, _ = headstart.sparse_attention(q, k, v, index)
+        error = largest_error(q, k, v, index, out)
+        if not error < 0.03:
+            raise SystemExit(f"bench/gpu.py: wrong result at n {n}, D {d}, density {density}: error {error:.3g}")
+        # Pairs as the definition counts them: half of each diagonal block, every other listed block whole.
+        rows = n // BLOCK
+        listed = int(count.sum()) * (HEADS // count.shape[1])
+        pairs = (listed - HEADS * rows) * BLOCK**2 + HEADS * rows * BLOCK * (BLOCK + 1) // 2
+        dense_pairs = HEADS * n * (n + 1) // 2
+        ms = clock.medians({**dense, "headstart": lambda index=index: headstart.sparse_attention(q, k, v, index)})
+        tflops = 4 * pairs * d / ms["headstart"] / 1e9
+        result = {"op": "sparse_attention", "tokens": n, "head_dim": d, "density": pairs / dense_pairs}
+        result |= {"ms": ms["headstart"], "tflops": tflops, "error": error}
+        result |= {"of_matmul": tflops / limits["bf16_matmul_tflops"]}
+        result |= {f"{name}_ms": ms[name] for name in dense}
+        if dense:
+            best = min(ms[name] for name in dense)
+            result |= {"speedup": best / ms["headstart"], "dense_tflops": 4 * dense_pairs * d / best / 1e9}
+        results.append(result)
+        baselines = "  ".join(f"{name} {ms[name]:9.3f} ms" for name in dense)
+        versus = f"  {result['speedup']:6.2f}x best dense" if dense else ""
+        print(
+            f"sparse_attention  n {n:6d}  D {d:3d}  density {result['density']:5.3f}  {ms['headstart']:9.3f} ms  "
+            f"{tflops:6.1f} TFLOP/s  {100 * result['of_matmul']:5.1f} % of matmul  {baselines}{versus}",
+            flush=True,
+        )
+    return results
+
+
+def merge(clock: Clock, limits: dict, n: int, d: int) -> dict:
+    import headstart
+    from headstart.reference import sparse_attention as reference
+
+    out_a, out_b = (torch.randn(1, HEADS, n, d, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    lse_a, lse_b = (torch.randn(1, HEADS, n, device="cuda") for _ in range(2))
+    got, _ = headstart.merge_attention(out_a, lse_a, out_b, lse_b)
+    want, _ = reference.merge_attention(out_a, lse_a, out_b, lse_b)
+    error = float((got.float() - want.float()).abs().max())
+    if not error < 0.05:
+        raise SystemExit(f"bench/gpu.py: merge_attention is wrong at n {n}, D {d}: error {error:.3g}")
+    calls = {
+        "torch": lambda: reference.merge_attention(out_a, lse_a, out_b, lse_b),
+        "headstart": lambda: headstart.merge_attention(out_a, lse_a, out_b, lse_b),
+    }
+    ms = clock.medians(calls)
+    gbps = (3 * out_a.nbytes + 3 * lse_a.nbytes) / ms["headstart"] / 1e6
+    share = gbps / limits["copy_gbps"]
+    print(
+        f"merge_attention   n {n:6d}  D {d:3d}  {ms['headstart']:9.4f} ms  {gbps:7.1f} GB/s  "
+        f"{100 * share:5.1f} % of copy  {ms['torch'] / ms['headstart']:6.2f}x plain torch",
+        flush=True,
+    )
+    result = {"op": "merge_attention", "tokens": n, "head_dim": d, "ms": ms["headstart"], "gbps": gbps}
+    return result | {"of_copy": share, "torch_ms": ms["torch"], "error": error}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=220, help="wall-clock bound; what does not fit is left out")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("bench/gpu.py: no CUDA device here", file=sys.stderr)
+        return 1
+    from headstart import _library
+
+    clock = Clock(time.monotonic() + arguments.seconds)
+    torch.manual_seed(0)
+    report = {"environment": environment(), "complete": True, "results": []}
+    report["kernels"] = {op: _library.has_kernel(op, "CUDA") for op in ("sparse_attention", "merge_attention")}
+    if not all(report["kernels"].values()):
+        print(f"bench/gpu.py: no CUDA kernel for {[op for op, has in report['kernels'].items() if not has]}",
+              file=sys.stderr)  # fmt: skip
+        return 1
+    print("  ".join(f"{key} {value}" for key, value in report["environment"].items()))
+    report["rooflines"] = limits = rooflines(clock)
+    print(f"bf16 matmul {limits['bf16_matmul_tflops']:.1f} TFLOP/s, copy {limits['copy_gbps']:.0f} GB/s", flush=True)
+    report["results"] += [merge(clock, limits, n, 128) for n in (1, 1024, 32768)]
+    for n in LENGTHS:
+        for d in (128, 64):
+            if clock.left() < 15:
+                report["complete"] = False
+                continue
+            results = attention(clock, limits, n, d)
+            report["complete"] &= len(results) == len(DENSITIES)
+            report["results"] += results
+            torch.cuda.empty_cache()
+    slug = re.sub(r"[^a-z0-9]+", "-", report["environment"]["gpu"].lower()).strip("-")
+    path = ROOT / "bench" / "results" / f"{slug}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".json.new")
+    fresh.write_text(json.dumps(report, indent=1) + "\n")
+    fresh.replace(path)
+    done = "all cases" if report["complete"] else "not all cases fitted in the time"
+    print(f"{done}; written to {path.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+// merge_attention: the attention of the same queries over two disjoint sets of keys, joined by their log-sum-exps.
+//
+//   top = max(lse_a, lse_b)   w_a = exp(lse_a - top)   w_b = exp(lse_b - top)
+//   lse = top + ln(w_a + w_b)                          out = (w_a out_a + w_b out_b) / (w_a + w_b)
+//
+//                 threadIdx.x: 16 bytes of a row each, D / 8 threads for 16-bit types, D / 4 for float32
+//                ┌────┬────┬────┬─ ─ ─ ┬────┐
+//   threadIdx.y  │ t0 │ t1 │ t2 │      │    │ row r         a thread holds 16 bytes of out_a, 16 of out_b,
+//                ├────┼────┼────┼─ ─ ─ ┼────┤               and the row's two weights, in registers;
+//                │    │    │    │      │    │ row r + 1     thread 0 of a row writes its lse
+//                └────┴────┴────┴─ ─ ─ ┴────┘ ...           no shared memory, no synchronisation
+//   blockIdx.x: tiles of rows of a plane      blockIdx.y: planes (batch · head)
+//
+// Contiguous tensors collapse to one plane of batch · heads · tokens rows, so that a decode step with one token a
+// head still fills its blocks. Neighbouring threads read neighbouring 16-byte words across row ends.
+//
+// Floor: read 2 and write 1 · rows · D elements, read 8 and write 4 bytes of lse a row: rows · (3 · D · size + 12)
+// bytes at the memory's rate. Operations: 3 a pair of elements and two exponentials a thread, far below it.
+// A row, pointer or stride that is not a multiple of 16 bytes takes the same kernel one element at a time.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "kernels.h"
+
+namespace headstart {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kMaxGridY = 65535;
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ void store_float(float* at, float x) { *at = x; }
+__device__ __forceinline__ void store_float(__half* at, float x) { *at = __float2half_rn(x); }
+__device__ __forceinline__ void store_float(__nv_bfloat16* at, float x) { *at = __float2bfloat16_rn(x); }
+
+template <typename T, int kVec>
+struct alignas(sizeof(T) * kVec) Pack {
+  T values[kVec];
+};
+
+template <typename T, int kVec>
+__global__ void __launch_bounds__(kThreads) merge_kernel(const MergeArgs args, int64_t planes) {
+  const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  if (token >= args.tokens) return;
+  const int64_t parts = args.dim / kVec;
+  for (int64_t plane = blockIdx.y; plane < planes; plane += gridDim.y) {
+    const int64_t batch = plane / args.heads, head = plane - batch * args.heads;
+    const auto offset = [&](const Strides3& s) { return batch * s.batch + head * s.head + token * s.token; };
+    const float a = args.lse_a[offset(args.stride_lse_a)];
+    const float b = args.lse_b[offset(args.stride_lse_b)];
+    float top = fmaxf(a, b);
+    // Two sides that saw nothing: any finite reference keeps -inf - -inf out of the exponents.
+    if (top == -INFINITY) top = 0.0f;
+    float weight_a = expf(a - top), weight_b = expf(b - top);
+    const float total = weight_a + weight_b;
+    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+    weight_a *= inverse;
+    weight_b *= inverse;
+    const int64_t row = plane * args.tokens + token;
+    if (threadIdx.x == 0) args.lse[row] = top + logf(total);
+
+    using Vector = Pack<T, kVec>;
+    const auto* row_a = reinterpret_cast<const Vector*>(static_cast<const T*>(args.out_a) + offset(args.stride_out_a));
+    const auto* row_b = reinterpret_cast<const Vector*>(static_cast<const T*>(args.out_b) + offset(args.stride_out_b));
+    auto* row_out = reinterpret_cast<Vector*>(static_cast<T*>(args.out) + row * args.dim);
+    for (int64_t part = threadIdx.x; part < parts; part += blockDim.x) {
+      const Vector va = row_a[part], vb = row_b[part];
+      Vector merged;
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        store_float(&merged.values[i], weight_a * to_float(va.values[i]) + weight_b * to_float(vb.values[i]));
+      }
+      row_out[part] = merged;
+    }
+  }
+}
+
+template <typename T, int kVec>
+const char* launch(const MergeArgs& args, CUstream_st* stream) {
+  const int64_t parts = args.dim / kVec, planes = args.batch * args.heads;
+  const unsigned x = static_cast<unsigned>(parts < 1 ? 1 : parts < kThreads ? parts : kThreads);
+  const unsigned y = kThreads / x;
+  const dim3 grid(static_cast<unsigned>((args.tokens + y - 1) / y),
+                  static_cast<unsigned>(planes < kMaxGridY ? planes : kMaxGridY));
+  merge_kernel<T, kVec><<<grid, dim3(x, y), 0, stream>>>(args, planes);
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Two dimensions become one where every tensor steps evenly across their border, or where one of them is a single step.
+bool even(int64_t outer_stride, int64_t outer, int64_t inner_stride, int64_t inner) {
+  return outer == 1 || inner == 1 || outer_stride == inner_stride * inner;
+}
+
+void collapse(MergeArgs& args) {
+  Strides3* const strides[] = {&args.stride_out_a, &args.stride_out_b, &args.stride_lse_a, &args.stride_lse_b};
+  for (const Strides3* s : strides) {
+    if (!even(s->head, args.heads, s->token, args.tokens)) return;
+  }
+  for (Strides3* s : strides) {
+    if (args.tokens == 1) s->token = s->head;
+  }
+  args.tokens *= args.heads;
+  args.heads = 1;
+  for (const Strides3* s : strides) {
+    if (!even(s->batch, args.batch, s->token, args.tokens)) return;
+  }
+  for (Strides3* s : strides) {
+    if (args.tokens == 1) s->token = s->batch;
+  }
+  args.tokens *= args.batch;
+  args.batch = 1;
+}
+
+template <typename T>
+const char* dispatch(const MergeArgs& args, CUstream_st* stream) {
+  constexpr int kVec = 16 / sizeof(T);
+  const auto aligned = [](const void* pointer, const Strides3& s) {
+    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && s.batch % kVec == 0 && s.head % kVec == 0 &&
+           s.token % kVec == 0;
+  };
+  const bool vectors = args.dim % kVec == 0 && aligned(args.out_a, args.stride_out_a) &&
+                       aligned(args.out_b, args.stride_out_b) && aligned(args.out, {0, 0, 0});
+  return vectors ? launch<T, kVec>(args, stream) : launch<T, 1>(args, stream);
+}
+
+}  // namespace
+
+const char* merge_attention(const MergeArgs& given, CUstream_st* stream) {
+  if (given.batch * given.heads * given.tokens == 0) return nullptr;
+  MergeArgs args = given;
+  collapse(args);
+  switch (args.dtype) {
+    case Dtype::kFloat32:
+      return dispatch<float>(args, stream);
+    case Dtype::kFloat16:
+      return dispatch<__half>(args, stream);
+    default:
+      return dispatch<__nv_bfloat16>(args, stream);
+  }
+}
+
+}  // namespace cuda
+}  // namespace headstart

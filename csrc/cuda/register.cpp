@@ -1,0 +1,87 @@
+// The CUDA kernels as implementations of torch.ops.headstart.*: checks, output allocation, plain arguments, the stream.
+//
+// Only torch's stable ABI is used, so one build serves every torch from 2.10 on. Schemas and fake kernels are Python's
+// (python/headstart/ops/). Compile with -DUSE_CUDA, which the shim asks for before it declares the stream.
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "../checks.h"
+#include "kernels.h"
+
+#define HEADSTART_NAMESPACE headstart
+
+namespace headstart {
+namespace {
+
+cuda::Dtype dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return cuda::Dtype::kFloat32;
+    case ScalarType::Half:
+      return cuda::Dtype::kFloat16;
+    default:
+      return cuda::Dtype::kBFloat16;
+  }
+}
+
+// A dimension of one never steps, whatever its stride says.
+cuda::Strides3 strides(const Tensor& x) {
+  const auto step = [&](int64_t i) { return x.size(i) == 1 ? 0 : x.stride(i); };
+  return {step(0), step(1), step(2)};
+}
+
+CUstream_st* current_stream(const Tensor& x) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return static_cast<CUstream_st*>(stream);
+}
+
+void expect_launched(const char* op, const char* error) {
+  if (error != nullptr) throw std::runtime_error(std::string(op) + ": the CUDA launch failed: " + error);
+}
+
+std::tuple<Tensor, Tensor> merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) {
+  const Checks check("merge_attention");
+  check.floating("out_a", out_a, {"B", "H", "N", "D"});
+  const int64_t batch = out_a.size(0), heads = out_a.size(1), tokens = out_a.size(2), dim = out_a.size(3);
+  check.tensor("lse_a", lse_a, {ScalarType::Float}, {batch, heads, tokens}, &out_a);
+  check.tensor("out_b", out_b, {out_a.scalar_type()}, {batch, heads, tokens, dim}, &out_a);
+  check.tensor("lse_b", lse_b, {ScalarType::Float}, {batch, heads, tokens}, &out_a);
+  check.contiguous_last("out_a", out_a);
+  check.contiguous_last("out_b", out_b);
+  const torch::stable::accelerator::DeviceGuard guard(out_a.get_device_index());
+  Tensor out = torch::stable::new_empty(out_a, {batch, heads, tokens, dim});
+  Tensor lse = torch::stable::new_empty(lse_a, {batch, heads, tokens});
+  cuda::MergeArgs args{};
+  args.out_a = out_a.const_data_ptr();
+  args.out_b = out_b.const_data_ptr();
+  args.lse_a = static_cast<const float*>(lse_a.const_data_ptr());
+  args.lse_b = static_cast<const float*>(lse_b.const_data_ptr());
+  args.out = out.mutable_data_ptr();
+  args.lse = static_cast<float*>(lse.mutable_data_ptr());
+  args.stride_out_a = strides(out_a);
+  args.stride_out_b = strides(out_b);
+  args.stride_lse_a = strides(lse_a);
+  args.stride_lse_b = strides(lse_b);
+  args.batch = batch;
+  args.heads = heads;
+  args.tokens = tokens;
+  args.dim = dim;
+  args.dtype = dtype_of(out_a);
+  expect_launched("merge_attention", cuda::merge_attention(args, current_stream(out_a)));
+  return {out, lse};
+}
+
+}  // namespace
+}  // namespace headstart
+
+STABLE_TORCH_LIBRARY_IMPL(HEADSTART_NAMESPACE, CUDA, m) {
+  m.impl("merge_attention", TORCH_BOX(&headstart::merge_attention));
+}

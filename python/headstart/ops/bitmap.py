@@ -1,0 +1,334 @@
+"""Bitmap-sparse weights: a bit for every position, and the values of the set ones, row by row.
+
+Endor (2024, arXiv 2406.11674) compresses pruned weights so, because what offloading waits for is bytes: a bf16 weight
+at 50 % density takes 9 bits. Values may be quantised too, to int8 (5 bits) or int4 (3 bits). The layout of bits and
+values is that of compressed-tensors' "sparse-bitmask", read and written here; row offsets make any row addressable.
+
+The maths in plain torch: `reference/bitmap.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .. import _library
+from ..reference import bitmap as reference
+from . import _checkpoint, _checks
+
+VALUE_DTYPES = (*_checks.FLOAT_DTYPES, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+
+
+@dataclass(frozen=True)
+class BitmapWeight:
+    """A linear layer's weight [N, K] (out × in) as a bitmap and its non-zero values.
+
+    - ``values`` [nnz], row-major: the weight's dtype, or with ``scales`` int8, or uint8 [ceil(nnz/2)] of two signed
+      nibbles, value 2i low and 2i + 1 high;
+    - ``bitmask`` uint8 [N, ceil(K/8)]: bit j % 8 (from the lowest) of byte j // 8 is column j; pad bits are 0;
+    - ``row_offsets`` int64 [N + 1]: row n's values are ``row_offsets[n]`` to ``row_offsets[n + 1]``;
+    - ``shape``: (N, K);
+    - ``scales`` float32, float16 or bfloat16 [N, ceil(K/group_size)], or None: a weight is its value times the scale of
+      its group of ``group_size`` consecutive columns (-1: the whole row).
+    """
+
+    values: torch.Tensor
+    bitmask: torch.Tensor
+    row_offsets: torch.Tensor
+    shape: tuple[int, int]
+    scales: torch.Tensor | None = None
+    group_size: int = -1
+
+    def __post_init__(self):
+        n, k = self.shape
+        op = "BitmapWeight"
+        _check_weight(op, self.values, self.bitmask, self.row_offsets, k, self.scales, self.group_size)
+        _checks.expect(self.bitmask.shape[0] == n, op, "bitmask", f"{n} rows", self.bitmask.shape[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the decompressed weight."""
+        return self.values.dtype if self.scales is None else self.scales.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all its tensors."""
+        tensors = (self.values, self.bitmask, self.row_offsets, self.scales)
+        return sum(t.nbytes for t in tensors if t is not None)
+
+    @classmethod
+    def compress(cls, w: torch.Tensor, values: str = "same", group_size: int = 128) -> BitmapWeight:
+        """Compresses w [N, K].
+
+        A weight pruned by multiplying with a mask holds -0.0 where it was negative, which is kept, bit by bit, at the
+        price of a value each; pass ``w + 0.0``, where they are 0.0, if the sign of a zero does not matter.
+
+        Args:
+            w: any dtype of `VALUE_DTYPES`; to quantise, float32, float16 or bfloat16.
+            values: ``"same"`` keeps every bit of w (a weight is left out where all its bits are 0, so -0.0 stays);
+                ``"int8"`` and ``"int4"`` round to the nearest of a symmetric group scale, kept in w's dtype, and leave
+                out what rounds to 0.
+            group_size: consecutive columns that share a scale, or -1 for the whole row; unused for ``"same"``.
+        """
+        op = "BitmapWeight.compress"
+        choices = {"same": None, "int8": 8, "int4": 4}
+        _checks.expect(values in choices, op, "values", "'same', 'int8' or 'int4'", repr(values))
+        bits = choices[values]
+        _checks.tensor(op, "w", w, VALUE_DTYPES if bits is None else _checks.FLOAT_DTYPES, ("N", "K"))
+        shape = tuple(w.shape)
+        if bits is None:
+            return cls(*bitmap_compress(w), shape)
+        _check_group_size(op, group_size)
+        _checks.expect(w.numel() > 0, op, "w", "at least one row and column", list(shape))
+        _checks.expect(bool(torch.isfinite(w).all()), op, "w", "finite weights", "inf or nan")
+        codes, scales = reference.quantize(w, group_size, bits)
+        kept, bitmask, row_offsets = bitmap_compress(codes)
+        kept = reference.pack_signed_nibbles(kept) if bits == 4 else kept
+        return cls(kept, bitmask, row_offsets, shape, scales, group_size)
+
+    def decompress(self, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The weight [N, K]; into `out`, of the same dtype and shape, if it is given."""
+        tensors = (self.values, self.bitmask, self.row_offsets, self.shape[1])
+        options = {"scales": self.scales, "group_size": self.group_size}
+        if out is None:
+            return bitmap_decompress(*tensors, **options)
+        _bitmap_decompress_out(*tensors, **options, out=out)
+        return out
+
+    def to(self, device: torch.device | str) -> BitmapWeight:
+        """The same weight on another device."""
+        scales = None if self.scales is None else self.scales.to(device)
+        tensors = (self.values.to(device), self.bitmask.to(device), self.row_offsets.to(device))
+        return BitmapWeight(*tensors, self.shape, scales, self.group_size)
+
+    def validate(self, op: str = "BitmapWeight.validate", values: str = "values") -> BitmapWeight:
+        """Reads the data and raises a ValueError that names the damaged tensor, if one is; returns self.
+
+        Checks that offsets begin at 0, do not fall and end at the number of values, that every row has as many set
+        bits as values, and that no pad bit is set.
+        """
+        offsets, cols = self.row_offsets, self.shape[1]
+        counts = offsets.diff()
+        _checks.expect(int(offsets[0]) == 0, op, "row_offsets", "0 first", int(offsets[0]))
+        falls = (counts < 0).nonzero()
+        if len(falls):
+            row = int(falls[0])
+            _checks.fail(
+                op, "row_offsets", "offsets that do not fall", f"{offsets[row : row + 2].tolist()} at row {row}"
+            )
+        nnz = int(offsets[-1])
+        stored = -(-nnz // 2) if self.values.dtype == torch.uint8 else nnz
+        _checks.expect(len(self.values) == stored, op, values, f"{stored} stored (nnz {nnz})", len(self.values))
+        if cols % 8:
+            padded = (self.bitmask[:, -1] >> (cols % 8)).nonzero()
+            if len(padded):
+                _checks.fail(op, "bitmask", f"no bit set past column {cols}", f"one in row {int(padded[0])}")
+        bits = reference.count_bits(self.bitmask)
+        wrong = (bits != counts).nonzero()
+        if len(wrong):
+            row = int(wrong[0])
+            _checks.fail(op, "bitmask", f"{int(counts[row])} bits set in row {row} (row_offsets)", int(bits[row]))
+        return self
+
+    @classmethod
+    def from_compressed_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> BitmapWeight:
+        """One module's tensors in compressed-tensors' "sparse-bitmask": compressed, bitmask, shape, row_offsets.
+
+        Names may be bare or ``<module>.<name>`` or, in older files, ``<module>.weight.<name>``. `row_offsets` there is
+        int64 [N] without the terminal. Raises a ValueError that names the damaged tensor.
+        """
+        op = "BitmapWeight.from_compressed_tensors"
+        n, k = _checkpoint.shape(op, tensors, "shape")
+        values, bitmask, offsets = (
+            _checkpoint.entry(op, tensors, field) for field in ("compressed", "bitmask", "row_offsets")
+        )
+        _checks.tensor(op, "compressed", values, VALUE_DTYPES, ("nnz",))
+        _checks.tensor(op, "bitmask", bitmask, torch.uint8, (n, -(-k // 8)), like=values)
+        _checks.tensor(op, "row_offsets", offsets, torch.int64, (n,), like=values)
+        offsets = torch.cat([offsets, offsets.new_tensor([len(values)])])
+        return cls(values.contiguous(), bitmask.contiguous(), offsets, (n, k)).validate(op, "compressed")
+
+    def to_compressed_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of "sparse-bitmask", by their names without the module; not for quantised values."""
+        op = "BitmapWeight.to_compressed_tensors"
+        _checks.expect(self.scales is None, op, "scales", "None: the format has no quantised values", "scales")
+        return {
+            "compressed": self.values,
+            "bitmask": self.bitmask,
+            "shape": torch.tensor(self.shape, dtype=torch.int64),
+            "row_offsets": self.row_offsets[:-1].clone(),
+        }
+
+
+def bitmap_gemm(x: torch.Tensor, weight: BitmapWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """A linear layer with a bitmap-sparse weight: ``x @ w.T + bias``.
+
+    Args:
+        x: [..., K], float32, float16 or bfloat16, last dim contiguous.
+        weight: a `BitmapWeight` of shape (N, K) on x's device; values that are not quantised have x's dtype.
+        bias: [N] in x's dtype, or None.
+
+    Returns:
+        [..., N] in x's dtype; sums are float32.
+
+    Raises:
+        ValueError or RuntimeError: naming the argument, what was expected and what was got.
+
+    Source: Endor (arXiv 2406.11674), with the product computed from the compressed weight.
+    """
+    op = "bitmap_gemm"
+    _checks.expect(isinstance(weight, BitmapWeight), op, "weight", "a BitmapWeight", type(weight).__name__)
+    return _bitmap_gemm(
+        x,
+        weight.values,
+        weight.bitmask,
+        weight.row_offsets,
+        bias,
+        cols=weight.shape[1],
+        scales=weight.scales,
+        group_size=weight.group_size,
+    )
+
+
+# --- the contract: checks, fake kernels, schemas --------------------------------------------------------------------
+
+
+def _check_group_size(op, group_size):
+    _checks.expect(group_size == -1 or group_size > 0, op, "group_size", "a positive number, or -1 (a row)", group_size)
+
+
+def _check_weight(op, values, bitmask, row_offsets, cols, scales, group_size):
+    """The tensors of one weight. Rows may be a slice of a larger weight: values are addressed by `row_offsets`."""
+    _checks.expect(cols >= 0, op, "cols", "no negative number", cols)
+    dtypes = VALUE_DTYPES if scales is None else (torch.int8, torch.uint8)
+    _checks.tensor(op, "values", values, dtypes, ("nnz",))
+    _checks.tensor(op, "bitmask", bitmask, torch.uint8, ("N", -(-cols // 8)), like=values)
+    n = bitmask.shape[0]
+    _checks.tensor(op, "row_offsets", row_offsets, torch.int64, (n + 1,), like=values)
+    tensors = {"values": values, "bitmask": bitmask, "row_offsets": row_offsets}
+    if scales is not None:
+        _check_group_size(op, group_size)
+        groups = 1 if group_size == -1 else -(-cols // group_size)
+        _checks.tensor(op, "scales", scales, _checks.FLOAT_DTYPES, (n, groups), like=values)
+        tensors["scales"] = scales
+    for argument, x in tensors.items():
+        _checks.expect(x.is_contiguous(), op, argument, "a contiguous tensor", f"strides {tuple(x.stride())}")
+
+
+def _check_data(op, values, bitmask, row_offsets):
+    """On the CPU only, where reading data costs no synchronisation: no row may reach past the values."""
+    if values.device.type == "cpu" and bitmask.shape[0] > 0:
+        last = int((row_offsets[:-1] + reference.count_bits(bitmask)).max())
+        stored = len(values) * (2 if values.dtype == torch.uint8 else 1)
+        inside = int(row_offsets.min()) >= 0 and last <= stored
+        _checks.expect(inside, op, "row_offsets", f"rows within the {stored} values", f"one that ends at {last}")
+
+
+def _check_compress(w):
+    _checks.tensor("bitmap_compress", "w", w, VALUE_DTYPES, ("N", "K"))
+
+
+def _bitmap_compress_impl(w):
+    _check_compress(w)
+    return reference.compress(w)
+
+
+def _bitmap_compress_fake(w):
+    _check_compress(w)
+    n, k = w.shape
+    return (
+        w.new_empty(torch.library.get_ctx().new_dynamic_size()),
+        w.new_empty((n, -(-k // 8)), dtype=torch.uint8),
+        w.new_empty(n + 1, dtype=torch.int64),
+    )
+
+
+def _bitmap_decompress_impl(values, bitmask, row_offsets, cols, *, scales=None, group_size=-1):
+    op = "bitmap_decompress"
+    _check_weight(op, values, bitmask, row_offsets, cols, scales, group_size)
+    _check_data(op, values, bitmask, row_offsets)
+    out = (values if scales is None else scales).new_empty(bitmask.shape[0], cols)
+    reference.decompress(values, bitmask, row_offsets, scales=scales, group_size=group_size, out=out)
+    return out
+
+
+def _bitmap_decompress_fake(values, bitmask, row_offsets, cols, *, scales=None, group_size=-1):
+    _check_weight("bitmap_decompress", values, bitmask, row_offsets, cols, scales, group_size)
+    return (values if scales is None else scales).new_empty(bitmask.shape[0], cols)
+
+
+def _check_out(values, bitmask, row_offsets, cols, scales, group_size, out):
+    op = "bitmap_decompress"
+    _check_weight(op, values, bitmask, row_offsets, cols, scales, group_size)
+    dtype = values.dtype if scales is None else scales.dtype
+    _checks.tensor(op, "out", out, dtype, (bitmask.shape[0], cols), like=values)
+    _checks.contiguous_last(op, "out", out)
+
+
+def _bitmap_decompress_out_impl(values, bitmask, row_offsets, cols, *, scales=None, group_size=-1, out):
+    _check_out(values, bitmask, row_offsets, cols, scales, group_size, out)
+    _check_data("bitmap_decompress", values, bitmask, row_offsets)
+    reference.decompress(values, bitmask, row_offsets, scales=scales, group_size=group_size, out=out)
+
+
+def _bitmap_decompress_out_fake(values, bitmask, row_offsets, cols, *, scales=None, group_size=-1, out):
+    _check_out(values, bitmask, row_offsets, cols, scales, group_size, out)
+
+
+def _check_gemm(x, values, bitmask, row_offsets, bias, cols, scales, group_size):
+    op = "bitmap_gemm"
+    _checks.expect(x.dim() > 0 and x.shape[-1] == cols, op, "x", f"[..., {cols}]", _checks.describe(x))
+    _checks.tensor(op, "x", x, _checks.FLOAT_DTYPES, x.shape)
+    _checks.contiguous_last(op, "x", x)
+    if scales is None:
+        _checks.tensor(op, "values", values, x.dtype, ("nnz",), like=x)
+    else:
+        _checks.tensor(op, "scales", scales, _checks.FLOAT_DTYPES, ("N", "groups"), like=x)
+    _check_weight(op, values, bitmask, row_offsets, cols, scales, group_size)
+    if bias is not None:
+        _checks.tensor(op, "bias", bias, x.dtype, (bitmask.shape[0],), like=x)
+        _checks.contiguous_last(op, "bias", bias)
+
+
+def _bitmap_gemm_impl(x, values, bitmask, row_offsets, bias=None, *, cols, scales=None, group_size=-1):
+    _check_gemm(x, values, bitmask, row_offsets, bias, cols, scales, group_size)
+    _check_data("bitmap_gemm", values, bitmask, row_offsets)
+    return reference.bitmap_gemm(x, values, bitmask, row_offsets, bias, cols=cols, scales=scales, group_size=group_size)
+
+
+def _bitmap_gemm_fake(x, values, bitmask, row_offsets, bias=None, *, cols, scales=None, group_size=-1):
+    _check_gemm(x, values, bitmask, row_offsets, bias, cols, scales, group_size)
+    return x.new_empty((*x.shape[:-1], bitmask.shape[0]))
+
+
+# The only operator whose output size depends on data: for work ahead of time, it synchronises with the host.
+bitmap_compress = _library.define(
+    "bitmap_compress",
+    "(Tensor w) -> (Tensor values, Tensor bitmask, Tensor row_offsets)",
+    reference=_bitmap_compress_impl,
+    fake=_bitmap_compress_fake,
+    tags=(torch.Tag.dynamic_output_shape,),
+)
+bitmap_decompress = _library.define(
+    "bitmap_decompress",
+    "(Tensor values, Tensor bitmask, Tensor row_offsets, SymInt cols, *, Tensor? scales=None, int group_size=-1) "
+    "-> Tensor",
+    reference=_bitmap_decompress_impl,
+    fake=_bitmap_decompress_fake,
+)
+_bitmap_decompress_out = _library.define(
+    "bitmap_decompress.out",
+    "(Tensor values, Tensor bitmask, Tensor row_offsets, SymInt cols, *, Tensor? scales=None, int group_size=-1, "
+    "Tensor(a!) out) -> ()",
+    reference=_bitmap_decompress_out_impl,
+    fake=_bitmap_decompress_out_fake,
+)
+_bitmap_gemm = _library.define(
+    "bitmap_gemm",
+    "(Tensor x, Tensor values, Tensor bitmask, Tensor row_offsets, Tensor? bias=None, *, SymInt cols, "
+    "Tensor? scales=None, int group_size=-1) -> Tensor",
+    reference=_bitmap_gemm_impl,
+    fake=_bitmap_gemm_fake,
+)

@@ -1,0 +1,382 @@
+"""Int4 weights: packed once in the order in which tensor cores and vector units read them, multiplied in place.
+
+QUICK (Kim et al., 2024, arXiv 2402.10076) interleaves quantised weights ahead of time, so that a kernel loads a word,
+dequantises it with one shift and one logic operation per register, and multiplies. Here one layout serves every
+device, and everything that belongs to 16 output columns stands together, so that a slice of 16, 32, ... columns of a
+weight is a slice of each of its tensors along dim 0, and neither slicing nor joining repacks anything.
+
+The layout: `csrc/layouts/int4.h`; the maths in plain torch: `reference/int4_gemm.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .. import _library
+from ..reference import int4_gemm as reference
+from . import _checkpoint, _checks
+
+
+@dataclass(frozen=True)
+class Int4Weight:
+    """A linear layer's weight [N, K] (out × in) in 4 bits: ``w[n, j] = (code[n, j] - zero[n, g]) * scale[n, g]``.
+
+    - ``packed`` int32 [ceil(N/16), ceil(K/32), 4, 16]: the codes, interleaved (`csrc/layouts/int4.h`);
+    - ``scales`` float32, float16 or bfloat16 [ceil(N/16), ceil(K/group_size), 16]: panel, group, column of the panel;
+    - ``zeros`` uint8, the same shape, or None: every zero point is 8 (symmetric);
+    - ``group_size``: consecutive columns of a row that share scale and zero, a multiple of 32, or -1: the whole row;
+    - ``shape``: (N, K);
+    - ``permutation`` int32 [K] or None: packed column j is column ``permutation[j]`` of the weight (GPTQ's act-order).
+
+    What pads N and K to whole panels and slabs is zero.
+    """
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    group_size: int
+    shape: tuple[int, int]
+    permutation: torch.Tensor | None = None
+
+    def __post_init__(self):
+        n, k = self.shape
+        _check_weight("Int4Weight", self.packed, self.scales, self.zeros, self.group_size, n, k)
+        if self.permutation is not None:
+            _checks.tensor("Int4Weight", "permutation", self.permutation, torch.int32, (k,), like=self.packed)
+
+    @classmethod
+    def _of_codes(cls, codes, scales, zeros, group_size, permutation=None) -> Int4Weight:
+        """From codes [N, K], and scales and zeros [N, groups]; zeros that are all 8 are dropped."""
+        if zeros is not None and bool((zeros == 8).all()):
+            zeros = None
+        return cls(
+            packed=int4_pack(codes),
+            scales=reference.to_panels(scales),
+            zeros=None if zeros is None else reference.to_panels(zeros),
+            group_size=group_size,
+            shape=tuple(codes.shape),
+            permutation=permutation,
+        )
+
+    @classmethod
+    def quantize(cls, w: torch.Tensor, group_size: int = 128, symmetric: bool = False) -> Int4Weight:
+        """Rounds w [N, K] to the nearest code, each group's range cut to where the squared error is least.
+
+        Scales keep w's dtype (float32, float16 or bfloat16), and codes are chosen for the rounded scale. No
+        calibration data is used.
+        """
+        op = "Int4Weight.quantize"
+        _checks.tensor(op, "w", w, _checks.FLOAT_DTYPES, ("N", "K"))
+        _checks.expect(w.numel() > 0, op, "w", "at least one row and column", list(w.shape))
+        _checks.expect(bool(torch.isfinite(w).all()), op, "w", "finite weights", "inf or nan")
+        group_size = _group_size(op, group_size, w.shape[1])
+        return cls._of_codes(*reference.quantize(w, group_size, symmetric), group_size)
+
+    def codes(self) -> torch.Tensor:
+        """The codes, uint8 [N, K], in the weight's own column order."""
+        codes = int4_unpack(self.packed, *self.shape)
+        if self.permutation is not None:
+            codes = codes[:, self.permutation.long().argsort()]
+        return codes
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The weight [N, K], computed in float32 and rounded to `dtype` once."""
+        scales, zeros = self._groups()
+        codes = int4_unpack(self.packed, *self.shape)
+        w = reference.dequantize(codes, scales, zeros, self.group_size)
+        if self.permutation is not None:
+            w = w[:, self.permutation.long().argsort()]
+        return w.to(dtype)
+
+    def to(self, device: torch.device | str) -> Int4Weight:
+        """The same weight on another device."""
+        packed, scales, zeros, permutation = (
+            None if t is None else t.to(device) for t in (self.packed, self.scales, self.zeros, self.permutation)
+        )
+        return Int4Weight(packed, scales, zeros, self.group_size, self.shape, permutation)
+
+    # --- checkpoint formats: lossless on codes, scales and zeros ---
+
+    @classmethod
+    def from_awq(cls, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, group_size: int) -> Int4Weight:
+        """AWQ's "gemm" version: qweight int32 [K, N/8], qzeros int32 [K/G, N/8], scales [K/G, N].
+
+        Nibble i of word c is column 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i]. The versions "gemv", "gemv_fast" and that of
+        llm-awq are laid out otherwise and are not read.
+        """
+        op = "Int4Weight.from_awq"
+        _checks.tensor(op, "qweight", qweight, torch.int32, ("K", "N/8"))
+        k, n = qweight.shape[0], qweight.shape[1] * 8
+        group_size = _group_size(op, group_size, k)
+        count = _group_count(group_size, k)
+        _checks.tensor(op, "qzeros", qzeros, torch.int32, (count, n // 8), like=qweight)
+        _checks.tensor(op, "scales", scales, _checks.FLOAT_DTYPES, (count, n), like=qweight)
+        codes = reference.unpack_nibbles(qweight, n, reference.AWQ).mT
+        zeros = reference.unpack_nibbles(qzeros, n, reference.AWQ).mT
+        return cls._of_codes(codes, scales.mT, zeros, group_size)
+
+    def to_awq(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(qweight, qzeros, scales) of AWQ's "gemm" version; N must be a multiple of 8, without act-order."""
+        op = "Int4Weight.to_awq"
+        _checks.expect(self.permutation is None, op, "permutation", "None: AWQ has no act-order", "a permutation")
+        _checks.expect(self.shape[0] % 8 == 0, op, "shape", "a multiple of 8 rows", self.shape)
+        scales, zeros = self._groups(explicit_zeros=True)
+        qweight = reference.pack_nibbles(self.codes().mT, reference.AWQ)
+        return qweight, reference.pack_nibbles(zeros.mT, reference.AWQ), scales.mT.contiguous()
+
+    @classmethod
+    def from_gptq(
+        cls,
+        qweight: torch.Tensor,
+        qzeros: torch.Tensor,
+        scales: torch.Tensor,
+        g_idx: torch.Tensor | None = None,
+        *,
+        group_size: int,
+        version: int,
+    ) -> Int4Weight:
+        """GPTQ: qweight int32 [K/8, N], qzeros int32 [K/G, ceil(N/8)], scales [K/G, N], g_idx int32 [K].
+
+        Version 1 (``"checkpoint_format": "gptq"``) stores a zero point as (zero - 1) modulo 16, version 2
+        (``"gptq_v2"``) as it is. Where g_idx is not in order (act-order), columns are sorted by group here, once,
+        and the activations at run time.
+        """
+        op = "Int4Weight.from_gptq"
+        _checks.tensor(op, "qweight", qweight, torch.int32, ("K/8", "N"))
+        k, n = qweight.shape[0] * 8, qweight.shape[1]
+        group_size = _group_size(op, group_size, k)
+        count = _group_count(group_size, k)
+        _checks.tensor(op, "qzeros", qzeros, torch.int32, (count, -(-n // 8)), like=qweight)
+        _checks.tensor(op, "scales", scales, _checks.FLOAT_DTYPES, (count, n), like=qweight)
+        permutation = _act_order(op, "g_idx", g_idx, group_size, k, like=qweight)
+        codes = reference.unpack_nibbles(qweight.mT, k)
+        zeros = (reference.unpack_nibbles(qzeros, n).mT + _stored_below(op, version)) & 15
+        return cls._of_codes(_permuted(codes, permutation), scales.mT, zeros, group_size, permutation)
+
+    def to_gptq(self, version: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(qweight, qzeros, scales, g_idx); K must be a multiple of 8."""
+        op = "Int4Weight.to_gptq"
+        _checks.expect(self.shape[1] % 8 == 0, op, "shape", "a multiple of 8 columns", self.shape)
+        scales, zeros = self._groups(explicit_zeros=True)
+        qweight = reference.pack_nibbles(self.codes()).mT.contiguous()
+        qzeros = reference.pack_nibbles((zeros.mT - _stored_below(op, version)) & 15)
+        return qweight, qzeros, scales.mT.contiguous(), self._group_of_column()
+
+    @classmethod
+    def from_compressed_tensors(cls, tensors: Mapping[str, torch.Tensor], group_size: int) -> Int4Weight:
+        """One module's tensors in the format "pack-quantized", named bare or ``<module>.<name>``.
+
+        weight_packed int32 [N, ceil(K/8)], weight_scale [N, K/G], weight_shape [2], and optionally weight_zero_point
+        (int32 [ceil(N/8), K/G], or int8 [N, K/G] as older files have it) and weight_g_idx [K].
+        """
+        op = "Int4Weight.from_compressed_tensors"
+        n, k = _checkpoint.shape(op, tensors, "weight_shape")
+        group_size = _group_size(op, group_size, k)
+        count = _group_count(group_size, k)
+        packed = _checkpoint.entry(op, tensors, "weight_packed")
+        scales = _checkpoint.entry(op, tensors, "weight_scale")
+        zeros = _checkpoint.entry(op, tensors, "weight_zero_point", required=False)
+        g_idx = _checkpoint.entry(op, tensors, "weight_g_idx", required=False)
+        _checks.tensor(op, "weight_packed", packed, torch.int32, (n, -(-k // 8)))
+        _checks.tensor(op, "weight_scale", scales, _checks.FLOAT_DTYPES, (n, count), like=packed)
+        if zeros is not None and zeros.dtype == torch.int8:
+            _checks.tensor(op, "weight_zero_point", zeros, torch.int8, (n, count), like=packed)
+            zeros = (zeros + 8).to(torch.uint8)
+        elif zeros is not None:
+            _checks.tensor(op, "weight_zero_point", zeros, torch.int32, (-(-n // 8), count), like=packed)
+            zeros = reference.unpack_nibbles(zeros.mT, n).mT
+        permutation = _act_order(op, "weight_g_idx", g_idx, group_size, k, like=packed)
+        codes = reference.unpack_nibbles(packed, k)
+        return cls._of_codes(_permuted(codes, permutation), scales, zeros, group_size, permutation)
+
+    def to_compressed_tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors of the format "pack-quantized", by their names without the module."""
+        scales, zeros = self._groups()
+        tensors = {
+            "weight_packed": reference.pack_nibbles(self.codes()),
+            "weight_scale": scales.contiguous(),
+            "weight_shape": torch.tensor(self.shape, dtype=torch.int64),
+        }
+        if zeros is not None:
+            tensors["weight_zero_point"] = reference.pack_nibbles(zeros.mT).mT.contiguous()
+        if self.permutation is not None:
+            tensors["weight_g_idx"] = self._group_of_column()
+        return tensors
+
+    def _groups(self, explicit_zeros: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scales and zeros as [N, groups]."""
+        scales = reference.from_panels(self.scales, self.shape[0])
+        if self.zeros is not None:
+            return scales, reference.from_panels(self.zeros, self.shape[0])
+        return scales, torch.full_like(scales, 8, dtype=torch.uint8) if explicit_zeros else None
+
+    def _group_of_column(self) -> torch.Tensor:
+        """g_idx int32 [K]: the group of each of the weight's own columns."""
+        k = self.shape[1]
+        size = k if self.group_size == -1 else self.group_size
+        groups = torch.arange(k, dtype=torch.int32, device=self.packed.device) // size
+        if self.permutation is None:
+            return groups
+        return torch.empty_like(groups).scatter_(0, self.permutation.long(), groups)
+
+
+def int4_gemm(x: torch.Tensor, weight: Int4Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """A linear layer with an int4 weight::
+
+        out[..., n] = sum_j x[..., j] (code[n, j] - zero[n, g(j)]) scale[n, g(j)] + bias[n]
+
+    Args:
+        x: [..., K], float32, float16 or bfloat16, last dim contiguous.
+        weight: an `Int4Weight` of shape (N, K) on x's device.
+        bias: [N] in x's dtype, or None.
+
+    Returns:
+        [..., N] in x's dtype; sums are float32.
+
+    Raises:
+        ValueError or RuntimeError: naming the argument, what was expected and what was got.
+
+    Source: QUICK (arXiv 2402.10076), with a layout that does not depend on N.
+    """
+    op = "int4_gemm"
+    _checks.expect(isinstance(weight, Int4Weight), op, "weight", "an Int4Weight", type(weight).__name__)
+    n, k = weight.shape
+    _checks.expect(x.dim() > 0 and x.shape[-1] == k, op, "x", f"[..., {k}]", _checks.describe(x))
+    if weight.permutation is not None:
+        x = x.index_select(-1, weight.permutation)
+    return _int4_gemm(x, weight.packed, weight.scales, weight.zeros, bias, group_size=weight.group_size, n=n)
+
+
+# --- formats --------------------------------------------------------------------------------------------------------
+
+
+def _group_size(op: str, group_size: int, k: int) -> int:
+    """A checkpoint's group size in ours: one that covers the row is -1."""
+    size = -1 if group_size == k else group_size
+    _checks.expect(
+        size == -1 or (size > 0 and size % 32 == 0), op, "group_size", f"a multiple of 32, or -1 or {k} (a row)", size
+    )
+    return size
+
+
+def _group_count(group_size: int, k: int) -> int:
+    return 1 if group_size == -1 else -(-k // group_size)
+
+
+def _stored_below(op: str, version: int) -> int:
+    """By how much a GPTQ file's zero points stand below the true ones."""
+    _checks.expect(version in (1, 2), op, "version", "1 or 2", version)
+    return 2 - version
+
+
+def _act_order(op, argument, g_idx, group_size, k, like) -> torch.Tensor | None:
+    """The permutation that sorts columns by group, or None where they are sorted or g_idx was never filled in."""
+    if g_idx is None:
+        return None
+    _checks.tensor(op, argument, g_idx, (torch.int32, torch.int64), (k,), like=like)
+    if bool((g_idx == -1).all()):
+        return None
+    groups, order = g_idx.long().sort(stable=True)
+    size = k if group_size == -1 else group_size
+    want = torch.arange(k, device=g_idx.device) // size
+    if not torch.equal(groups, want):
+        sizes = torch.unique_consecutive(groups, return_counts=True)[1]
+        got = f"{len(sizes)} groups of {int(sizes.min())} to {int(sizes.max())}, {groups[0]} to {groups[-1]}"
+        _checks.fail(op, argument, f"groups of {size} columns, 0 to {(k - 1) // size}", got)
+    return None if torch.equal(g_idx.long(), want) else order.to(torch.int32)
+
+
+def _permuted(codes: torch.Tensor, permutation: torch.Tensor | None) -> torch.Tensor:
+    return codes if permutation is None else codes[:, permutation.long()]
+
+
+# --- the contract: checks, fake kernels, schemas --------------------------------------------------------------------
+
+
+def _check_packed(op, packed, n, k, like=None):
+    _checks.expect(n > 0 and k > 0, op, "packed", "a weight with at least one row and column", (n, k))
+    _checks.tensor(op, "packed", packed, torch.int32, (-(-n // 16), -(-k // 32), 4, 16), like)
+    _check_contiguous(op, "packed", packed)
+
+
+def _check_weight(op, packed, scales, zeros, group_size, n, k, like=None):
+    _check_packed(op, packed, n, k, like)
+    _checks.expect(
+        group_size == -1 or (group_size > 0 and group_size % 32 == 0),
+        op,
+        "group_size",
+        "a positive multiple of 32, or -1 (one group a row)",
+        group_size,
+    )
+    panels = (packed.shape[0], _group_count(group_size, k), 16)
+    _checks.tensor(op, "scales", scales, _checks.FLOAT_DTYPES, panels, like=packed)
+    _check_contiguous(op, "scales", scales)
+    if zeros is not None:
+        _checks.tensor(op, "zeros", zeros, torch.uint8, panels, like=packed)
+        _check_contiguous(op, "zeros", zeros)
+
+
+def _check_contiguous(op, argument, x):
+    _checks.expect(x.is_contiguous(), op, argument, "a contiguous tensor", f"strides {tuple(x.stride())}")
+
+
+def _check_gemm(x, packed, scales, zeros, bias, group_size, n):
+    op = "int4_gemm"
+    _checks.expect(x.dim() > 0, op, "x", "[..., K]", "a scalar")
+    _checks.tensor(op, "x", x, _checks.FLOAT_DTYPES, x.shape)
+    _checks.contiguous_last(op, "x", x)
+    _check_weight(op, packed, scales, zeros, group_size, n, x.shape[-1], like=x)
+    if bias is not None:
+        _checks.tensor(op, "bias", bias, x.dtype, (n,), like=x)
+        _checks.contiguous_last(op, "bias", bias)
+
+
+def _int4_gemm_impl(x, packed, scales, zeros=None, bias=None, *, group_size, n):
+    _check_gemm(x, packed, scales, zeros, bias, group_size, n)
+    return reference.int4_gemm(x, packed, scales, zeros, bias, group_size=group_size, n=n)
+
+
+def _int4_gemm_fake(x, packed, scales, zeros=None, bias=None, *, group_size, n):
+    _check_gemm(x, packed, scales, zeros, bias, group_size, n)
+    return x.new_empty((*x.shape[:-1], n))
+
+
+def _int4_pack_impl(codes):
+    _checks.tensor("int4_pack", "codes", codes, torch.uint8, ("N", "K"))
+    return reference.pack(codes)
+
+
+def _int4_pack_fake(codes):
+    _checks.tensor("int4_pack", "codes", codes, torch.uint8, ("N", "K"))
+    n, k = codes.shape
+    return codes.new_empty((-(-n // 16), -(-k // 32), 4, 16), dtype=torch.int32)
+
+
+def _int4_unpack_impl(packed, n, k):
+    _check_packed("int4_unpack", packed, n, k)
+    return reference.unpack(packed, n, k).contiguous()
+
+
+def _int4_unpack_fake(packed, n, k):
+    _check_packed("int4_unpack", packed, n, k)
+    return packed.new_empty((n, k), dtype=torch.uint8)
+
+
+# Packs codes 0 to 15 (the low four bits of each byte are taken), and gives them back.
+int4_pack = _library.define("int4_pack", "(Tensor codes) -> Tensor", reference=_int4_pack_impl, fake=_int4_pack_fake)
+int4_unpack = _library.define(
+    "int4_unpack",
+    "(Tensor packed, SymInt n, SymInt k) -> Tensor",
+    reference=_int4_unpack_impl,
+    fake=_int4_unpack_fake,
+)
+_int4_gemm = _library.define(
+    "int4_gemm",
+    "(Tensor x, Tensor packed, Tensor scales, Tensor? zeros=None, Tensor? bias=None, *, int group_size, SymInt n) "
+    "-> Tensor",
+    reference=_int4_gemm_impl,
+    fake=_int4_gemm_fake,
+)

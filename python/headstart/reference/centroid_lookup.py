@@ -1,0 +1,214 @@
+"""Centroid lookup and the clustering it looks up, in plain torch: what the kernels must compute, written to be read.
+
+Everything about scores is in the log domain, in float32 (float64 for float64 inputs, which the tests use as the
+truth). No size depends on data, so nothing synchronises with the host, except in the clustering, which is offline.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def log_scores(logits: torch.Tensor, sizes: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """ln of exp(logit_j) / sum_i size_i exp(logit_i), the sum over `counted` clusters; -inf for the others.
+
+    Shapes broadcast to [..., C]. The sum is logsumexp's, with its maximum subtracted.
+    """
+    counted = counted & (sizes > 0)
+    weights = sizes.clamp(min=1).to(logits.dtype).log()
+    total = (logits + weights).masked_fill(~counted, -math.inf).logsumexp(-1, keepdim=True)
+    return (logits - total).masked_fill(~counted, -math.inf)
+
+
+def select(
+    logits: torch.Tensor, sizes: torch.Tensor, counted: torch.Tensor, threshold: torch.Tensor, block_q: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(kept bool, best log score), both [B, Hkv, rows, C], of logits [B, Hkv, G, queries, C].
+
+    A row keeps what any query of its block and of its group of heads keeps. `sizes` is [Hkv, C], `counted` [B or 1,
+    Hkv, rows or 1, C], `threshold` [Hkv or 1, G or 1].
+    """
+    queries = logits.shape[3]
+    rows = -(-queries // block_q)
+    row_of_query = torch.arange(queries, device=logits.device) // block_q
+    of_query = counted[:, :, row_of_query] if counted.shape[2] > 1 else counted
+    scores = log_scores(logits, sizes[:, None, None], of_query.unsqueeze(2))
+    # A NaN threshold or score compares false, and so keeps everything rather than nothing.
+    kept = ~(scores <= threshold.to(scores.dtype).clamp(min=0).log()[..., None, None]) & (scores != -math.inf)
+
+    def over_block(x: torch.Tensor) -> torch.Tensor:
+        return F.pad(x, (0, 0, 0, -queries % block_q), value=-math.inf).unflatten(2, (rows, block_q)).amax(3)
+
+    best = over_block(scores.masked_fill(~kept, -math.inf).amax(2))
+    return over_block(kept.to(scores.dtype).amax(2)) > 0, best
+
+
+def centroid_lookup(
+    q,
+    centroids,
+    cluster_offsets,
+    threshold,
+    *,
+    scale: float,
+    block_q: int,
+    max_columns: int,
+    parent_centroids=None,
+    parent_offsets=None,
+    parent_threshold=None,
+):
+    b, hq, nq, d = q.shape
+    hkv, c, _ = centroids.shape
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q = q.reshape(b, hkv, hq // hkv, nq, d)
+    sizes = cluster_offsets.diff(dim=-1).clamp(min=0)
+    threshold = _of_heads(threshold, hkv, hq)
+    block_q = max(1, min(block_q, nq))
+    counts, columns = [], []
+    # 2^23 scores or columns at a time, at least one row of query blocks.
+    chunk = max(1, 2**23 // max(1, b * max(hq * block_q * c, hkv * max_columns))) * block_q
+    for first in range(0, max(nq, 1), chunk):
+        part = q[:, :, :, first : first + chunk].to(work)
+        counted = torch.ones(1, hkv, 1, c, dtype=torch.bool, device=q.device)
+        if parent_centroids is not None:
+            bounds = cluster_offsets.long().gather(1, parent_offsets.long())
+            logits = part @ parent_centroids.to(work).mT[:, None] * scale
+            parents = torch.ones_like(counted[..., :1])
+            kept, _ = select(
+                logits, bounds.diff(dim=-1).clamp(min=0), parents, _of_heads(parent_threshold, hkv, hq), block_q
+            )
+            counted = kept.gather(-1, _parent_of_cluster(parent_offsets, c)[None, :, None].expand(*kept.shape[:3], c))
+        kept, best = select(part @ centroids.to(work).mT[:, None] * scale, sizes, counted, threshold, block_q)
+        taken = fill(kept, best, sizes, max_columns)
+        counts.append(taken.sum(-1, dtype=torch.int32))
+        columns.append(expand_runs(cluster_offsets, taken, max_columns))
+    return torch.cat(counts, 2), torch.cat(columns, 2)
+
+
+def _of_heads(threshold: torch.Tensor, hkv: int, hq: int) -> torch.Tensor:
+    """A threshold, one value, [Hkv] or [Hq], as [Hkv or 1, G or 1]."""
+    return threshold.reshape(hkv, hq // hkv) if threshold.numel() == hq else threshold.reshape(-1, 1)
+
+
+def _parent_of_cluster(parent_offsets: torch.Tensor, clusters: int) -> torch.Tensor:
+    """int64 [Hkv, C]."""
+    ids = torch.arange(clusters, device=parent_offsets.device, dtype=parent_offsets.dtype)
+    ids = ids.expand(parent_offsets.shape[0], -1).contiguous()
+    parents = parent_offsets.shape[1] - 1
+    return (torch.searchsorted(parent_offsets.contiguous(), ids, right=True) - 1).clamp(0, parents - 1)
+
+
+def fill(kept: torch.Tensor, best: torch.Tensor, sizes: torch.Tensor, capacity: int) -> torch.Tensor:
+    """How many keys of each cluster a row takes, int64 [B, Hkv, R, C].
+
+    All of every kept cluster if they fit; else the best-scoring first (of equals the first), the last cut to fit.
+    """
+    sizes = torch.where(kept, sizes[None, :, None].long(), 0)
+    order = best.masked_fill(~kept, -math.inf).sort(dim=-1, descending=True, stable=True).indices
+    ranked = sizes.gather(-1, order)
+    room = (capacity - (ranked.cumsum(-1) - ranked)).clamp(min=0)
+    return torch.zeros_like(sizes).scatter(-1, order, torch.minimum(ranked, room))
+
+
+def expand_runs(cluster_offsets: torch.Tensor, taken: torch.Tensor, capacity: int) -> torch.Tensor:
+    """The positions of the first taken[j] keys of every cluster j, ascending, int32 [B, Hkv, R, capacity]."""
+    ends = taken.cumsum(-1)
+    slots = torch.arange(capacity, device=taken.device)
+    slots = slots.expand(*taken.shape[:-1], capacity).contiguous()
+    cluster = torch.searchsorted(ends, slots, right=True).clamp(max=taken.shape[-1] - 1)
+    starts = cluster_offsets[:, :-1].long()[None, :, None].expand_as(taken)
+    position = (starts - (ends - taken)).gather(-1, cluster) + slots
+    return torch.where(slots < ends[..., -1:], position, 0).to(torch.int32)
+
+
+# --- clustering (offline) -------------------------------------------------------------------------------------------
+
+
+def cluster(
+    k: torch.Tensor, num_clusters: int, seed: int, parents: int | None, iterations: int = 25
+) -> tuple[torch.Tensor, ...]:
+    """k [Hkv, N, D] to (centroids, cluster_offsets, order), or with parents (..., parent_centroids, parent_offsets).
+
+    Keys and centroids are clustered by cosine; a centroid is the mean of its keys as they are. Clusters are ordered so
+    that a parent's children are contiguous, and keys so that a cluster's are, ascending within it.
+    """
+    assigned = spherical_kmeans(k, num_clusters, seed, iterations)
+    if parents is not None:
+        order, offsets = _runs(assigned, num_clusters)
+        means = _means(k, order, offsets)
+        parent_of = spherical_kmeans(means, parents, seed, iterations)
+        by_parent, parent_offsets = _runs(parent_of, parents)
+        assigned = by_parent.argsort(-1).gather(1, assigned)
+    order, offsets = _runs(assigned, num_clusters)
+    result = (_means(k, order, offsets).to(k.dtype), offsets.to(torch.int32), order.to(torch.int32))
+    if parents is None:
+        return result
+    parent_keys = offsets.gather(1, parent_offsets)
+    return *result, _means(k, order, parent_keys).to(k.dtype), parent_offsets.to(torch.int32)
+
+
+def _runs(assigned: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels [H, N] to (order [H, N], offsets [H, count + 1]): label j is order[offsets[j] : offsets[j + 1]]."""
+    sizes = torch.zeros(assigned.shape[0], count, dtype=torch.int64, device=assigned.device)
+    sizes.scatter_add_(1, assigned, torch.ones_like(assigned))
+    return assigned.argsort(dim=-1, stable=True), F.pad(sizes.cumsum(1), (1, 0))
+
+
+def _sums(x: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Sums of x [H, N, D] over the runs of `order`, float32 [H, runs, D]; the same on every call, unlike atomics."""
+    h, n, d = x.shape
+    rows = (order + n * torch.arange(h, device=x.device)[:, None]).flatten()
+    starts = (offsets[:, :-1] + n * torch.arange(h, device=x.device)[:, None]).flatten()
+    return F.embedding_bag(rows, x.reshape(h * n, d).float(), starts, mode="sum").unflatten(0, (h, -1))
+
+
+def _means(x: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """float32 [H, runs, D]; an empty run's mean is 0."""
+    return _sums(x, order, offsets) / offsets.diff(dim=-1).clamp(min=1).unsqueeze(-1)
+
+
+def spherical_kmeans(x: torch.Tensor, count: int, seed: int, iterations: int) -> torch.Tensor:
+    """Labels int64 [H, N] of x [H, N, D], clustered by cosine, every head by itself.
+
+    Begins with k-means++ in at most 16 rounds, each of which draws many centres at once by their squared distance
+    from those of the rounds before. A cluster that runs empty restarts at one of the points that fit worst.
+    """
+    x = F.normalize(x.float(), dim=-1)
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
+    centres = _initial_centres(x, count, generator)
+    labels, fit = _nearest(x, centres)
+    for _ in range(iterations):
+        order, offsets = _runs(labels, count)
+        worst = fit.topk(count, largest=False).indices
+        empty = offsets.diff(dim=-1) == 0
+        spare = worst.gather(1, (empty.cumsum(1) - 1).clamp(min=0))
+        restart = x.gather(1, spare.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        centres = torch.where(empty.unsqueeze(-1), restart, F.normalize(_sums(x, order, offsets), dim=-1))
+        before, (labels, fit) = labels, _nearest(x, centres)
+        if torch.equal(labels, before):
+            break
+    return labels
+
+
+def _initial_centres(x: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    h, n, d = x.shape
+    distance = torch.ones(h, n, device=x.device)
+    rounds = min(count, 16)
+    drawn = [count * (r + 1) // rounds - count * r // rounds for r in range(rounds)]
+    centres = []
+    for number in drawn:
+        # An exponential race draws without replacement: the smallest of E / weight win.
+        race = torch.empty(h, n).exponential_(generator=generator).to(x.device)
+        winners = (race / distance.clamp(min=1e-9)).topk(number, largest=False).indices
+        centres.append(x.gather(1, winners.unsqueeze(-1).expand(-1, -1, d)))
+        distance = torch.minimum(distance, 1 - _nearest(x, centres[-1])[1])
+    return torch.cat(centres, 1)
+
+
+def _nearest(x: torch.Tensor, centres: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(labels, cosine) [H, N] of the nearest centre; 2^24 cosines at a time."""
+    chunk = max(1, 2**24 // (x.shape[0] * centres.shape[1]))
+    fits, labels = zip(*((part @ centres.mT).max(-1) for part in x.split(chunk, 1)), strict=True)
+    return torch.cat(labels, 1), torch.cat(fits, 1)

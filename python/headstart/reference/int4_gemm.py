@@ -1,0 +1,129 @@
+"""Int4 weights in plain torch: quantisation, the packed layout, the checkpoint formats, the product.
+
+Codes are uint8 [N, K] with values 0 to 15, and a weight is ``(code - zero) * scale``; zero and scale stand one to
+`group_size` consecutive weights of a row, [N, ceil(K / group_size)]; a group_size of -1 is one group a row.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+PANEL = 16  # output columns that stand together
+SLAB = 32  # k-values of a column that stand together, in four words
+
+# --- the packed layout (csrc/layouts/int4.h draws it) ---------------------------------------------------------------
+
+
+def _shifts(device: torch.device) -> torch.Tensor:
+    """[i, 1, h]: where in its word stands k = 8 i + 2 t + h of a slab; t is the word."""
+    return 4 * torch.arange(4, device=device)[:, None, None] + 16 * torch.arange(2, device=device)
+
+
+def pack(codes: torch.Tensor) -> torch.Tensor:
+    n, k = codes.shape
+    padded = F.pad(codes.to(torch.int32) & 15, (0, -k % SLAB, 0, -n % PANEL))
+    slabs = padded.reshape(-(-n // PANEL), PANEL, -(-k // SLAB), 4, 4, 2)  # [panel, column, slab, i, t, h]
+    words = (slabs << _shifts(codes.device)).sum((3, 5), dtype=torch.int32)
+    return words.permute(0, 2, 3, 1).contiguous()
+
+
+def unpack(packed: torch.Tensor, n: int, k: int) -> torch.Tensor:
+    words = packed.permute(0, 3, 1, 2)[:, :, :, None, :, None]
+    slabs = (words >> _shifts(packed.device)) & 15
+    return slabs.reshape(packed.shape[0] * PANEL, packed.shape[1] * SLAB)[:n, :k].to(torch.uint8)
+
+
+def to_panels(groups: torch.Tensor) -> torch.Tensor:
+    """Scales or zeros [N, groups] to [ceil(N / 16), groups, 16]."""
+    n, count = groups.shape
+    padded = F.pad(groups, (0, 0, 0, -n % PANEL))
+    return padded.reshape(-(-n // PANEL), PANEL, count).transpose(1, 2).contiguous()
+
+
+def from_panels(panels: torch.Tensor, n: int) -> torch.Tensor:
+    return panels.transpose(1, 2).flatten(0, 1)[:n]
+
+
+# --- quantisation ---------------------------------------------------------------------------------------------------
+
+CLIPS = tuple(1 - 0.025 * step for step in range(21))  # shares of a group's range, 1 down to 0.5
+
+
+def quantize(
+    w: torch.Tensor, group_size: int, symmetric: bool, bits: int = 4
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """w [N, K] to (codes uint8 [N, K], scales [N, groups] in w's dtype, zeros uint8 [N, groups] or None).
+
+    Round to nearest; each group's range is cut by the share out of `CLIPS` with the least squared error. Zero is
+    representable in every group. Symmetric codes have the zero point 2^(bits - 1).
+    """
+    rows = max(1, 2**22 // max(w.shape[1], 1))
+    parts = (_quantize_rows(part, group_size, symmetric, bits) for part in w.split(rows))
+    codes, scales, zeros = zip(*parts, strict=True)
+    return torch.cat(codes), torch.cat(scales), None if symmetric else torch.cat(zeros)
+
+
+def _quantize_rows(w, group_size, symmetric, bits):
+    n, k = w.shape
+    group = k if group_size == -1 else group_size
+    top, middle = 2**bits - 1, 2 ** (bits - 1)
+    groups = F.pad(w.float(), (0, -k % group)).unflatten(1, (-1, group))
+    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    step = torch.maximum(-low, high) / (middle - 1) if symmetric else high / top - low / top
+    best = None
+    for clip in CLIPS:
+        scale = (step * clip).to(w.dtype).float()
+        scale = torch.where(scale == 0, 1, scale)
+        zero = torch.full_like(scale, middle) if symmetric else (-low * clip / scale).round().clamp(0, top)
+        code = (groups / scale).round().add(zero).clamp(0, top)
+        error = ((code - zero) * scale - groups).square().sum(-1, keepdim=True)
+        if best is None:
+            best = code, scale, zero, error
+        else:
+            better = error < best[3]
+            tried = code, scale, zero, error
+            best = tuple(torch.where(better, new, old) for new, old in zip(tried, best, strict=True))
+    code, scale, zero, _ = best
+    codes = code.flatten(1)[:, :k].to(torch.uint8)
+    return codes, scale.squeeze(-1).to(w.dtype), zero.squeeze(-1).to(torch.uint8)
+
+
+def dequantize(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int) -> torch.Tensor:
+    """float32 [N, K]; scales and zeros [N, groups], no zeros means 8."""
+    k = codes.shape[1]
+    group = k if group_size == -1 else group_size
+    scales = scales.float().repeat_interleave(group, 1)[:, :k]
+    zeros = 8 if zeros is None else zeros.float().repeat_interleave(group, 1)[:, :k]
+    return (codes.float() - zeros) * scales
+
+
+# --- nibbles of checkpoints -----------------------------------------------------------------------------------------
+
+SEQUENTIAL = (0, 1, 2, 3, 4, 5, 6, 7)
+AWQ = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble that holds column j of eight
+
+
+def pack_nibbles(codes: torch.Tensor, places: tuple[int, ...] = SEQUENTIAL) -> torch.Tensor:
+    """uint8 [R, C] to int32 [R, ceil(C / 8)], column j of each eight in nibble places[j]."""
+    shifts = 4 * torch.tensor(places, device=codes.device)
+    eights = F.pad(codes.to(torch.int32), (0, -codes.shape[1] % 8)).unflatten(1, (-1, 8))
+    return (eights << shifts).sum(-1, dtype=torch.int32)
+
+
+def unpack_nibbles(words: torch.Tensor, columns: int, places: tuple[int, ...] = SEQUENTIAL) -> torch.Tensor:
+    """int32 [R, ceil(columns / 8)] to uint8 [R, columns]."""
+    shifts = 4 * torch.tensor(places, device=words.device)
+    return ((words.unsqueeze(-1) >> shifts) & 15).flatten(1)[:, :columns].to(torch.uint8)
+
+
+# --- the product ----------------------------------------------------------------------------------------------------
+
+
+def int4_gemm(x, packed, scales, zeros=None, bias=None, *, group_size: int, n: int) -> torch.Tensor:
+    codes = unpack(packed, n, x.shape[-1])
+    zeros = None if zeros is None else from_panels(zeros, n)
+    out = x.float() @ dequantize(codes, from_panels(scales, n), zeros, group_size).mT
+    if bias is not None:
+        out = out + bias.float()
+    return out.to(x.dtype)

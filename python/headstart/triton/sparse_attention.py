@@ -1,0 +1,714 @@
+"""Triton kernels of `sparse_attention` and `merge_attention`: any GPU that Triton supports, forward only.
+
+One program computes one query tile of one head. It walks the tile's key blocks, then its single keys, with an online
+softmax in base 2; nothing of size Nq × Nk exists.
+
+            key blocks the row lists (ascending)            single keys, 64 at a time
+           ┌────────┬────────┬─ ─ ─ ┬────────┬────────┐    ┌─┬─┬─┬─ ─ ─┬─┐
+    K, V   │ lead   │ whole  │      │ whole  │ tail   │    │ gathered rows │   shared memory, `num_stages` deep
+           └────────┴────────┴─ ─ ─ ┴────────┴────────┘    └─┴─┴─┴─ ─ ─┴─┘
+            crosses   no mask at all          crosses        masked: a key that a block of
+            kv_start                          the diagonal   the row covers counts once
+                                              or the end
+    registers, the whole time:  Q [BLOCK_M, D]   acc [BLOCK_M, D] fp32   row_max, row_sum [BLOCK_M] fp32
+    registers, a tile at a time:  S = Q Kᵀ [BLOCK_M, BLOCK_N] fp32 → P in the input's dtype → acc += P V
+
+Floor, for a row of n selected keys (blocks and columns): 4 · BLOCK_M · n · D tensor-core operations, BLOCK_M · n
+exponentials, and 2 · n · D elements of K and V read once from L2. Query heads of one KV head run side by side, and
+KV heads in sections whose keys and values fit in L2, so that DRAM sees K and V about once per section and query row
+sweep. Rows run last to first: under causality the last are the longest, and long rows must not start at the end.
+
+A head dim that is not a power of two is cut in two power-of-two parts where that wastes less (80 = 64 + 16,
+96 = 64 + 32, 192 = 128 + 64), and padded where it does not.
+
+Lists are trusted to be ascending, which the split into lead, whole and tail relies on. They are not trusted to be in
+range: an id outside the keys is skipped or clamped before any address is formed from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from .. import _library
+from ..ops import sparse_attention as _ops
+
+LN2 = math.log(2)
+COLUMNS = 64  # single keys are gathered in groups of this many
+COVERED_WORDS = 32  # a program of the covered-columns pass writes this many words of 32 columns
+
+
+# --- device code -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _lower_bound(ids, stride, low, high, value):
+    """The first position in [low, high) whose id is at least `value`, or `high`. (All strides here are int64.)"""
+    while low < high:
+        middle = low + (high - low) // 2
+        below = tl.load(ids + middle * stride) < value
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    return low
+
+
+@triton.jit
+def _span(ids, stride, count, first, end):
+    """Positions [begin, finish) of the ids in [first, end). Lists built for this row need no search: two loads."""
+    some = count > 0
+    lowest = tl.load(ids, mask=some, other=0)
+    highest = tl.load(ids + (tl.maximum(count, 1) - 1) * stride, mask=some, other=0)
+    count = tl.maximum(count, 0)
+    begin = _lower_bound(ids, stride, count * 0, tl.where(lowest < first, count, 0), first)
+    finish = _lower_bound(ids, stride, tl.where(highest < end, count, begin), count, end)
+    return begin, finish
+
+
+@triton.jit
+def _load(base, rows, stride, row_mask, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
+    """base[rows, FIRST : FIRST + SIZE], zero past D and, if MASKED, where `row_mask` is false."""
+    dims = FIRST + tl.arange(0, SIZE)
+    pointers = base + rows.to(tl.int64)[:, None] * stride + dims[None, :]
+    if MASKED and FIRST + SIZE > D:
+        return tl.load(pointers, mask=row_mask[:, None] & (dims < D)[None, :], other=0.0)
+    elif MASKED:
+        return tl.load(pointers, mask=row_mask[:, None], other=0.0)
+    elif FIRST + SIZE > D:
+        return tl.load(pointers, mask=(dims < D)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _attend(
+    q0,
+    q1,
+    acc0,
+    acc1,
+    row_max,
+    row_sum,
+    k_base,
+    v_base,
+    stride_k,
+    stride_v,
+    keys,
+    present,
+    allowed,
+    qk_scale,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of keys of the online softmax. `present` [BLOCK_N] guards the loads, `allowed` the scores."""
+    k0 = _load(k_base, keys, stride_k, present, 0, D0, D, MASKED)
+    scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+    if D1 > 0:
+        k1 = _load(k_base, keys, stride_k, present, D0, D1, D, MASKED)
+        scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION)
+    if MASKED:
+        scores = tl.where(allowed, scores * qk_scale, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        # A row that has seen nothing yet: any finite reference keeps -inf - -inf out of the exponent.
+        reference = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.exp2(scores - reference[:, None])
+        shrink = tl.exp2(row_max - reference)
+    else:
+        # qk_scale >= 0, so the maximum may be scaled after it is taken, and the scores in one FMA.
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * qk_scale)
+        weights = tl.exp2(scores * qk_scale - new_max[:, None])
+        shrink = tl.exp2(row_max - new_max)
+    row_sum = row_sum * shrink + tl.sum(weights, 1)
+    v0 = _load(v_base, keys, stride_v, present, 0, D0, D, MASKED)
+    weights = weights.to(v0.dtype)
+    acc0 = tl.dot(weights, v0, acc0 * shrink[:, None], input_precision=PRECISION)
+    if D1 > 0:
+        v1 = _load(v_base, keys, stride_v, present, D0, D1, D, MASKED)
+        acc1 = tl.dot(weights, v1, acc1 * shrink[:, None], input_precision=PRECISION)
+    return acc0, acc1, new_max, row_sum
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn",
+        "stride_vb", "stride_vh", "stride_vn", "stride_nb", "stride_nh", "stride_nr",
+        "stride_ib", "stride_ih", "stride_ir", "stride_it", "stride_cnb", "stride_cnh", "stride_cnr",
+        "stride_cb", "stride_ch", "stride_cr", "stride_cc", "stride_wb", "stride_wh",
+        "covered_words", "nq", "nk", "block_capacity", "column_capacity", "tiles", "streams",
+        "section", "kv_heads", "group", "index_group",
+    ],
+    do_not_specialize_on_alignment=[
+        "block_count", "block_index", "column_count", "column_index", "covered", "kv_start", "lse",
+    ],
+)  # fmt: skip
+def sparse_attention_kernel(
+    q,
+    k,
+    v,
+    out,
+    lse,
+    block_count,
+    block_index,
+    column_count,
+    column_index,
+    covered,
+    kv_start,
+    qk_scale,
+    # Strides of q, k, v are in units of UNIT elements: a factor the compiler can see, for 16-byte loads.
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_nb,
+    stride_nh,
+    stride_nr,
+    stride_ib,
+    stride_ih,
+    stride_ir,
+    stride_it,
+    stride_cnb,
+    stride_cnh,
+    stride_cnr,
+    stride_cb,
+    stride_ch,
+    stride_cr,
+    stride_cc,
+    stride_wb,
+    stride_wh,
+    covered_words,
+    nq,
+    nk,
+    block_capacity,
+    column_capacity,
+    tiles,
+    streams,
+    section,
+    kv_heads,
+    group,
+    index_group,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr,
+    HAS_KV_START: tl.constexpr,
+    HAS_COVERED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # Programs in order: section of KV heads, query tile (last first), KV head, query head of its group.
+    program = tl.program_id(0)
+    per_section = section * group * tiles
+    this_section = program // per_section
+    place = program - this_section * per_section
+    lanes = tl.minimum(section, streams - this_section * section) * group
+    tile = tiles - 1 - place // lanes
+    lane = place % lanes
+    stream = this_section * section + lane // group
+    batch = (stream // kv_heads).to(tl.int64)
+    kv_head = (stream % kv_heads).to(tl.int64)
+    head = kv_head * group + lane % group
+    index_head = head // index_group
+    heads = (kv_heads * group).to(tl.int64)
+
+    first = tile * BLOCK_M
+    block_row = (first // BLOCK_Q).to(tl.int64)
+    queries = first + tl.arange(0, BLOCK_M)
+    is_query = queries < nq
+    positions = queries + (nk - nq)
+    start = 0
+    if HAS_KV_START:
+        start = tl.maximum(tl.load(kv_start + batch), 0)
+    # Some query of the tile sees keys below `limit`; all of them see the keys from `start` to `whole_limit`.
+    limit = nk
+    whole_limit = nk
+    if CAUSAL:
+        limit = tl.minimum(first + BLOCK_M, nq) + (nk - nq)
+        whole_limit = first + 1 + (nk - nq)
+
+    q_base = q + batch * stride_qb * UNIT + head * stride_qh * UNIT
+    k_base = k + batch * stride_kb * UNIT + kv_head * stride_kh * UNIT
+    v_base = v + batch * stride_vb * UNIT + kv_head * stride_vh * UNIT
+    step_q = stride_qn.to(tl.int64) * UNIT
+    step_k = stride_kn.to(tl.int64) * UNIT
+    step_v = stride_vn.to(tl.int64) * UNIT
+    step_i = stride_it.to(tl.int64)
+    step_c = stride_cc.to(tl.int64)
+    q0 = _load(q_base, queries, step_q, is_query, 0, D0, D, True)
+    acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
+    if D1 > 0:
+        q1 = _load(q_base, queries, step_q, is_query, D0, D1, D, True)
+        acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
+    else:
+        q1 = q0
+        acc1 = acc0
+    if qk_scale < 0:
+        q0 = (q0.to(tl.float32) * -1).to(q0.dtype)
+        q1 = (q1.to(tl.float32) * -1).to(q1.dtype)
+    qk_scale = tl.abs(qk_scale)
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+
+    # --- the blocks: [begin, end) of the list, of which [whole_begin, whole_end) need no mask ---
+    ids = block_index + batch * stride_ib + index_head * stride_ih + block_row * stride_ir
+    count = tl.load(block_count + batch * stride_nb + index_head * stride_nh + block_row * stride_nr)
+    count = tl.minimum(count, block_capacity)
+    blocks_end = (limit + BLOCK_K - 1) // BLOCK_K
+    begin, end = _span(ids, step_i, count, start // BLOCK_K, blocks_end)
+    # At most three listed blocks cross the diagonal or the end of the keys, and they are the last.
+    last = end - 4 + tl.arange(0, 4)
+    last_ids = tl.load(ids + last * step_i, mask=last >= begin, other=0)
+    whole_end = end - tl.sum(((last >= begin) & ((last_ids + 1) * BLOCK_K > whole_limit)).to(tl.int32), 0)
+    whole_blocks = whole_limit // BLOCK_K
+    whole_end = tl.where(whole_blocks > 0, whole_end, begin)
+    lead = begin * 0
+    if HAS_KV_START:
+        some = begin < whole_end
+        lowest = tl.load(ids + begin * step_i, mask=some, other=0)
+        lead = (some & (lowest * BLOCK_K < start)).to(tl.int32)
+    SUB: tl.constexpr = BLOCK_K // BLOCK_N
+    inner = tl.arange(0, BLOCK_N)
+    for i in tl.range((begin + lead) * SUB, whole_end * SUB):
+        # In an ascending list the clamp changes nothing; in any other it keeps the address among the keys.
+        block = tl.load(ids + i // SUB * step_i)
+        block = tl.minimum(tl.maximum(block, 0), whole_blocks - 1).to(tl.int64)
+        origin = block * BLOCK_K + (i % SUB) * BLOCK_N
+        acc0, acc1, row_max, row_sum = _attend(
+            q0, q1, acc0, acc1, row_max, row_sum, k_base + origin * step_k, v_base + origin * step_v, step_k, step_v,
+            inner, True, True, qk_scale, D, D0, D1, False, PRECISION,
+        )  # fmt: skip
+    for i in tl.range(0, (lead + end - whole_end) * SUB):
+        entry = i // SUB
+        entry = tl.where(entry < lead, begin, whole_end + entry - lead)
+        block = tl.load(ids + entry * step_i)
+        block = tl.where((block >= 0) & (block < blocks_end), block, blocks_end)
+        keys = block * BLOCK_K + (i % SUB) * BLOCK_N + inner
+        present = (keys >= start) & (keys < limit)
+        allowed = present[None, :]
+        if CAUSAL:
+            allowed = allowed & (keys[None, :] <= positions[:, None])
+        acc0, acc1, row_max, row_sum = _attend(
+            q0, q1, acc0, acc1, row_max, row_sum, k_base, v_base, step_k, step_v,
+            keys, present, allowed, qk_scale, D, D0, D1, True, PRECISION,
+        )  # fmt: skip
+
+    # --- the single keys ---
+    if HAS_COLUMNS:
+        columns = column_index + batch * stride_cb + index_head * stride_ch + block_row * stride_cr
+        column_n = tl.load(column_count + batch * stride_cnb + index_head * stride_cnh + block_row * stride_cnr)
+        column_n = tl.minimum(column_n, column_capacity)
+        covered_row = covered + (batch * stride_wb + index_head * stride_wh + block_row * covered_words)
+        column_begin, column_end = _span(columns, step_c, column_n, start, limit)
+        for i in tl.range(column_begin, column_end, BLOCK_C):
+            entries = i + tl.arange(0, BLOCK_C)
+            keys = tl.load(columns + entries * step_c, mask=entries < column_end, other=-1)
+            present = (keys >= start) & (keys < limit)
+            allowed = present
+            if HAS_COVERED:
+                word = tl.load(covered_row + entries // 32, mask=entries < column_end, other=0)
+                allowed = allowed & (((word >> (entries % 32)) & 1) == 0)
+            allowed = allowed[None, :]
+            if CAUSAL:
+                allowed = allowed & (keys[None, :] <= positions[:, None])
+            acc0, acc1, row_max, row_sum = _attend(
+                q0, q1, acc0, acc1, row_max, row_sum, k_base, v_base, step_k, step_v,
+                keys, present, allowed, qk_scale, D, D0, D1, True, PRECISION,
+            )  # fmt: skip
+
+    # --- out = acc / sum, lse = ln 2 · (max + log2 sum); a row that saw nothing has sum 0 and max -inf ---
+    seen = row_sum != 0
+    inverse = tl.where(seen, 1.0 / tl.where(seen, row_sum, 1.0), 0.0)
+    row_lse = tl.where(seen, row_max + tl.log2(tl.where(seen, row_sum, 1.0)), float("-inf")) * 0.6931471805599453
+    rows = (batch * heads + head) * nq + queries
+    tl.store(lse + rows, row_lse, mask=is_query)
+    dims0 = tl.arange(0, D0)
+    tl.store(
+        out + rows[:, None] * D + dims0[None, :],
+        (acc0 * inverse[:, None]).to(out.dtype.element_ty),
+        mask=is_query[:, None] & (dims0 < D)[None, :],
+    )
+    if D1 > 0:
+        dims1 = D0 + tl.arange(0, D1)
+        tl.store(
+            out + rows[:, None] * D + dims1[None, :],
+            (acc1 * inverse[:, None]).to(out.dtype.element_ty),
+            mask=is_query[:, None] & (dims1 < D)[None, :],
+        )
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_nb", "stride_nh", "stride_nr", "stride_ib", "stride_ih", "stride_ir", "stride_it",
+        "stride_cnb", "stride_cnh", "stride_cnr", "stride_cb", "stride_ch", "stride_cr", "stride_cc",
+        "block_capacity", "column_capacity", "index_heads", "rows", "words", "steps",
+    ],
+    do_not_specialize_on_alignment=["block_count", "block_index", "column_count", "column_index", "covered"],
+)  # fmt: skip
+def covered_columns_kernel(
+    block_count,
+    block_index,
+    column_count,
+    column_index,
+    covered,
+    stride_nb,
+    stride_nh,
+    stride_nr,
+    stride_ib,
+    stride_ih,
+    stride_ir,
+    stride_it,
+    stride_cnb,
+    stride_cnh,
+    stride_cnr,
+    stride_cb,
+    stride_ch,
+    stride_cr,
+    stride_cc,
+    block_capacity,
+    column_capacity,
+    index_heads,
+    rows,
+    words,
+    steps,
+    BLOCK_K: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """One bit for each listed column of each row: whether a listed block holds it. A binary search by each lane.
+
+    It stands apart because a chain of dependent loads inside the attention loop keeps that loop from being pipelined
+    (compiled for sm_90 the two together spilled 3 KB a thread), and because query heads may share an index head.
+    """
+    program = tl.program_id(0)
+    row = (program % rows).to(tl.int64)
+    head = (program // rows % index_heads).to(tl.int64)
+    batch = (program // rows // index_heads).to(tl.int64)
+    ids = block_index + batch * stride_ib + head * stride_ih + row * stride_ir
+    columns = column_index + batch * stride_cb + head * stride_ch + row * stride_cr
+    count = tl.minimum(tl.load(block_count + batch * stride_nb + head * stride_nh + row * stride_nr), block_capacity)
+    columns_here = tl.load(column_count + batch * stride_cnb + head * stride_cnh + row * stride_cnr)
+    columns_here = tl.minimum(columns_here, column_capacity)
+    step_i = stride_it.to(tl.int64)
+    step_c = stride_cc.to(tl.int64)
+    entries = tl.program_id(1) * (WORDS * 32) + tl.arange(0, WORDS * 32)
+    wanted = tl.load(columns + entries * step_c, mask=entries < columns_here, other=0) // BLOCK_K
+    found = tl.zeros_like(wanted)
+    last = tl.full(wanted.shape, -1, tl.int32)
+    for i in tl.range(0, steps):
+        candidate = found + (1 << (steps - 1 - i))
+        inside = candidate <= count
+        entry = tl.load(ids + (candidate - 1) * step_i, mask=inside, other=0)
+        accept = inside & (entry <= wanted)
+        found = tl.where(accept, candidate, found)
+        last = tl.where(accept, entry, last)
+    bits = tl.reshape(((found > 0) & (last == wanted)).to(tl.int32), (WORDS, 32))
+    packed = tl.sum(bits << tl.arange(0, 32)[None, :], 1)
+    at = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    tl.store(covered + program.to(tl.int64) * words + at, packed, mask=at < words)
+
+
+@triton.jit(do_not_specialize=["heads", "queries", "rows"])
+def merge_attention_kernel(
+    out_a,
+    lse_a,
+    out_b,
+    lse_b,
+    out,
+    lse,
+    stride_ab,
+    stride_ah,
+    stride_an,
+    stride_bb,
+    stride_bh,
+    stride_bn,
+    stride_lab,
+    stride_lah,
+    stride_lan,
+    stride_lbb,
+    stride_lbh,
+    stride_lbn,
+    heads,
+    queries,
+    rows,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_row = row < rows
+    query = row % queries
+    head = row // queries % heads
+    batch = row // queries // heads
+    a = tl.load(lse_a + batch * stride_lab + head * stride_lah + query * stride_lan, mask=is_row, other=0.0)
+    b = tl.load(lse_b + batch * stride_lbb + head * stride_lbh + query * stride_lbn, mask=is_row, other=0.0)
+    top = tl.maximum(a, b)
+    # Two rows that saw nothing: any finite reference keeps -inf - -inf out of the exponents.
+    top = tl.where(top == float("-inf"), 0.0, top)
+    weight_a = tl.exp(a - top)
+    weight_b = tl.exp(b - top)
+    total = weight_a + weight_b
+    tl.store(lse + row, top + tl.log(total), mask=is_row)
+    inverse = tl.where(total > 0, 1.0 / total, 0.0)
+    dims = tl.arange(0, BLOCK_D)
+    mask = is_row[:, None] & (dims < D)[None, :]
+    at_a = (batch * stride_ab + head * stride_ah + query * stride_an)[:, None] + dims[None, :]
+    at_b = (batch * stride_bb + head * stride_bh + query * stride_bn)[:, None] + dims[None, :]
+    value_a = tl.load(out_a + at_a, mask=mask, other=0.0).to(tl.float32)
+    value_b = tl.load(out_b + at_b, mask=mask, other=0.0).to(tl.float32)
+    merged = value_a * (weight_a * inverse)[:, None] + value_b * (weight_b * inverse)[:, None]
+    tl.store(out + row[:, None] * D + dims[None, :], merged.to(out.dtype.element_ty), mask=mask)
+
+
+# --- choice of configuration -----------------------------------------------------------------------------------------
+
+
+class Limits(NamedTuple):
+    """Of a device: shared memory a block may have and L2, in bytes, and whether its tensor cores are Hopper's."""
+
+    shared_memory: int
+    l2: int
+    wgmma: bool
+
+
+class Config(NamedTuple):
+    """What a launch is compiled for, beside dtypes: chosen from shapes, so that no call ever tunes."""
+
+    d0: int
+    d1: int
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def split_head_dim(d: int) -> tuple[int, int]:
+    """(D0, D1), powers of two from 16 with D0 + D1 >= d; D1 is 0 where one part wastes no more than two."""
+    whole = max(16, 1 << (d - 1).bit_length())
+    low = whole // 2
+    if low < 16 or d <= low:
+        return whole, 0
+    rest = max(16, 1 << (d - low - 1).bit_length())
+    return (low, rest) if low + rest < whole else (whole, 0)
+
+
+@functools.lru_cache
+def choose_config(d: int, nq: int, block_q: int, block_k: int, itemsize: int, limits: Limits) -> Config:
+    """Tiles that keep the accumulator, the scores and the queries in registers, and as many stages as memory holds."""
+    d0, d1 = split_head_dim(d)
+    width = d0 + d1
+    rows = max(16, 1 << (nq - 1).bit_length())  # a decode step needs no 64 rows
+    if itemsize == 4:  # plain FMAs: small tiles, for whole operands pass through registers
+        block_m = min(block_q, rows, 64 if width <= 64 else 32)
+        block_n = 32 if width <= 128 else 16
+        num_warps = 8 if block_m >= 32 else 4
+    else:
+        block_m = min(block_q, rows, 128 if width <= 128 else 64)
+        # wgmma keeps its second operand in shared memory; mma.sync needs registers for it, so narrower tiles.
+        if width <= 128:
+            block_n = block_k if limits.wgmma else 64
+        else:
+            block_n = 64 if limits.wgmma else 32
+        num_warps = 8 if block_m == 128 or (width > 128 and block_m == 64) else 4
+    stage = 2 * block_n * width * itemsize
+    held = block_m * width * itemsize
+    num_stages = max(1, min(3, (limits.shared_memory - held - 4096) // stage))
+    return Config(d0, d1, block_m, block_n, num_warps, num_stages)
+
+
+@functools.lru_cache
+def device_limits(device: torch.device) -> Limits:
+    if device.type != "cuda":
+        return Limits(160 * 1024, 40 * 1024 * 1024, False)
+    properties = torch.cuda.get_device_properties(device)
+    shared_memory = getattr(properties, "shared_memory_per_block_optin", 0) or 48 * 1024
+    l2 = getattr(properties, "L2_cache_size", 0) or 4 * 1024 * 1024
+    return Limits(shared_memory, l2, properties.major == 9)
+
+
+def _on(device: torch.device):
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+# --- launchers -------------------------------------------------------------------------------------------------------
+
+
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_count: torch.Tensor,
+    block_index: torch.Tensor,
+    column_count: torch.Tensor | None = None,
+    column_index: torch.Tensor | None = None,
+    kv_start: torch.Tensor | None = None,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+    block_q: int = 64,
+    block_k: int = 64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`torch.ops.headstart.sparse_attention` on Triton; see `ops/sparse_attention.py` for the contract."""
+    index = (block_count, block_index, column_count, column_index)
+    _ops._check(q, k, v, *index, kv_start, causal, scale, block_q, block_k)
+    batch, heads, nq, d = q.shape
+    kv_heads, nk = k.shape[1], k.shape[2]
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    limits = device_limits(q.device)
+    config = choose_config(d, nq, block_q, block_k, q.element_size(), limits)
+    scale = 1 / math.sqrt(d) if scale is None else scale
+
+    unit = 8 if all(s % 8 == 0 for x in (q, k, v) for s in x.stride()[:3]) else 1
+    qkv_strides = [s // unit for x in (q, k, v) for s in x.stride()[:3]]
+    has_columns = column_count is not None and column_index.shape[-1] > 0
+    if not has_columns:
+        column_count, column_index = block_count, block_index
+
+    def strides(x: torch.Tensor) -> list[int]:
+        """Batch, head and row strides of an index tensor, 0 where one entry serves all."""
+        return [0 if n == 1 else s for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
+
+    has_covered = has_columns and block_index.shape[-1] > 0
+    covered, covered_strides = block_count, (0, 0, 0)
+    if has_covered:
+        index_batch, index_heads, index_rows = block_count.shape
+        words = triton.cdiv(column_index.shape[-1], 32)
+        covered = block_count.new_empty(index_batch, index_heads, index_rows, words)
+        covered_strides = (0 if index_batch == 1 else covered.stride(0), covered.stride(1), words)
+        with _on(q.device):
+            covered_columns_kernel[(index_batch * index_heads * index_rows, triton.cdiv(words, COVERED_WORDS))](
+                block_count,
+                block_index,
+                column_count,
+                column_index,
+                covered,
+                *strides(block_count),
+                *strides(block_index),
+                block_index.stride(-1),
+                *strides(column_count),
+                *strides(column_index),
+                column_index.stride(-1),
+                block_index.shape[-1],
+                column_index.shape[-1],
+                index_heads,
+                index_rows,
+                words,
+                block_index.shape[-1].bit_length(),
+                BLOCK_K=block_k,
+                WORDS=COVERED_WORDS,
+                num_warps=4,
+            )
+
+    tiles = triton.cdiv(nq, config.block_m)
+    streams = batch * kv_heads
+    section = min(streams, max(1, limits.l2 // 2 // max(1, 2 * nk * d * q.element_size())))
+    with _on(q.device):
+        sparse_attention_kernel[(tiles * batch * heads,)](
+            q,
+            k,
+            v,
+            out,
+            lse,
+            block_count,
+            block_index,
+            column_count,
+            column_index,
+            covered,
+            kv_start if kv_start is not None else block_count,
+            scale / LN2,
+            *qkv_strides,
+            *strides(block_count),
+            *strides(block_index),
+            block_index.stride(-1),
+            *strides(column_count),
+            *strides(column_index),
+            column_index.stride(-1),
+            *covered_strides,
+            nq,
+            nk,
+            block_index.shape[-1],
+            column_index.shape[-1],
+            tiles,
+            streams,
+            section,
+            kv_heads,
+            heads // kv_heads,
+            heads // block_count.shape[1],
+            D=d,
+            D0=config.d0,
+            D1=config.d1,
+            UNIT=unit,
+            BLOCK_Q=block_q,
+            BLOCK_K=block_k,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_C=min(COLUMNS, config.block_n),
+            CAUSAL=causal,
+            HAS_COLUMNS=has_columns,
+            HAS_KV_START=kv_start is not None,
+            HAS_COVERED=has_covered,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+    return out, lse
+
+
+def merge_attention(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`torch.ops.headstart.merge_attention` on Triton. Floor: 3 · rows · D elements and 12 bytes of lse a row."""
+    _ops._check_merge(out_a, lse_a, out_b, lse_b)
+    batch, heads, nq, d = out_a.shape
+    out = out_a.new_empty(out_a.shape)
+    lse = lse_a.new_empty(lse_a.shape)
+    rows = batch * heads * nq
+    if rows == 0:
+        return out, lse
+    block_d = triton.next_power_of_2(max(d, 1))
+    block_m = max(1, 4096 // block_d)
+    with _on(out_a.device):
+        merge_attention_kernel[(triton.cdiv(rows, block_m),)](
+            out_a,
+            lse_a,
+            out_b,
+            lse_b,
+            out,
+            lse,
+            *out_a.stride()[:3],
+            *out_b.stride()[:3],
+            *lse_a.stride(),
+            *lse_b.stride(),
+            heads,
+            nq,
+            rows,
+            D=d,
+            BLOCK_M=block_m,
+            BLOCK_D=block_d,
+            num_warps=4,
+        )
+    return out, lse
+
+
+def register() -> None:
+    """Makes these kernels serve `torch.ops.headstart.*` on CUDA, where no compiled kernel does."""
+    _library.implement("sparse_attention", sparse_attention, "CUDA")
+    _library.implement("merge_attention", merge_attention, "CUDA")

@@ -1,0 +1,299 @@
+"""Every operator on a GPU: against the reference on the CPU, under torch.compile, and in a CUDA graph.
+
+Only here do the Triton and CUDA kernels run as machine code. `make gpu` runs these tests; elsewhere they are skipped.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import headstart
+from headstart import BlockIndex
+from headstart.reference import sparse_attention as reference
+from tolerances import assert_close
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Fills memory that the allocator hands out again with NaN, so that what a kernel leaves unwritten shows."""
+    torch.cuda.empty_cache()
+    for _ in range(2):
+        torch.full((2**26,), math.nan, device="cuda")
+    yield
+
+
+def tokens(b: int, h: int, n: int, d: int, dtype: torch.dtype) -> torch.Tensor:
+    """Random [B, H, N, D] between NaN tokens, so that a read outside them shows."""
+    x = torch.full((b, h, n + 192, d), math.nan, dtype=dtype, device="cuda")
+    x[:, :, 64 : 64 + n] = torch.randn(b, h, n, d).to(dtype)
+    return x[:, :, 64 : 64 + n]
+
+
+def random_index(b, hi, nq, nk, share=0.3, columns=0, column_rows=None, block_q=64, block_k=64) -> BlockIndex:
+    rows = -(-nq // block_q)
+    lists = list(reference.compact(torch.rand(b, hi, rows, -(-nk // block_k)) < share))
+    if columns:
+        lists += reference.compact(torch.rand(b, hi, column_rows or rows, nk) < columns / nk)
+    return BlockIndex(*lists, block_q=block_q, block_k=block_k).to("cuda")
+
+
+def compare(q, k, v, index: BlockIndex, *, causal=True, scale=None, kv_start=None):
+    out, lse = headstart.sparse_attention(q, k, v, index, causal=causal, scale=scale, kv_start=kv_start)
+    moved = index.to("cpu")
+    lists = moved.block_count, moved.block_index, moved.column_count, moved.column_index
+    start = None if kv_start is None else kv_start.cpu()
+    options = dict(causal=causal, scale=scale, block_q=index.block_q, block_k=index.block_k)
+    exact, exact_lse = reference.sparse_attention(*(x.cpu().double() for x in (q, k, v)), *lists, start, **options)
+    plain, plain_lse = reference.sparse_attention(*(x.cpu() for x in (q, k, v)), *lists, start, **options)
+    assert out.dtype == q.dtype and lse.dtype == torch.float32
+    assert_close(out.cpu(), exact, plain, "out")
+    assert_close(lse.cpu(), exact_lse.double(), plain_lse, "lse")
+    return out, lse
+
+
+# --- sparse attention ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [8, 64, 72, 80, 96, 128, 192, 256])
+def test_sparse_attention(d, dtype):
+    q, k, v = tokens(1, 4, 333, d, dtype), tokens(1, 2, 333, d, dtype), tokens(1, 2, 333, d, dtype)
+    compare(q, k, v, random_index(1, 4, 333, 333, columns=70, column_rows=1))
+
+
+@pytest.mark.parametrize("block_q", [64, 128])
+@pytest.mark.parametrize("block_k", [64, 128])
+@pytest.mark.parametrize("columns", [0, 100])
+@pytest.mark.parametrize("d", [64, 128])
+def test_block_sizes(d, columns, block_k, block_q):
+    q, k, v = (tokens(1, 2, 515, d, torch.bfloat16) for _ in range(3))
+    compare(q, k, v, random_index(1, 2, 515, 515, columns=columns, block_q=block_q, block_k=block_k))
+
+
+@pytest.mark.parametrize("nq, nk", [(1, 1), (1, 1000), (7, 300), (64, 64), (65, 700), (300, 300)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_lengths(nq, nk, causal):
+    q, k, v = (
+        tokens(2, 8, nq, 128, torch.float16),
+        tokens(2, 2, nk, 128, torch.float16),
+        tokens(2, 2, nk, 128, torch.float16),
+    )
+    compare(q, k, v, random_index(2, 2, nq, nk, share=0.5, columns=min(nk, 60)), causal=causal)
+
+
+def test_left_padding_and_an_expanded_index():
+    q, k, v = (tokens(3, 4, 300, 64, torch.float16) for _ in range(3))
+    start = torch.tensor([0, 77, 299], dtype=torch.int32, device="cuda")
+    compare(q, k, v, random_index(1, 1, 300, 300, columns=50, column_rows=1), kv_start=start)
+
+
+@pytest.mark.parametrize("scale", [0.5, -0.5, 0.0])
+def test_any_scale(scale):
+    q, k, v = (tokens(1, 2, 200, 64, torch.float16) for _ in range(3))
+    compare(q, k, v, random_index(1, 2, 200, 200, columns=30), scale=scale)
+
+
+def test_strides_and_a_misaligned_offset():
+    flat = torch.randn(1 + 2 * 200 * 6 * 65, device="cuda")[1:].view(2, 200, 6, 65)[..., :64]
+    q, k, v = flat[:, :, :2].transpose(1, 2), flat[:, :, 2:4].transpose(1, 2), flat[:, :, 4:].transpose(1, 2)
+    compare(q, k, v, random_index(2, 2, 200, 200, columns=30))
+
+
+def test_rows_that_see_nothing():
+    q, k, v = (tokens(1, 2, 200, 64, torch.float16) for _ in range(3))
+    rows = torch.zeros(1, 1, 4, dtype=torch.int32), torch.zeros(1, 1, 4, 3, dtype=torch.int32)
+    out, lse = compare(q, k, v, BlockIndex(*rows).to("cuda"))
+    assert (out == 0).all() and (lse == -math.inf).all()
+
+
+def test_ids_outside_the_keys_are_never_read():
+    q, k, v = (tokens(1, 2, 130, 64, torch.float16) for _ in range(3))
+    top = 2**31 - 1
+    count = torch.full((1, 1, 3), 9, dtype=torch.int32, device="cuda")
+    ids = torch.tensor([-top, -1, 0, 2, 2**20, top], dtype=torch.int32, device="cuda").expand(1, 1, 3, 6)
+    columns = torch.tensor([-top, -1, 3, 100, 130, top], dtype=torch.int32, device="cuda").expand(1, 1, 1, 6)
+    got = headstart.sparse_attention(q, k, v, BlockIndex(count, ids, count[..., :1], columns))
+    inside = BlockIndex(count * 0 + 2, ids[..., 2:4], count[..., :1] * 0 + 2, columns[..., 2:4])
+    want = compare(q, k, v, inside)
+    torch.cuda.synchronize()
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def test_offsets_past_two_to_the_31():
+    free, _ = torch.cuda.mem_get_info()
+    if free < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    # The last of 34 sequences lies past 2^31 elements; it must give what it gives alone.
+    k = torch.empty(34, 1, 2**19, 128, dtype=torch.float16, device="cuda")
+    k[-1].normal_()
+    q = torch.randn(34, 1, 64, 128, dtype=torch.float16, device="cuda")
+    count = torch.full((1, 1, 1), 2, dtype=torch.int32, device="cuda")
+    ids = torch.tensor([5, 2**13 - 1], dtype=torch.int32, device="cuda").view(1, 1, 1, 2)
+    index = BlockIndex(count, ids)
+    out, lse = headstart.sparse_attention(q, k, k, index)
+    alone, alone_lse = headstart.sparse_attention(q[-1:], k[-1:], k[-1:], index)
+    assert torch.equal(out[-1:], alone) and torch.equal(lse[-1:], alone_lse) and alone.isfinite().all()
+
+
+# --- merge -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 64), (2, 3, 77, 80), (2, 32, 1, 128), (1, 2, 500, 256), (1, 2, 9, 7)])
+@pytest.mark.parametrize("layout", ["contiguous", "tokens first", "misaligned"])
+def test_merge_attention(layout, shape, dtype):
+    b, h, n, d = shape
+
+    def values():
+        if layout == "tokens first":
+            return torch.randn(b, n, h, d, device="cuda").to(dtype).transpose(1, 2)
+        if layout == "misaligned":
+            return torch.randn(b * h * n * d + 1, device="cuda").to(dtype)[1:].view(shape)
+        return torch.randn(shape, device="cuda").to(dtype)
+
+    out_a, out_b = values(), values()
+    lse_a, lse_b = torch.randn(b, h, n, device="cuda") * 9, torch.randn(b, n, h, device="cuda").transpose(1, 2) * 9
+    lse_a[0, 0, 0] = lse_b[0, 0, 0] = -math.inf
+    out_a[0, 0, 0] = out_b[0, 0, 0] = 0
+    out, lse = headstart.merge_attention(out_a, lse_a, out_b, lse_b)
+    given = [x.cpu() for x in (out_a, lse_a, out_b, lse_b)]
+    exact, exact_lse = reference.merge_attention(*(x.double() for x in given))
+    plain, plain_lse = reference.merge_attention(*given)
+    assert_close(out.cpu(), exact, plain, "out")
+    assert_close(lse.cpu(), exact_lse, plain_lse, "lse")
+    assert out.is_contiguous() and lse[0, 0, 0] == -math.inf and (out[0, 0, 0] == 0).all()
+
+
+def test_merge_of_two_halves_is_the_whole():
+    q, k, v = (tokens(1, 2, 256, 128, torch.float32) for _ in range(3))
+    lists = torch.rand(1, 2, 4, 4) < 0.5
+    parts = [headstart.sparse_attention(q, k, v, BlockIndex(*reference.compact(x)).to("cuda")) for x in (lists, ~lists)]
+    out, lse = headstart.merge_attention(*parts[0], *parts[1])
+    whole, whole_lse = headstart.sparse_attention(q, k, v, BlockIndex(*reference.compact(lists | ~lists)).to("cuda"))
+    torch.testing.assert_close(out, whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(lse, whole_lse, atol=1e-5, rtol=1e-5)
+
+
+def test_bad_input_is_named():
+    q, lse = torch.zeros(1, 2, 3, 64, device="cuda"), torch.zeros(1, 2, 3, device="cuda")
+    with pytest.raises((ValueError, RuntimeError), match=r"merge_attention: lse_a: expected float32 \[1, 2, 3\], got"):
+        headstart.merge_attention(q, lse.double(), q, lse)
+
+
+# --- index builders --------------------------------------------------------------------------------------------------
+
+BUILDERS = {
+    "vertical_slash": lambda q, k: headstart.vertical_slash_index(q, k, 60, 256),
+    "block_topk": lambda q, k: headstart.block_topk_index(q, k, 4),
+    "adaptive": lambda q, k: headstart.adaptive_block_index(q, k, threshold=0.9, stride=8),
+}
+
+
+@pytest.mark.parametrize("builder", BUILDERS.values(), ids=BUILDERS.keys())
+@pytest.mark.parametrize("n", [200, 1024])
+def test_index_builders(builder, n):
+    # float32: a near tie between two scores may fall either way, so sets may differ in a few entries, not in many.
+    q, k = torch.randn(1, 4, n, 64), torch.randn(1, 2, n, 64)
+    want = builder(q, k).to_mask(n, n)
+    got = builder(q.cuda(), k.cuda())
+    assert got.block_index.is_cuda and got.block_index.dtype == torch.int32
+    for count, ids in ((got.block_count, got.block_index), (got.column_count, got.column_index)):
+        if count is not None:
+            used = torch.arange(ids.shape[-1], device="cuda") < count.unsqueeze(-1)
+            rising = (ids[..., 1:] > ids[..., :-1]) | ~used[..., 1:]
+            assert rising.all() and (ids[used] >= 0).all()
+    assert float((got.to_mask(n, n).cpu() != want).double().mean()) < 0.01
+
+
+def test_a_shape_index():
+    want = headstart.a_shape_index(700, 900, sink=64, local=200, device="cpu")
+    got = headstart.a_shape_index(700, 900, sink=64, local=200, device="cuda")
+    assert got.block_index.is_cuda and torch.equal(got.to_mask(700, 900).cpu(), want.to_mask(700, 900))
+
+
+@pytest.mark.parametrize("builder", BUILDERS.values(), ids=BUILDERS.keys())
+def test_index_builders_feed_the_kernel(builder):
+    q, k, v = tokens(1, 4, 500, 128, torch.bfloat16), *(tokens(1, 2, 500, 128, torch.bfloat16) for _ in range(2))
+    compare(q, k, v, builder(q, k))
+
+
+@pytest.mark.parametrize("builder", BUILDERS.values(), ids=BUILDERS.keys())
+def test_no_operator_waits_for_the_gpu(builder):
+    q, k, v = tokens(1, 4, 512, 64, torch.float16), *(tokens(1, 2, 512, 64, torch.float16) for _ in range(2))
+
+    def step():
+        out, lse = headstart.sparse_attention(q, k, v, builder(q, k))
+        headstart.merge_attention(out, lse, out, lse)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# --- torch.compile and CUDA graphs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("builder", BUILDERS.values(), ids=BUILDERS.keys())
+def test_compiles_whole_with_dynamic_shapes(builder):
+    def step(q, k, v):
+        index = builder(q, k)
+        out, lse = headstart.sparse_attention(q * 1.0, k, v, index)
+        return headstart.merge_attention(out, lse, out, lse)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for n in (512, 640):
+        q, k, v = torch.randn(3, 1, 4, n, 64, dtype=torch.float16, device="cuda").unbind()
+        for got, want in zip(compiled(q, k, v), step(q, k, v)):
+            torch.testing.assert_close(got, want, atol=2e-3, rtol=2e-3)
+
+
+def test_cuda_graph():
+    q, k, v = (torch.randn(1, 4, 512, 128, dtype=torch.float16, device="cuda") for _ in range(3))
+    index = random_index(1, 4, 512, 512, columns=40)
+
+    def step():
+        out, lse = headstart.sparse_attention(q, k, v, index)
+        return headstart.merge_attention(out, lse, out * 0.5, lse - 1)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles outside the capture
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):
+        for x in (q, k, v):
+            x.normal_()
+        index.block_count.random_(0, 3)
+        graph.replay()
+        for got, want in zip(captured, step()):
+            assert torch.equal(got, want)
+
+
+def test_side_streams():
+    # The work must be ordered on the current stream, not on the default one.
+    stream = torch.cuda.Stream()
+    q = torch.zeros(1, 4, 4096, 128, device="cuda")
+    lse = torch.zeros(1, 4, 4096, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        q.fill_(3)
+        out, _ = headstart.merge_attention(q, lse, q, lse)
+    stream.synchronize()
+    assert (out == 3).all()

@@ -1,0 +1,330 @@
+"""Int4 weights: the packed layout, the checkpoint formats bit by bit, quantisation, and the product in float64."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headstart.ops.int4_gemm import Int4Weight, int4_gemm
+
+ops = torch.ops.headstart
+ROOT = Path(__file__).parent.parent
+AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def random_weight(n, k, group_size=32, symmetric=False, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
+    groups = 1 if group_size == -1 else -(-k // group_size)
+    scales = (torch.rand(n, groups, generator=generator) + 0.1).to(dtype)
+    zeros = None if symmetric else torch.randint(0, 16, (n, groups), generator=generator, dtype=torch.uint8)
+    return codes, scales, zeros, Int4Weight._of_codes(codes, scales, zeros, group_size)
+
+
+def exact(codes, scales, zeros, group_size):
+    """The weight in float64, element by element as the definition says."""
+    k = codes.shape[1]
+    group = torch.arange(k) // (k if group_size == -1 else group_size)
+    return (codes.double() - (8 if zeros is None else zeros.double()[:, group])) * scales.double()[:, group]
+
+
+def words(nibbles):
+    """uint [..., 8], nibble 0 lowest, to int32 [...], by numpy."""
+    nibbles = np.asarray(nibbles).astype(np.uint32)
+    return torch.from_numpy((nibbles << (4 * np.arange(8, dtype=np.uint32))).sum(-1, dtype=np.uint32).view(np.int32))
+
+
+# --- the packed layout ----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(1, 70), k=st.integers(1, 140), seed=st.integers(0, 99))
+def test_pack_is_the_documented_layout(n, k, seed):
+    codes = torch.from_numpy(np.random.default_rng(seed).integers(0, 16, (n, k), dtype=np.uint8))
+    packed = ops.int4_pack(codes)
+    assert packed.shape == (-(-n // 16), -(-k // 32), 4, 16) and packed.dtype == torch.int32
+    assert torch.equal(ops.int4_unpack(packed, n, k), codes)
+    flat = packed.numpy().view(np.uint32)
+    for row, column in np.random.default_rng(seed).integers(0, (n, k), (20, 2)):
+        slab, inside = divmod(column, 32)
+        word = flat[row // 16, slab, inside % 8 // 2, row % 16]
+        pair = (word >> np.uint32(4 * (inside // 8))) & np.uint32(0x000F000F)
+        assert (pair >> np.uint32(16 * (inside % 2))) & 15 == codes[row, column]
+    whole = ops.int4_unpack(packed, packed.shape[0] * 16, packed.shape[1] * 32)
+    assert not whole[n:].any() and not whole[:, k:].any()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_layout_header_agrees(tmp_path):
+    n, k = 21, 70
+    source = tmp_path / "layout.cpp"
+    source.write_text(f"""
+        #include <cstdio>
+        #include "layouts/int4.h"
+        int main() {{
+          for (int n = 0; n < {n}; ++n)
+            for (int k = 0; k < {k}; ++k) {{
+              constexpr auto check = headstart::int4::place(1, 3, 64);
+              static_assert(check.word == 17 && check.shift == 16);
+              const auto p = headstart::int4::place(n, k, {k});
+              std::printf("%lld %d\\n", (long long)p.word, p.shift);
+            }}
+          std::printf("%lld\\n", (long long)headstart::int4::scale_index(20, 2, 3));
+        }}""")
+    program = tmp_path / "layout"
+    subprocess.run(["g++", "-std=c++17", "-I", ROOT / "csrc", source, "-o", program], check=True)
+    *places, scale_index = subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines()
+    places = np.array([line.split() for line in places], dtype=np.int64)
+    codes, scales, _, weight = random_weight(n, k)
+    flat = weight.packed.numpy().view(np.uint32).ravel()
+    assert ((flat[places[:, 0]] >> places[:, 1].astype(np.uint32)) & 15).tolist() == codes.flatten().tolist()
+    assert weight.scales.flatten()[int(scale_index)] == scales[20, 2]
+
+
+def test_slices_of_columns_are_slices_of_memory():
+    codes, scales, zeros, w = random_weight(80, 64)
+    x = torch.randn(3, 64)
+    part = ops.int4_gemm(x, w.packed[1:3], w.scales[1:3], w.zeros[1:3], group_size=32, n=32)
+    torch.testing.assert_close(part, int4_gemm(x, w)[:, 16:48])
+
+
+def test_one_hot_activations_read_every_weight():
+    codes, scales, zeros, w = random_weight(33, 70)
+    torch.testing.assert_close(int4_gemm(torch.eye(70), w).T.double(), exact(codes, scales, zeros, 32))
+    torch.testing.assert_close(w.dequantize(torch.float64), exact(codes, scales, zeros, 32), rtol=1e-6, atol=1e-6)
+
+
+# --- the product ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.lists(st.integers(0, 4), max_size=2),
+    n=st.integers(1, 50),
+    k=st.integers(1, 300),
+    group_size=st.sampled_from([32, 64, 96, 128, -1]),
+    symmetric=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_against_float64(batch, n, k, group_size, symmetric, dtype):
+    codes, scales, zeros, w = random_weight(n, k, group_size, symmetric, dtype=torch.float16)
+    x, bias = torch.randn(*batch, k).to(dtype), torch.randn(n).to(dtype)
+    out = int4_gemm(x, w, bias)
+    true = exact(codes, scales, zeros, group_size)
+    want = x.double() @ true.T + bias.double()
+    room = x.double().abs() @ true.abs().T + bias.double().abs()
+    assert out.dtype == dtype and out.shape == (*batch, n)
+    error = (out.double() - want).abs() - torch.finfo(dtype).eps * want.abs()
+    assert (error <= 1e-6 * room + 1e-30).all()
+
+
+def test_against_torch_int4():
+    """PyTorch's own CPU operator computes the same product: there w = (code - 8) s + z', z' = (8 - z) s."""
+    codes, scales, zeros, w = random_weight(64, 256, 64, dtype=torch.bfloat16)
+    x = torch.randn(5, 256, dtype=torch.bfloat16)
+    pairs = torch.stack([scales.T.float(), (8 - zeros.T.float()) * scales.T.float()], -1).to(torch.bfloat16)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    want = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 64, pairs.contiguous())
+    room = x.abs().float() @ exact(codes, scales, zeros, 64).abs().float().T
+    assert ((int4_gemm(x, w).float() - want.float()).abs() <= 0.01 * room).all()
+
+
+# --- quantisation ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("group_size", [32, 128, -1])
+def test_quantize_beats_plain_rounding(dtype, symmetric, group_size):
+    w = torch.randn(24, 200, generator=torch.Generator().manual_seed(0)).to(dtype)
+    w[3] = 0
+    q = Int4Weight.quantize(w, group_size, symmetric)
+    assert (q.zeros is None) == symmetric and q.scales.dtype == dtype
+    got = q.dequantize()
+    size = 200 if group_size == -1 else group_size
+    plain = torch.zeros(24, 200)
+    for g in range(0, 200, size):
+        part = w[:, g : g + size].float()
+        low, high = part.amin(1, keepdim=True).clamp(max=0), part.amax(1, keepdim=True).clamp(min=0)
+        step = (torch.maximum(-low, high) / 7 if symmetric else (high - low) / 15).clamp(min=1e-9)
+        zero = 8 if symmetric else (-low / step).round()
+        plain[:, g : g + size] = ((part / step + zero).round().clamp(0, 15) - zero) * step
+    assert (got[3] == 0).all() and torch.isfinite(got).all()
+    assert (got - w.float()).square().mean() < (plain - w.float()).square().mean()
+
+
+def test_quantize_is_lossless_on_its_own_output():
+    codes, scales, zeros, _ = random_weight(16, 64)
+    codes[:, ::32], codes[:, 1::32] = 0, 15  # every group shows its whole range
+    zeros = zeros.clamp(0, 15)
+    w = exact(codes, scales, zeros, 32).float()
+    torch.testing.assert_close(Int4Weight.quantize(w, 32).dequantize(), w)
+
+
+def test_tiny_and_huge_weights_stay_finite():
+    for value in (6e-8, 6e4):
+        w = torch.full((2, 64), value, dtype=torch.float16)
+        w[:, ::2] *= -1
+        got = Int4Weight.quantize(w, 32).dequantize()
+        assert torch.isfinite(got).all() and (got - w.float()).abs().max() <= max(6e-8, 0.1 * value)
+    assert torch.isfinite(Int4Weight.quantize(torch.tensor([[3e38, -3e38] * 16]), 32).dequantize()).all()
+
+
+# --- formats: hand-written packers, by their definitions ------------------------------------------------------------
+
+
+def awq_words(codes):
+    """[R, C] to [R, C / 8]: nibble i of word c is column 8c + AWQ_COLUMNS[i]."""
+    return words(codes.numpy().reshape(len(codes), -1, 8)[:, :, AWQ_COLUMNS])
+
+
+def sequential_words(codes):
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8))
+    return words(padded.numpy().reshape(len(codes), -1, 8))
+
+
+@pytest.mark.parametrize("group_size", [32, 160])
+def test_awq(group_size):
+    codes, scales, zeros, want = random_weight(48, 160, min(group_size, 160), dtype=torch.float16)
+    tensors = awq_words(codes.T.contiguous()), awq_words(zeros.T.contiguous()), scales.T.contiguous()
+    w = Int4Weight.from_awq(*tensors, group_size)
+    assert torch.equal(w.codes(), codes) and torch.equal(w.packed, want.packed)
+    assert torch.equal(w.dequantize(), exact(codes, scales, zeros, group_size).float())
+    assert all(torch.equal(a, b) for a, b in zip(w.to_awq(), tensors, strict=True))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq(version, act_order):
+    codes, scales, zeros, _ = random_weight(20, 104, 32, dtype=torch.float16)
+    g_idx = torch.arange(104, dtype=torch.int32) // 32
+    if act_order:
+        g_idx = g_idx[torch.randperm(104, generator=torch.Generator().manual_seed(1))]
+    stored = (zeros.int() + version - 2).remainder(16).to(torch.uint8)
+    tensors = sequential_words(codes).T.contiguous(), sequential_words(stored.T.contiguous()), scales.T.contiguous()
+    w = Int4Weight.from_gptq(*tensors, g_idx, group_size=32, version=version)
+    true = (codes.double() - zeros.double()[:, g_idx]) * scales.double()[:, g_idx]
+    assert torch.equal(w.codes(), codes) and torch.equal(w.dequantize(), true.float())
+    assert (w.permutation is not None) == act_order
+    x = torch.randn(2, 3, 104)
+    torch.testing.assert_close(int4_gemm(x, w).double(), x.double() @ true.T, rtol=1e-4, atol=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(w.to_gptq(version), (*tensors, g_idx), strict=True))
+
+
+@pytest.mark.parametrize(("n", "k", "group_size"), [(20, 100, 32), (8, 64, 64), (5, 33, -1)])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_compressed_tensors(n, k, group_size, symmetric):
+    codes, scales, zeros, _ = random_weight(n, k, group_size, symmetric, dtype=torch.bfloat16)
+    tensors = {
+        "weight_packed": sequential_words(codes),
+        "weight_scale": scales,
+        "weight_shape": torch.tensor([n, k]),
+    }
+    if not symmetric:
+        tensors["weight_zero_point"] = sequential_words(zeros.T.contiguous()).T.contiguous()
+    named = {f"model.layers.0.mlp.up_proj.{name}": x for name, x in tensors.items()}
+    w = Int4Weight.from_compressed_tensors(named, group_size)
+    assert torch.equal(w.codes(), codes) and torch.equal(
+        w.dequantize(), exact(codes, scales, zeros, group_size).float()
+    )
+    written = w.to_compressed_tensors()
+    assert written.keys() == tensors.keys() and all(torch.equal(written[name], tensors[name]) for name in tensors)
+    if not symmetric:
+        older = tensors | {"weight_zero_point": (zeros.int() - 8).to(torch.int8)}
+        assert torch.equal(Int4Weight.from_compressed_tensors(older, group_size).zeros, w.zeros)
+
+
+def test_compressed_tensors_g_idx():
+    codes, scales, zeros, plain = random_weight(16, 64, 32)
+    tensors = plain.to_compressed_tensors()
+    assert Int4Weight.from_compressed_tensors(tensors | {"weight_g_idx": torch.full((64,), -1)}, 32).permutation is None
+    g_idx = torch.arange(64, dtype=torch.int32) % 2
+    w = Int4Weight.from_compressed_tensors(tensors | {"weight_g_idx": g_idx}, 32)
+    want = (codes.double() - zeros.double()[:, g_idx]) * scales.double()[:, g_idx]
+    assert torch.equal(w.dequantize(), want.float()) and torch.equal(w.codes(), codes)
+    assert torch.equal(w.to_compressed_tensors()["weight_g_idx"], g_idx)
+
+
+# --- the contract ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_opcheck(dtype, permuted):
+    codes, _, _, w = random_weight(20, 70, 32, dtype=dtype)
+    x = torch.randn(2, 3, 70).to(dtype)
+    if permuted:
+        x, codes = x.transpose(0, 1), codes.T.contiguous().T
+    bias = torch.randn(20).to(dtype)
+    torch.library.opcheck(ops.int4_gemm.default, (x, w.packed, w.scales, w.zeros, bias), dict(group_size=32, n=20))
+    if dtype == torch.float32:
+        torch.library.opcheck(ops.int4_gemm.default, (x, w.packed, w.scales), dict(group_size=32, n=20))
+        torch.library.opcheck(ops.int4_pack.default, (codes,))
+        torch.library.opcheck(ops.int4_unpack.default, (w.packed, 20, 70))
+
+
+def test_compile_dynamic():
+    def run(x, codes, scales):
+        return ops.int4_gemm(x, ops.int4_pack(codes), scales, group_size=32, n=codes.shape[0])
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n, k, m in ((20, 70, 2), (40, 130, 5)):
+        codes, _, _, w = random_weight(n, k)
+        x = torch.randn(m, k)
+        torch.testing.assert_close(compiled(x, codes, w.scales), run(x, codes, w.scales))
+    torch.compile(lambda x: int4_gemm(x, w), fullgraph=True, backend="aot_eager")(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "argument"),
+    [
+        (dict(x=torch.randn(2, 64).double()), "x"),
+        (dict(x=torch.randn(64, 2).T), "x"),
+        (dict(x=torch.randn(2, 96)), "packed"),
+        (dict(packed=torch.zeros(2, 2, 4, 16)), "packed"),
+        (dict(packed=torch.zeros(2, 2, 4, 16, dtype=torch.int32, device="meta")), "packed"),
+        (dict(packed=torch.zeros(2, 2, 16, 4, dtype=torch.int32).mT), "packed"),
+        (dict(scales=torch.ones(2, 3, 16)), "scales"),
+        (dict(scales=torch.ones(2, 2, 16, dtype=torch.int32)), "scales"),
+        (dict(zeros=torch.ones(2, 2, 16)), "zeros"),
+        (dict(bias=torch.ones(17)), "bias"),
+        (dict(bias=torch.ones(20).half()), "bias"),
+        (dict(group_size=48), "group_size"),
+        (dict(group_size=0), "group_size"),
+        (dict(n=40), "packed"),
+        (dict(n=0), "packed"),
+    ],
+)
+def test_bad_input_names_the_argument(change, argument):
+    w = random_weight(20, 64)[3]
+    args = dict(x=torch.randn(2, 64), packed=w.packed, scales=w.scales, zeros=w.zeros, bias=None, group_size=32, n=20)
+    with pytest.raises(ValueError, match=f"int4_gemm: {argument}: expected .*, got "):
+        ops.int4_gemm(**(args | change))
+
+
+def test_bad_artifacts_name_the_field():
+    w = random_weight(16, 64, 32, dtype=torch.float16)[3]
+    awq, gptq, tensors = w.to_awq(), w.to_gptq(2), w.to_compressed_tensors()
+
+    def fails(message, function, *args, **kwargs):
+        with pytest.raises(ValueError, match=message):
+            function(*args, **kwargs)
+
+    fails("from_awq: qzeros: expected", Int4Weight.from_awq, awq[0], awq[1][:1], awq[2], 32)
+    fails("from_awq: qweight: expected", Int4Weight.from_awq, awq[0].short(), awq[1], awq[2], 32)
+    fails("from_gptq: version: expected 1 or 2, got 3", Int4Weight.from_gptq, *gptq, group_size=32, version=3)
+    crooked = gptq[3].clone().fill_(1)
+    fails("from_gptq: g_idx: expected groups of 32", Int4Weight.from_gptq, *gptq[:3], crooked, group_size=32, version=2)
+    fails("weight_scale: expected", Int4Weight.from_compressed_tensors, tensors | {"weight_scale": awq[2]}, 64)
+    fails("weight_shape: expected", Int4Weight.from_compressed_tensors, {}, 32)
+    fails("quantize: w: expected finite", Int4Weight.quantize, torch.full((1, 32), torch.nan))
+    fails("quantize: group_size: expected", Int4Weight.quantize, torch.ones(1, 64), 40)
+    fails("int4_gemm: weight: expected an Int4Weight", int4_gemm, torch.ones(1, 64), w.packed)
+    fails(r"int4_gemm: x: expected \[..., 64\]", int4_gemm, torch.ones(1, 32), w)
+    fails("int4_unpack: packed: expected", ops.int4_unpack, w.packed, 40, 64)
+    fails("int4_pack: codes: expected uint8", ops.int4_pack, torch.zeros(2, 2))

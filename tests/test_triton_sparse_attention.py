@@ -1,0 +1,386 @@
+"""The Triton kernels of sparse and merged attention, without a GPU.
+
+Two ways, in two processes: their numbers through Triton's interpreter, which must be chosen before triton is
+imported, so this file runs itself again with TRITON_INTERPRET=1; and their machine code, compiled for sm_80 and
+sm_90. To see the interpreted cases one by one: ``TRITON_INTERPRET=1 pytest tests/test_triton_sparse_attention.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter, in a process of its own")
+compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    from headstart.triton import sparse_attention
+
+    return sparse_attention
+
+
+@compiled
+def test_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert re.search(r"\d+ passed", done.stdout), done.stdout[-2000:]
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch):
+    """Triton's interpreter, with what version 3.6 lacks: scalars under numpy 2.4, and bfloat16 arithmetic."""
+    import numpy
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def patched(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return interpreter.TensorHandle((x.data.astype(numpy.uint32) << 16).view(numpy.float32), tl.float32)
+
+    def dot(self, a, b, d, *rest):
+        return create_dot(self, widened(a), widened(b), d, *rest)
+
+    convert = interpreter._convert_float
+
+    def rounded(data, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, mode)
+        nearest = torch.from_numpy(numpy.array(data, numpy.float32)).bfloat16()
+        return nearest.view(torch.int16).numpy().view(numpy.uint16)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounded)
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch):
+    """Memory that kernels are to write starts as NaN, or as all ones."""
+    new_empty = torch.Tensor.new_empty
+
+    def filled(self, *args, **kwargs):
+        fresh = new_empty(self, *args, **kwargs)
+        return fresh.fill_(math.nan if fresh.dtype.is_floating_point else -1)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
+
+
+def surrounded(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Random [B, H, N, D] with NaN before and after the tokens of each head, so that a read outside them shows."""
+    b, h, n, d = shape
+    x = torch.full((b, h, n + 192, d), math.nan).to(dtype)
+    x[:, :, 64 : 64 + n] = torch.randn(b, h, n, d).to(dtype)
+    return x[:, :, 64 : 64 + n]
+
+
+def random_index(shape: tuple[int, int, int], blocks: int, share: float, nk: int, columns: int, column_rows: int):
+    from headstart.reference import sparse_attention as reference
+
+    b, hi, r = shape
+    lists = reference.compact(torch.rand(b, hi, r, blocks) < share)
+    if columns == 0:
+        return [*lists, None, None]
+    return [*lists, *reference.compact(torch.rand(b, hi, column_rows, nk) < columns / nk)]
+
+
+def compare(kernels, q, k, v, index, kv_start=None, **options):
+    from headstart.reference import sparse_attention as reference
+    from tolerances import assert_close
+
+    out, lse = kernels.sparse_attention(q, k, v, *index, kv_start, **options)
+    wide = [x.double() for x in (q, k, v)]
+    exact, exact_lse = reference.sparse_attention(*wide, *index, kv_start, **options)
+    plain, plain_lse = reference.sparse_attention(q, k, v, *index, kv_start, **options)
+    assert out.dtype == q.dtype and lse.dtype == torch.float32
+    assert_close(out, exact, plain, "out")
+    assert_close(lse, exact_lse.double(), plain_lse, "lse")
+    return out, lse
+
+
+CASES = {
+    "blocks": dict(nq=130, nk=130),
+    "columns": dict(nq=100, nk=100, share=0.0, columns=40),
+    "both, overlapping": dict(nq=130, nk=130, share=0.6, columns=90),
+    "columns shared by the rows": dict(nq=130, nk=130, columns=50, column_rows=1),
+    "grouped heads, one index": dict(hq=4, hkv=2, nq=60, nk=70, columns=30),
+    "grouped heads, index per key head": dict(hq=4, hkv=2, hi=2, nq=60, nk=70, columns=30),
+    "left padding": dict(b=2, nq=100, nk=130, kv_start=[0, 75], columns=50),
+    "left padding, index of one sequence": dict(b=2, bi=1, nq=60, nk=150, kv_start=[3, 149], columns=50),
+    "chunk": dict(nq=70, nk=301, columns=60),
+    "decode": dict(nq=1, nk=300, columns=60, dtype=torch.float16),
+    "not causal": dict(nq=100, nk=70, causal=False, columns=30),
+    "large blocks": dict(nq=200, nk=300, block_q=128, block_k=128, columns=40, dtype=torch.float16),
+    "wide key blocks": dict(nq=130, nk=300, block_k=128, columns=40),
+    "tall query blocks": dict(nq=130, nk=200, block_q=128, columns=40, dtype=torch.float16),
+    "head dim 80, bfloat16": dict(nq=70, nk=130, d=80, columns=40, dtype=torch.bfloat16),
+    "head dim 96, float16": dict(nq=70, nk=130, d=96, columns=40, dtype=torch.float16),
+    "head dim 72, padded": dict(nq=70, nk=130, d=72, columns=40, dtype=torch.float16),
+    "head dim 8": dict(nq=70, nk=130, d=8, columns=40, dtype=torch.float16),
+    "head dim 128, bfloat16": dict(nq=70, nk=130, d=128, columns=40, dtype=torch.bfloat16),
+    "head dim 256, bfloat16": dict(nq=70, nk=130, d=256, columns=40, dtype=torch.bfloat16),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_sparse_attention_agrees_with_the_reference(case, kernels, interpreter, poisoned):
+    c = dict(b=1, bi=None, hq=2, hkv=1, hi=1, d=64, dtype=torch.float32, share=0.5, columns=0, column_rows=None)
+    c |= dict(kv_start=None, causal=True, block_q=64, block_k=64) | case
+    rows = -(-c["nq"] // c["block_q"])
+    q = surrounded(c["b"], c["hq"], c["nq"], c["d"], dtype=c["dtype"])
+    k, v = (surrounded(c["b"], c["hkv"], c["nk"], c["d"], dtype=c["dtype"]) for _ in range(2))
+    index = random_index(
+        (c["bi"] or c["b"], c["hi"], rows),
+        -(-c["nk"] // c["block_k"]),
+        c["share"],
+        c["nk"],
+        c["columns"],
+        c["column_rows"] or rows,
+    )
+    kv_start = None if c["kv_start"] is None else torch.tensor(c["kv_start"], dtype=torch.int32)
+    compare(kernels, q, k, v, index, kv_start, causal=c["causal"], block_q=c["block_q"], block_k=c["block_k"])
+
+
+@interpreted
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
+def test_any_scale(scale, kernels, interpreter, poisoned):
+    q, k, v = (surrounded(1, 1, 70, 64, dtype=torch.float16) for _ in range(3))
+    compare(kernels, q, k, v, random_index((1, 1, 2), 2, 0.9, 70, 20, 1), scale=scale)
+
+
+@interpreted
+def test_strides(kernels, interpreter, poisoned):
+    # Tokens before heads, an odd storage offset, an expanded index, lists whose last dim is not contiguous.
+    flat = torch.randn(1 + 70 * 4 * 65)[1:].view(1, 70, 4, 65)[..., :64]
+    q, k, v = flat.transpose(1, 2), flat[:, :, :2].transpose(1, 2), flat[:, :, 2:].transpose(1, 2)
+    count, ids, column_count, columns = random_index((1, 1, 2), 2, 0.9, 70, 20, 2)
+    ids = ids.transpose(-1, -2).contiguous().transpose(-1, -2)
+    columns = columns.transpose(-1, -2).contiguous().transpose(-1, -2)
+    index = [x.expand(-1, 4, *[-1] * (x.dim() - 2)) for x in (count, ids, column_count, columns)]
+    compare(kernels, q, k, v, index)
+
+
+@interpreted
+def test_rows_that_see_nothing(kernels, interpreter, poisoned):
+    q, k, v = (surrounded(2, 1, 130, 64, dtype=torch.float32) for _ in range(3))
+    count = torch.tensor([0, 1, 0], dtype=torch.int32).expand(2, 1, 3)
+    ids = torch.tensor([[0, 0], [2, 0], [1, 1]], dtype=torch.int32).expand(2, 1, 3, 2)  # row 1 lists its future only
+    out, lse = compare(kernels, q, k, v, [count, ids, None, None], torch.tensor([0, 130], dtype=torch.int32))
+    assert (out == 0).all() and (lse == -math.inf).all()
+
+
+@interpreted
+@pytest.mark.parametrize("causal", [True, False])
+def test_ids_outside_the_keys_are_skipped(causal, kernels, interpreter, poisoned):
+    q, k, v = (surrounded(1, 1, 130, 64, dtype=torch.float16) for _ in range(3))
+    top = 2**31 - 1
+    count = torch.tensor([[[4, 5, 9]]], dtype=torch.int32)  # one count past the capacity
+    ids = torch.tensor([[[-9, 0, 3, top, 0], [-2, -1, 0, 1, 4], [-1, 0, 2, 7, top]]], dtype=torch.int32)[None]
+    column_count = torch.full((1, 1, 1), 7, dtype=torch.int32)
+    columns = torch.tensor([-top, -1, 5, 70, 129, 130, top], dtype=torch.int32).view(1, 1, 1, 7)
+    capped = count.clamp(max=5)
+    index = [capped, ids, column_count, columns]
+    compare(kernels, q, k, v, index, causal=causal)
+    got = kernels.sparse_attention(q, k, v, count, *index[1:], causal=causal)
+    want = kernels.sparse_attention(q, k, v, *index, causal=causal)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+@interpreted
+def test_disordered_lists_read_no_memory_outside_the_keys(kernels, interpreter, poisoned):
+    q, k, v = (surrounded(1, 1, 130, 64, dtype=torch.float16) for _ in range(3))
+    count = torch.full((1, 1, 3), 6, dtype=torch.int32)
+    ids = torch.tensor([0, 2**30, -5, 1, 77, 0], dtype=torch.int32).expand(1, 1, 3, 6)
+    out, lse = kernels.sparse_attention(q, k, v, count, ids)
+    assert not out.isnan().any() and not lse.isnan().any()
+
+
+@interpreted
+def test_no_queries_and_no_keys(kernels, interpreter, poisoned):
+    none = torch.zeros(1, 1, 0, dtype=torch.int32), torch.zeros(1, 1, 0, 0, dtype=torch.int32)
+    empty, some = torch.zeros(1, 1, 0, 64), torch.randn(1, 1, 5, 64)
+    out, lse = kernels.sparse_attention(empty, some, some, *none)
+    assert out.shape == (1, 1, 0, 64) and lse.shape == (1, 1, 0)
+    index = torch.zeros(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 0, dtype=torch.int32)
+    out, lse = kernels.sparse_attention(some, empty, empty, *index, causal=False)
+    assert (out == 0).all() and (lse == -math.inf).all()
+
+
+@interpreted
+def test_bad_input_is_named(kernels):
+    q = torch.randn(1, 1, 70, 64)
+    index = torch.zeros(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"sparse_attention: block_count: expected 2 query blocks .* got 1"):
+        kernels.sparse_attention(q, q, q, *index)
+    with pytest.raises(ValueError, match=r"merge_attention: lse_a: expected float32 \[1, 1, 70\], got float64"):
+        kernels.merge_attention(q, q[..., 0].double(), q, q[..., 0])
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("d", [64, 80, 7])
+def test_merge_attention_agrees_with_the_reference(d, dtype, kernels, interpreter, poisoned):
+    from headstart.reference import sparse_attention as reference
+    from tolerances import assert_close
+
+    out_a, out_b = surrounded(2, 3, 33, d, dtype=dtype), torch.randn(2, 33, 3, d).to(dtype).transpose(1, 2)
+    lse_a, lse_b = torch.randn(2, 3, 33) * 20, torch.randn(3, 33, 2).permute(2, 0, 1) * 20
+    lse_a[0, 0, :5] = lse_b[0, 0, 3:8] = -math.inf
+    out_a[0, 0, :5] = out_b[0, 0, 3:8] = 0
+    out, lse = kernels.merge_attention(out_a, lse_a, out_b, lse_b)
+    exact, exact_lse = reference.merge_attention(out_a.double(), lse_a.double(), out_b.double(), lse_b.double())
+    plain, plain_lse = reference.merge_attention(out_a, lse_a, out_b, lse_b)
+    assert_close(out, exact, plain, "out")
+    assert_close(lse, exact_lse, plain_lse, "lse")
+    assert (out[0, 0, 3:5] == 0).all() and (lse[0, 0, 3:5] == -math.inf).all()
+
+
+# --- choice of configuration -----------------------------------------------------------------------------------------
+
+
+def test_head_dims_are_cut_where_that_wastes_less(kernels):
+    for d in range(8, 257, 8):
+        d0, d1 = kernels.split_head_dim(d)
+        assert d0 + d1 >= d and (d0 & (d0 - 1)) == (d1 & (d1 - 1)) == 0
+        assert d0 + d1 <= max(16, 1 << (d - 1).bit_length()) and d0 >= 16 and (d1 == 0 or d1 >= 16)
+    assert [kernels.split_head_dim(d) for d in (80, 96, 128, 192)] == [(64, 16), (64, 32), (128, 0), (128, 64)]
+
+
+def test_every_configuration_fits_its_device(kernels):
+    for limits in (kernels.Limits(99 * 1024, 1, False), kernels.Limits(227 * 1024, 1, True)):
+        for d in range(8, 257, 8):
+            for size in (2, 4):
+                for block in (64, 128):
+                    c = kernels.choose_config(d, 4096, block, block, size, limits)
+                    assert block % c.block_m == 0 and block % c.block_n == 0
+                    assert c.num_stages >= 1 and min(c.block_m, c.block_n) >= 16
+                    assert 2 * c.block_n * (c.d0 + c.d1) * size * c.num_stages <= limits.shared_memory
+
+
+# --- machine code ----------------------------------------------------------------------------------------------------
+
+POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+KERNELS = ("sparse_attention_kernel", "covered_columns_kernel", "merge_attention_kernel")
+
+
+class Recorder:
+    """Stands in for a kernel and keeps what it would have been launched with."""
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.args, self.options = args, options
+
+        return launch
+
+
+def compile_launch(kernels, monkeypatch, name: str, capability: int, call):
+    """Compiles kernel `name` as `call` would launch it on a device of this capability."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(kernels, name)
+    recorders = {other: Recorder() for other in KERNELS}
+    with monkeypatch.context() as patch:
+        limits = kernels.Limits(SHARED_MEMORY[capability], 2**25, capability == 90)
+        patch.setattr(kernels, "device_limits", lambda device: limits)
+        for other, recorder in recorders.items():
+            patch.setattr(kernels, other, recorder)
+        call()
+    args, constants = recorders[name].args, dict(recorders[name].options)
+    options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
+    signature, attributes = {}, {}
+    for position, (argument, value) in enumerate(zip(kernel.arg_names, args)):
+        if isinstance(value, torch.Tensor):
+            signature[argument] = POINTERS[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[argument] = "fp32" if isinstance(value, float) else "i32"
+    signature |= dict.fromkeys(constants, "constexpr")
+    constants = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(binary, folder: Path) -> dict[str, int] | None:
+    """Registers and stack (spills) of a thread, from the cubin; None where triton brings no cuobjdump."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        return None
+    path = folder / "kernel.cubin"
+    path.write_bytes(binary.asm["cubin"])
+    text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return {"registers": int(found[1]), "stack": int(found[2]), "shared": binary.metadata.shared}
+
+
+@compiled
+@pytest.mark.parametrize(
+    "capability, d, block, columns",
+    [(80, 64, 64, True), (80, 128, 64, False), (80, 256, 64, False)]
+    + [(90, 64, 64, False), (90, 128, 128, True), (90, 256, 64, False)],
+)
+def test_sparse_attention_compiles(
+    capability, d, block, columns, kernels, monkeypatch, tmp_path, record_property, capsys
+):
+    def call():
+        q, k = torch.empty(1, 4, 512, d, dtype=torch.bfloat16), torch.empty(1, 2, 512, d, dtype=torch.bfloat16)
+        index = [torch.zeros(shape, dtype=torch.int32) for shape in ((1, 1, 512 // block), (1, 1, 512 // block, 8))]
+        index += [torch.zeros(shape, dtype=torch.int32) for shape in ((1, 1, 1), (1, 1, 1, 100)) if columns]
+        kernels.sparse_attention(q, k, k, *index, block_q=block, block_k=block)
+
+    binary = compile_launch(kernels, monkeypatch, "sparse_attention_kernel", capability, call)
+    assert len(binary.asm["cubin"]) > 0
+    assert binary.metadata.shared <= SHARED_MEMORY[capability]
+    assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in binary.asm["ptx"], "no tensor cores in it"
+    used = resources(binary, tmp_path)
+    if used is not None:
+        record_property("resources", str(used))
+        with capsys.disabled():
+            print(f"\nsm_{capability} D={d} block={block} columns={columns}: {used}", end=" ")
+        assert used["stack"] <= 64, f"spills: {used}"
+
+
+@compiled
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", ["covered_columns_kernel", "merge_attention_kernel"])
+def test_small_kernels_compile(name, capability, kernels, monkeypatch, tmp_path):
+    def call():
+        x = torch.empty(1, 4, 512, 128, dtype=torch.bfloat16)
+        if name == "merge_attention_kernel":
+            kernels.merge_attention(x, x[..., 0].float(), x, x[..., 0].float())
+        else:
+            shapes = (1, 1, 8), (1, 1, 8, 8), (1, 1, 1), (1, 1, 1, 100)
+            kernels.sparse_attention(x, x, x, *(torch.zeros(shape, dtype=torch.int32) for shape in shapes))
+
+    binary = compile_launch(kernels, monkeypatch, name, capability, call)
+    used = resources(binary, tmp_path)
+    assert len(binary.asm["cubin"]) > 0 and (used is None or used["stack"] == 0), used
