@@ -24,6 +24,7 @@ NAMESPACE = "headstart"
 
 _definitions = torch.library.Library(NAMESPACE, "FRAGMENT")
 _package = Path(__file__).parent
+triton_kernels: dict[str, Callable] = {}  # Triton's implementations, by operator
 
 # Operators that a compiled library serves once it is loaded; the others are served by torch alone so far.
 CPU_KERNELS = frozenset(
@@ -35,7 +36,7 @@ CPU_KERNELS = frozenset(
         "adaptive_block_index",
     }
 )
-CUDA_KERNELS = frozenset({"merge_attention"})
+CUDA_KERNELS = frozenset({"sparse_attention", "merge_attention"})
 
 
 def define(
@@ -44,12 +45,14 @@ def define(
     *,
     reference: Callable,
     fake: Callable,
+    triton: Callable | None = None,
     tags: tuple[torch.Tag, ...] = (),
 ) -> torch._ops.OpOverload:
     """Defines `torch.ops.headstart.<name>` and returns it; ``"op.out"`` names an overload.
 
     `schema` is the part after the name, e.g. ``(Tensor x, *, float? scale=None) -> Tensor``. `reference` serves
-    every device that has no kernel; `fake` gives the outputs' shapes and dtypes, and makes the same input checks.
+    every device that has no kernel; `fake` gives the outputs' shapes and dtypes, and makes the same input checks;
+    `triton` serves CUDA where no compiled library does.
     """
     _definitions.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, *tags))
 
@@ -59,18 +62,11 @@ def define(
         return reference(*args, **kwargs)
 
     _definitions.impl(name, fallback, "CompositeExplicitAutograd")
+    if triton is not None:
+        triton_kernels[name] = triton
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_definitions)
     packet, _, overload = name.partition(".")
     return getattr(getattr(getattr(torch.ops, NAMESPACE), packet), overload or "default")
-
-
-def implement(name: str, function: Callable, device: str) -> None:
-    """Adds a Python (Triton) implementation of an operator for one dispatch key, e.g. ``"CUDA"``.
-
-    A compiled implementation of the same operator, if one is loaded, stays in charge.
-    """
-    if not has_kernel(name, device):
-        _definitions.impl(name, function, device)
 
 
 def has_kernel(name: str, device: str) -> bool:
@@ -119,9 +115,12 @@ def load_compiled_libraries() -> None:
 
 
 def register_triton_kernels() -> None:
-    """Triton serves the CUDA operators that no compiled library does, where torch has CUDA and Triton is installed."""
-    if torch.version.cuda is not None and importlib.util.find_spec("triton") is not None:
-        importlib.import_module(f"{__package__}.triton.sparse_attention").register()
+    """Lets Triton serve the CUDA operators that no compiled library does, where there are CUDA and Triton."""
+    if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return
+    for name, function in triton_kernels.items():
+        if not has_kernel(name, "CUDA"):
+            _definitions.impl(name, function, "CUDA")
 
 
 _warned: set[str] = set()

@@ -296,8 +296,8 @@ def _centroid_lookup_fake(
 _centroid_lookup = _library.define(
     "centroid_lookup",
     "(Tensor q, Tensor centroids, Tensor cluster_offsets, Tensor threshold, *, float scale, int block_q, "
-    "Tensor? parent_centroids=None, Tensor? parent_offsets=None, Tensor? parent_threshold=None, SymInt? max_columns=None) "
-    "-> (Tensor column_count, Tensor column_index)",
+    "Tensor? parent_centroids=None, Tensor? parent_offsets=None, Tensor? parent_threshold=None, "
+    "SymInt? max_columns=None) -> (Tensor column_count, Tensor column_index)",
     reference=_centroid_lookup_impl,
     fake=_centroid_lookup_fake,
 )

@@ -264,46 +264,39 @@ def _check(q, k, v, block_count, block_index, column_count, column_index, kv_sta
         _checks.finite(op, "scale", scale)
 
 
-def _sparse_attention_impl(
-    q,
-    k,
-    v,
-    block_count,
-    block_index,
-    column_count=None,
-    column_index=None,
-    kv_start=None,
-    *,
-    causal=True,
-    scale=None,
-    block_q=64,
-    block_k=64,
-):
-    index = (block_count, block_index, column_count, column_index)
-    _check(q, k, v, *index, kv_start, causal, scale, block_q, block_k)
-    return reference.sparse_attention(
-        q, k, v, *index, kv_start, causal=causal, scale=scale, block_q=block_q, block_k=block_k
-    )
+def _checked(run):
+    """The operator's Python signature around one of its implementations: checks, then `run`."""
+
+    def call(
+        q,
+        k,
+        v,
+        block_count,
+        block_index,
+        column_count=None,
+        column_index=None,
+        kv_start=None,
+        *,
+        causal=True,
+        scale=None,
+        block_q=64,
+        block_k=64,
+    ):
+        index = (block_count, block_index, column_count, column_index)
+        _check(q, k, v, *index, kv_start, causal, scale, block_q, block_k)
+        return run(q, k, v, *index, kv_start, causal=causal, scale=scale, block_q=block_q, block_k=block_k)
+
+    return call
 
 
-def _sparse_attention_fake(
-    q,
-    k,
-    v,
-    block_count,
-    block_index,
-    column_count=None,
-    column_index=None,
-    kv_start=None,
-    *,
-    causal=True,
-    scale=None,
-    block_q=64,
-    block_k=64,
-):
-    index = (block_count, block_index, column_count, column_index)
-    _check(q, k, v, *index, kv_start, causal, scale, block_q, block_k)
+def _empty_like_queries(q, *_, **__):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _triton_sparse_attention(*args, **kwargs):
+    from ..triton import sparse_attention as kernels
+
+    return kernels.sparse_attention(*args, **kwargs)
 
 
 def _check_merge(out_a, lse_a, out_b, lse_b):
@@ -316,14 +309,22 @@ def _check_merge(out_a, lse_a, out_b, lse_b):
     _checks.contiguous_last(op, "out_b", out_b)
 
 
-def _merge_attention_impl(out_a, lse_a, out_b, lse_b):
-    _check_merge(out_a, lse_a, out_b, lse_b)
-    return reference.merge_attention(out_a, lse_a, out_b, lse_b)
+def _checked_merge(run):
+    def call(out_a, lse_a, out_b, lse_b):
+        _check_merge(out_a, lse_a, out_b, lse_b)
+        return run(out_a, lse_a, out_b, lse_b)
+
+    return call
 
 
-def _merge_attention_fake(out_a, lse_a, out_b, lse_b):
-    _check_merge(out_a, lse_a, out_b, lse_b)
+def _empty_like_outputs(out_a, lse_a, *_):
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
+
+
+def _triton_merge_attention(*args):
+    from ..triton import sparse_attention as kernels
+
+    return kernels.merge_attention(*args)
 
 
 _sparse_attention = _library.define(
@@ -331,12 +332,14 @@ _sparse_attention = _library.define(
     "(Tensor q, Tensor k, Tensor v, Tensor block_count, Tensor block_index, Tensor? column_count=None, "
     "Tensor? column_index=None, Tensor? kv_start=None, *, bool causal=True, float? scale=None, int block_q=64, "
     "int block_k=64) -> (Tensor out, Tensor lse)",
-    reference=_sparse_attention_impl,
-    fake=_sparse_attention_fake,
+    reference=_checked(reference.sparse_attention),
+    fake=_checked(_empty_like_queries),
+    triton=_checked(_triton_sparse_attention),
 )
 _merge_attention = _library.define(
     "merge_attention",
     "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)",
-    reference=_merge_attention_impl,
-    fake=_merge_attention_fake,
+    reference=_checked_merge(reference.merge_attention),
+    fake=_checked_merge(_empty_like_outputs),
+    triton=_checked_merge(_triton_merge_attention),
 )

@@ -36,9 +36,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import _library
-from ..ops import sparse_attention as _ops
-
 LN2 = math.log(2)
 COLUMNS = 64  # single keys are gathered in groups of this many
 COVERED_WORDS = 32  # a program of the covered-columns pass writes this many words of 32 columns
@@ -564,8 +561,6 @@ def sparse_attention(
     block_k: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`torch.ops.headstart.sparse_attention` on Triton; see `ops/sparse_attention.py` for the contract."""
-    index = (block_count, block_index, column_count, column_index)
-    _ops._check(q, k, v, *index, kv_start, causal, scale, block_q, block_k)
     batch, heads, nq, d = q.shape
     kv_heads, nk = k.shape[1], k.shape[2]
     out = q.new_empty(q.shape)
@@ -676,7 +671,6 @@ def merge_attention(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`torch.ops.headstart.merge_attention` on Triton. Floor: 3 · rows · D elements and 12 bytes of lse a row."""
-    _ops._check_merge(out_a, lse_a, out_b, lse_b)
     batch, heads, nq, d = out_a.shape
     out = out_a.new_empty(out_a.shape)
     lse = lse_a.new_empty(lse_a.shape)
@@ -706,9 +700,3 @@ def merge_attention(
             num_warps=4,
         )
     return out, lse
-
-
-def register() -> None:
-    """Makes these kernels serve `torch.ops.headstart.*` on CUDA, where no compiled kernel does."""
-    _library.implement("sparse_attention", sparse_attention, "CUDA")
-    _library.implement("merge_attention", merge_attention, "CUDA")

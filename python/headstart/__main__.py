@@ -1,0 +1,4 @@
+from headstart_launcher import main
+
+if __name__ == "__main__":
+    main()

