@@ -1,0 +1,89 @@
+"""What the kernels are compared with, and what they are checked against.
+
+Baselines are what a user would run otherwise: torch's scaled_dot_product_attention, and FlexAttention compiled for the
+CPU with the same blocks. Checks are plain float32 torch over a few rows of queries, or the reference.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import torch.nn.functional as F
+
+BLOCK = 64
+SDPA = "torch SDPA"
+FLEX = "FlexAttention"
+
+
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Dense causal attention; its flash kernel takes grouped heads as they are."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True)
+
+
+@functools.cache
+def compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _causal(b, h, query, key):
+    return query >= key
+
+
+def flex_mask(selected: torch.Tensor, tokens: int):
+    """FlexAttention's `BlockMask` of selected blocks, bool [1, H, R, R], lower triangular with the diagonal.
+
+    Only the diagonal is marked partial; all other blocks skip the mask, so this is its fastest form.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = blocks.int().argsort(dim=-1, descending=True, stable=True)
+        return blocks.sum(-1, dtype=torch.int32), ids.int()
+
+    whole = selected.tril(-1)
+    return BlockMask.from_kv_blocks(
+        *ordered(selected ^ whole), *ordered(whole), BLOCK_SIZE=BLOCK, mask_mod=_causal, seq_lengths=(tokens, tokens)
+    )
+
+
+def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask) -> torch.Tensor:
+    return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=True)
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest exact value; inf if anything is not finite."""
+    error = float((got.float() - exact.float()).abs().max() / exact.float().abs().max())
+    return error if math.isfinite(error) else math.inf
+
+
+def attention_error(q, k, v, out: torch.Tensor, selected: torch.Tensor | None = None) -> float:
+    """The error of `out` in its first, middle and last block of queries, against float32 over the attended keys.
+
+    selected: bool [1, H or 1, R, T], the blocks each row attends; all if None.
+    """
+    nq, nk = q.shape[2], k.shape[2]
+    k, v = (x.float().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    keys = torch.arange(nk)
+    worst = 0.0
+    rows = -(-nq // BLOCK)
+    for row in sorted({0, rows // 2, rows - 1}):
+        queries = torch.arange(row * BLOCK, min((row + 1) * BLOCK, nq))
+        seen = keys <= (queries + nk - nq)[:, None]
+        if selected is not None:
+            seen = seen & selected[:, :, row].repeat_interleave(BLOCK, -1)[..., None, :nk]
+        scores = q[:, :, queries].float() @ k.mT / math.sqrt(q.shape[-1])
+        exact = scores.masked_fill(~seen, -math.inf).softmax(-1) @ v
+        worst = max(worst, relative_error(out[:, :, queries], exact))
+    return worst
+
+
+def disagreement(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Of all that either selected, the share that only one of them did; both bool."""
+    return float((got ^ expected).sum() / (got | expected).sum().clamp(min=1))

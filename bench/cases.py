@@ -1,0 +1,319 @@
+"""What is measured: every case of every family, for `run.py`, the pytest suites and their tests alike.
+
+A `Spec` names a group cheaply; `build` makes its tensors and its works. The works of a group are timed in turn, so all
+ratios within a group are of one run. Targets are those of the design, for bf16 on a CPU with AVX-512-BF16.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+
+import baselines
+import headstart
+from baselines import BLOCK, FLEX, SDPA
+from headstart.reference import prefill_index as index_reference
+from headstart.reference import sparse_attention as reference
+from machine import DTYPES, cold_bytes
+from measure import Rotation
+
+EVERY = "every block"
+DENSITIES = (0.25, 0.10, 0.05)
+LONG_DECODE = 16  # the longer decode case attends this many times the tokens: 131,072 for 8,192
+ERROR_BAR = {"bf16": 2e-2, "fp32": 1e-4}  # of the largest exact value; see baselines.relative_error
+DISAGREEMENT_BAR = 0.02  # block scores in bf16 round differently from the reference, so near ties may fall either way
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    hq: int
+    hkv: int
+    d: int
+
+    def __str__(self) -> str:
+        return f"{self.hq}x{self.hkv}x{self.d}"
+
+    @property
+    def words(self) -> str:
+        return f"{self.hq} heads on {self.hkv} KV heads, D {self.d}"
+
+
+SHAPES = (Shape(9, 3, 64), Shape(8, 2, 128))
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """`metric` is a path into a result of `report.evaluate`, e.g. ``versus.torch SDPA``; one of the bounds is set."""
+
+    metric: str
+    at_least: float | None = None
+    at_most: float | None = None
+
+
+@dataclasses.dataclass
+class Work:
+    """One call to time, and what it has to do."""
+
+    name: str
+    call: Callable[[], object]
+    baseline: str | None = None  # the baseline's name, if this is one
+    of: str | None = None  # the work a baseline is for; all of the group if None
+    flops: float = 0  # of the attended pairs: 4 D each
+    bytes: float = 0  # that must move between memory and the cores
+    limit: str | None = None  # what bounds it on this machine: "gemm", "read", "copy"
+    density: float | None = None
+    check: Callable[[object], float] | None = None  # the error of what the call returned
+    error_bar: float = 0
+    targets: tuple[Target, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    family: str
+    dtype: str
+    shape: Shape
+    tokens: int
+    flex: bool = False
+    tier: str | None = None  # a lower tier, measured in a process of its own
+
+    def __str__(self) -> str:
+        return f"{self.family}-{self.dtype}-{self.shape}-{self.tokens}"
+
+    @property
+    def title(self) -> str:
+        what = "keys" if self.family == "decode" else "tokens"
+        tier = f", {self.tier} tier" if self.tier else ""
+        return f"{self.family}, {self.dtype}, {self.shape.words}, {self.tokens:,} {what}{tier}"
+
+    @property
+    def names(self) -> list[str]:
+        """The works' names, without building anything."""
+        sparse = [EVERY, *(f"density {d:.2f}" for d in DENSITIES)]
+        return {
+            "sparse_attention": [SDPA, *sparse, *(f"{FLEX}, {name}" for name in sparse if self.flex)],
+            "prefill_index": [EVERY, *INDEX_NAMES],
+            "merge_attention": ["merge"],
+            "decode": [SDPA, EVERY],
+            "tier": [SDPA, EVERY],
+        }[self.family]
+
+    def build(self) -> list[Work]:
+        torch.manual_seed(0)
+        works = BUILDERS[self.family](self)
+        assert [work.name for work in works] == self.names
+        return works
+
+
+def specs(family: str, tokens: int, *, dtypes=tuple(DTYPES), flex: bool = False, tier=None) -> Iterator[Spec]:
+    lengths = (tokens, LONG_DECODE * tokens) if family == "decode" else (tokens,)
+    for dtype in dtypes:
+        for shape in SHAPES:
+            for length in lengths:
+                yield Spec(family, dtype, shape, length, flex, tier)
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def text_like(spec: Spec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k, v whose attention has a sink and a slowly changing topic, so that index builders have something to find."""
+    hq, hkv, d = spec.shape.hq, spec.shape.hkv, spec.shape.d
+    topics = torch.randn(1, hkv * d, spec.tokens // 256 + 2)
+    topics = F.interpolate(topics, size=spec.tokens, mode="linear").view(1, hkv, d, spec.tokens).mT
+    strength = 11**0.5 / d**0.25  # q · k / sqrt(d) is up to 11 higher within a topic: 0.95 of the mass in 23 % of 8K
+    k = 0.7 * torch.randn(1, hkv, spec.tokens, d) + strength * topics
+    q = 0.7 * torch.randn(1, hq, spec.tokens, d) + strength * topics.repeat_interleave(hq // hkv, 1)
+    sink = torch.randn(d)
+    q += sink / d**0.5
+    k[:, :, 0] = 6 * sink
+    v = torch.randn(1, hkv, spec.tokens, d)
+    dtype = DTYPES[spec.dtype]
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def random_blocks(heads: int, tokens: int, density: float) -> torch.Tensor:
+    """bool [1, heads, R, R]: the diagonal, and random blocks below it; about `density` of the pairs are attended."""
+    rows = -(-tokens // BLOCK)
+    diagonal = torch.eye(rows, dtype=torch.bool)
+    least = (BLOCK + 1) / (tokens + 1)  # what the diagonal alone attends
+    chosen = torch.rand(1, heads, rows, rows) < (density - least) / (1 - least)
+    return chosen.tril(-1) | diagonal
+
+
+def block_index(selected: torch.Tensor) -> headstart.BlockIndex:
+    count, ids = reference.compact(selected)
+    return headstart.BlockIndex(count, ids[..., : int(count.max())].contiguous(), block_q=BLOCK, block_k=BLOCK)
+
+
+# --- families --------------------------------------------------------------------------------------------------------
+
+
+def attention_work(spec: Spec, q, k, v, name: str, selected: torch.Tensor) -> Work:
+    index = block_index(selected)
+    density = index.density(spec.tokens, spec.tokens)
+    pairs = density * spec.shape.hq * spec.tokens * (spec.tokens + 1) / 2
+    return Work(
+        name,
+        lambda: headstart.sparse_attention(q, k, v, index),
+        flops=4 * spec.shape.d * pairs,
+        limit="gemm",
+        density=density,
+        check=lambda result: baselines.attention_error(q, k, v, result[0], selected),
+        error_bar=ERROR_BAR[spec.dtype],
+    )
+
+
+def every_block(spec: Spec, q, k, v) -> Work:
+    rows = -(-spec.tokens // BLOCK)
+    return attention_work(spec, q, k, v, EVERY, torch.ones(1, 1, rows, rows, dtype=torch.bool).tril())
+
+
+def dense_baseline(spec: Spec, q, k, v) -> Work:
+    pairs = spec.shape.hq * spec.tokens * (spec.tokens + 1) / 2
+    flops = 4 * spec.shape.d * pairs
+    return Work(SDPA, lambda: baselines.sdpa(q, k, v), baseline=SDPA, flops=flops, limit="gemm", density=1.0)
+
+
+def sparse_attention(spec: Spec) -> list[Work]:
+    q, k, v = text_like(spec)
+    full = every_block(spec, q, k, v)
+    if spec.dtype == "bf16":
+        full.targets = (Target(f"versus.{SDPA}", at_least=4), Target("percent.best_gemm", at_least=75))
+    else:
+        full.targets = (Target(f"versus.{SDPA}", at_least=1),)
+    works = [dense_baseline(spec, q, k, v), full]
+    masks = [torch.ones(1, spec.shape.hq, *[-(-spec.tokens // BLOCK)] * 2, dtype=torch.bool).tril()]
+    for density in DENSITIES:
+        masks.append(random_blocks(spec.shape.hq, spec.tokens, density))
+        work = attention_work(spec, q, k, v, f"density {density:.2f}", masks[-1])
+        if spec.dtype == "bf16":
+            work.targets = (Target("per_density", at_most=1.15),)
+        works.append(work)
+    if spec.flex:
+        works += [flex_work(spec, q, k, v, work, selected) for work, selected in zip(works[1:], masks, strict=True)]
+    return works
+
+
+def flex_work(spec: Spec, q, k, v, work: Work, selected: torch.Tensor) -> Work:
+    """FlexAttention over the same blocks as `work`."""
+    mask = baselines.flex_mask(selected, spec.tokens)
+    return dataclasses.replace(
+        work,
+        name=f"{FLEX}, {work.name}",
+        call=lambda: baselines.flex(q, k, v, mask),
+        check=lambda out: baselines.attention_error(q, k, v, out, selected),
+        baseline=FLEX,
+        of=work.name,
+        targets=(),
+    )
+
+
+INDEX_NAMES = ("a_shape", "vertical_slash", "block_topk", "adaptive stride 8", "adaptive stride 16")
+
+
+def prefill_index(spec: Spec) -> list[Work]:
+    q, k, v = text_like(spec)
+    n = spec.tokens
+    common = dict(kv_start=None, block_q=BLOCK, block_k=BLOCK)
+    slash = dict(last_q=64, sink=30, local=100, scale=None, max_blocks=None, max_columns=None, **common)
+    window = dict(sink=1, local=1, **common)
+    adaptive = dict(scale=None, max_blocks=None, head_threshold=None, **window)
+    # Each: the call, and the same by the reference. The A-shape index has no kernel; it is its own reference.
+    calls = (
+        (lambda: headstart.a_shape_index(n, n, sink=128, local=1024), None),
+        (
+            lambda: headstart.vertical_slash_index(q, k, 1000, 1024),
+            lambda: index_reference.vertical_slash_index(q, k, 1000, 1024, **slash),
+        ),
+        (
+            lambda: headstart.block_topk_index(q, k, 24),
+            lambda: index_reference.block_topk_index(q, k, 24, **window),
+        ),
+        *(
+            (
+                lambda stride=stride: headstart.adaptive_block_index(q, k, 0.95, stride),
+                lambda stride=stride: index_reference.adaptive_block_index(q, k, 0.95, stride=stride, **adaptive),
+            )
+            for stride in (8, 16)
+        ),
+    )
+    works = [every_block(spec, q, k, v)]
+    for name, (call, expected) in zip(INDEX_NAMES, calls, strict=True):
+        work = Work(name, call, density=call().density(n, n), error_bar=DISAGREEMENT_BAR)
+        if expected is not None:
+            work.check = lambda index, expected=expected: index_disagreement(index, expected(), n)
+        if spec.dtype == "bf16":
+            work.targets = (Target("share_of_full", at_most=0.10),)
+        works.append(work)
+    return works
+
+
+def index_disagreement(index: headstart.BlockIndex, expected: tuple[torch.Tensor, ...], tokens: int) -> float:
+    """The larger of the disagreements over blocks and over columns."""
+    blocks = -(-tokens // BLOCK)
+    got = [(index.block_count, index.block_index, blocks), (index.column_count, index.column_index, tokens)]
+    worst = 0.0
+    for (count, ids, size), want in zip(got, (expected[:2], expected[2:])):
+        if want:
+            listed = (reference.scatter_blocks(count, ids, size), reference.scatter_blocks(*want, size))
+            worst = max(worst, baselines.disagreement(*listed))
+    return worst
+
+
+def merge_attention(spec: Spec) -> list[Work]:
+    shape = (1, spec.shape.hq, spec.tokens, spec.shape.d)
+    out_a, out_b = (torch.randn(shape).to(DTYPES[spec.dtype]) for _ in range(2))
+    lse_a, lse_b = (torch.randn(shape[:3]) for _ in range(2))
+    rotation = Rotation((out_a, lse_a, out_b, lse_b), cold_bytes())
+    exact = reference.merge_attention(out_a.float(), lse_a, out_b.float(), lse_b)[0]
+    work = Work(
+        "merge",
+        lambda: headstart.merge_attention(*rotation.next()),
+        bytes=3 * (out_a.nbytes + lse_a.nbytes),
+        limit="copy",
+        check=lambda result: baselines.relative_error(result[0], exact),
+        error_bar=ERROR_BAR[spec.dtype],
+    )
+    return [work]
+
+
+def decode(spec: Spec) -> list[Work]:
+    shape, dtype = spec.shape, DTYPES[spec.dtype]
+    q = torch.randn(1, shape.hq, 1, shape.d).to(dtype)
+    k, v = (torch.randn(1, shape.hkv, spec.tokens, shape.d).to(dtype) for _ in range(2))
+    rotation = Rotation((k, v), cold_bytes())
+    index = block_index(torch.ones(1, 1, 1, -(-spec.tokens // BLOCK), dtype=torch.bool))
+    numbers = dict(flops=4 * shape.d * shape.hq * spec.tokens, bytes=k.nbytes + v.nbytes, limit="read", density=1.0)
+    ours = Work(
+        EVERY,
+        lambda: headstart.sparse_attention(q, *rotation.next(), index),
+        check=lambda result: baselines.attention_error(q, k, v, result[0]),
+        error_bar=ERROR_BAR[spec.dtype],
+        **numbers,
+    )
+    return [Work(SDPA, lambda: baselines.sdpa(q, *rotation.next()), baseline=SDPA, **numbers), ours]
+
+
+def tier(spec: Spec) -> list[Work]:
+    """Both sides held to an instruction set: `HEADSTART_ISA` for us, `ATEN_CPU_CAPABILITY` for torch.
+
+    The latter binds torch's own kernels; the matrix products that they take from MKL or oneDNN may use all the CPU has.
+    """
+    q, k, v = text_like(spec)
+    full = every_block(spec, q, k, v)
+    if spec.tier == "avx2":
+        full.targets = (Target(f"versus.{SDPA}", at_least=1),)
+    return [dense_baseline(spec, q, k, v), full]
+
+
+BUILDERS = {
+    "sparse_attention": sparse_attention,
+    "prefill_index": prefill_index,
+    "merge_attention": merge_attention,
+    "decode": decode,
+    "tier": tier,
+}
+FAMILIES = tuple(name for name in BUILDERS if name != "tier")

@@ -1,0 +1,144 @@
+"""The README's table of numbers, made from a results file of `run.py`, never typed.
+
+python bench/readme.py bench/results/<cpu>.json README.md            writes the table between its two markers
+python bench/readme.py bench/results/<cpu>.json README.md --check    exit status 1 if the README differs
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import report
+from baselines import FLEX, SDPA
+from cases import EVERY
+
+BEGIN, END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
+
+
+def markdown(results: dict, source: str) -> str:
+    """The text between the markers."""
+    environment, machine, groups = results["environment"], results["machine"], results["groups"]
+    shapes = list(dict.fromkeys(shape_key(group) for group in groups))
+    rows: dict[str, dict[tuple, str]] = {}
+    for group in groups:
+        for result in group["results"]:
+            if shown(group, result):
+                rows.setdefault(row_name(group, result), {})[shape_key(group)] = cell(group, result)
+    heads = [f"{hq} heads on {hkv} KV heads, D {d}" for hq, hkv, d in shapes]
+    lines = [f"| {' | '.join(['', *heads])} |", f"|{'---|' * (len(shapes) + 1)}"]
+    lines += [f"| {' | '.join([name, *(cells.get(shape, '') for shape in shapes)])} |" for name, cells in rows.items()]
+    gemm = " and ".join(f"{rate:,.0f} GFLOP/s in {name}" for name, rate in machine["gemm_gflops"].items())
+    bandwidths = [report.digits(machine[name]) for name in ("read_gbs", "copy_gbs")]
+    state = " with uncommitted changes" if environment["uncommitted"] else ""
+    busy = f" The machine was busy (load average {environment['load_average']})." if environment["busy"] else ""
+    lines += [
+        "",
+        f"Medians of calls that took turns in one run, causal, batch 1, on {environment['cpu']}, "
+        f"{environment['threads']} threads, tier {environment['tier']}, torch {environment['torch']}; "
+        f"{environment['date'][:10]}, commit {environment['commit']}{state}.{busy} "
+        f"The machine's own limits in the same run: matrix product {gemm}, read {bandwidths[0]} GB/s, copy "
+        f"{bandwidths[1]} GB/s (read and written). GEMM is the matrix product's rate in the case's dtype, or the fp32 "
+        f"rate if that is higher. {SDPA} is always dense attention; d is the share of the pairs attended. From "
+        f"`{source}`; `make bench` measures again.",
+    ]
+    return "\n".join(lines)
+
+
+def shape_key(group: dict) -> tuple[int, int, int]:
+    shape = group["shape"]
+    return shape["hq"], shape["hkv"], shape["d"]
+
+
+def shown(group: dict, result: dict) -> bool:
+    """bf16 in full; of fp32 the dense case alone. Every block's second time, beside the index builders, is left out."""
+    if group["family"] == "prefill_index" and result["name"] == EVERY:
+        return False
+    if result["baseline"] is not None and not (group["family"] == "sparse_attention" and result["baseline"] == SDPA):
+        return False
+    return group["dtype"] == "bf16" or (group["family"] in ("sparse_attention", "tier") and result["name"] == EVERY)
+
+
+def row_name(group: dict, result: dict) -> str:
+    family, tokens = group["family"], f"{group['tokens']:,}"
+    dtype = "" if group["dtype"] == "bf16" else f", {group['dtype']}"
+    if family == "sparse_attention":
+        name = {SDPA: f"{SDPA}, {tokens} tokens", EVERY: f"`sparse_attention`, {EVERY}"}.get(result["name"])
+        return (name or f"`sparse_attention`, {result['name'].replace('density', 'd =')}") + dtype
+    if family == "prefill_index":
+        pattern, _, stride = result["name"].partition(" ")
+        name = {"adaptive": "adaptive_block"}.get(pattern, pattern)
+        return f"`{name}_index`{', ' + stride if stride else ''}{dtype}"
+    if family == "decode":
+        return f"decode, one query over {tokens} keys{dtype}"
+    if family == "tier":
+        return f"{EVERY}, {group['tier']} tier, {tokens} tokens{dtype or ', bf16'}"
+    return f"`merge_attention`, {tokens} tokens{dtype}"
+
+
+def cell(group: dict, result: dict) -> str:
+    parts = [report.time_words(result["median_us"])]
+    percent = result["percent"]
+    for name, ratio in result.get("versus", {}).items():
+        if name == SDPA:
+            same = " at the same tier" if group["family"] == "tier" else ""
+            parts.append(f"**{report.digits(ratio)}× SDPA**{same}")
+        elif name == FLEX:
+            parts.append(f"{report.digits(ratio)}× {FLEX}")
+    if "per_density" in result:
+        parts.append(f"{result['per_density']:.2f} · d of {EVERY}")
+    elif "share_of_full" in result:
+        parts.append(f"{100 * result['share_of_full']:.1f} % of {EVERY}")
+    elif group["family"] == "sparse_attention":
+        share = percent["best_gemm" if group["dtype"] == "bf16" else "gemm"]
+        parts.append(f"{share:.0f} % of GEMM")
+    for name, words in (("read", "read bandwidth"), ("copy", "copy bandwidth")):
+        if name in percent:
+            parts.append(f"{report.digits(result['gbs'])} GB/s, {percent[name]:.0f} % of {words}")
+    return ", ".join(parts)
+
+
+def replaced(text: str, table: str, path: str = "README") -> str:
+    """`text` with `table` between the markers, which must each stand there once, in order."""
+    for marker in (BEGIN, END):
+        if text.count(marker) != 1:
+            raise ValueError(f"{path}: expected {marker} once, found it {text.count(marker)} times")
+    head, rest = text.split(BEGIN)
+    if END not in rest:
+        raise ValueError(f"{path}: expected {BEGIN} before {END}")
+    return f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="bench/readme.py", description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("readme", type=Path)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the README is out of date")
+    options = parser.parse_args(arguments)
+    try:
+        text = options.readme.read_text()
+        source = source_name(options.results, options.readme)
+        fresh = replaced(text, markdown(report.load(options.results), source), str(options.readme))
+    except (OSError, ValueError) as error:
+        print(f"bench/readme.py: {error}", file=sys.stderr)
+        return 1
+    if options.check and fresh != text:
+        cure = f"python bench/readme.py {options.results} {options.readme}"
+        print(f"{options.readme}: its numbers are not those of {options.results}; run `{cure}`", file=sys.stderr)
+        return 1
+    if not options.check:
+        options.readme.write_text(fresh)
+    return 0
+
+
+def source_name(results: Path, readme: Path) -> str:
+    """The results file as the README's reader finds it: relative to the README if it lies below."""
+    try:
+        return results.resolve().relative_to(readme.resolve().parent).as_posix()
+    except ValueError:
+        return results.name
+
+
+if __name__ == "__main__":
+    sys.exit(main())
