@@ -112,10 +112,13 @@ inline Vec keep_between(Vec x, const int32_t* position, int32_t lo, int32_t hi) 
   return {_mm512_mask_mov_ps(_mm512_set1_ps(kNegInf), keep, x.v)};
 }
 
-// 2^(x - floor-ish part) is scaled by vscalefps, which gives 0 below the range without a branch.
-inline Vec scale_by_power(Vec fraction, Vec whole) { return {_mm512_scalef_ps(fraction.v, whole.v)}; }
+// fraction * 2^whole, 0 where that is below float's normal range: without the mask, vscalefps would take a microcode
+// assist for every lane that underflows, which is every masked key. NaN passes.
+inline Vec scale_by_power(Vec fraction, Vec whole) {
+  const __mmask16 normal = _mm512_cmp_ps_mask(whole.v, _mm512_set1_ps(-125.5f), _CMP_NLT_UQ);
+  return {_mm512_maskz_scalef_ps(normal, fraction.v, whole.v)};
+}
 inline Vec round_to_whole(Vec x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-constexpr float kExp2Least = -200.0f;
 
 #elif HEADSTART_TIER_AVX2
 
@@ -164,7 +167,6 @@ inline Vec scale_by_power(Vec fraction, Vec whole) {
   return {_mm256_andnot_ps(tiny, scaled)};
 }
 inline Vec round_to_whole(Vec x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-constexpr float kExp2Least = -126.0f;
 
 #else  // generic
 
@@ -216,6 +218,7 @@ inline Vec keep_between(Vec x, const int32_t* position, int32_t lo, int32_t hi) 
 }
 
 inline Vec round_to_whole(Vec x) {
+  x = max(broadcast(-126.0f), x);  // converting -inf to an integer is undefined
   const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: the adder rounds to an integer
   return (x + magic) - magic;
 }
@@ -228,14 +231,12 @@ inline Vec scale_by_power(Vec fraction, Vec whole) {
   std::memcpy(&scaled.v, &bits, sizeof bits);
   return select(whole.v < -125.5f, broadcast(0.0f), scaled);
 }
-constexpr float kExp2Least = -126.0f;
 
 #endif
 
 // 2^x for x up to 127: round to the nearest whole, a degree-5 minimax polynomial on [-0.5, 0.5] (relative error 2e-7,
 // and 2^0 = 1 exactly), and a shift of the exponent. -inf gives 0, NaN stays NaN.
 inline Vec exp2(Vec x) {
-  x = max(broadcast(kExp2Least), x);
   const Vec whole = round_to_whole(x);
   const Vec f = x - whole;
   Vec p = broadcast(0.001327647f);
@@ -271,7 +272,9 @@ inline Vec load_first(const T* p, int n) {
 }
 
 inline void store(BFloat16* p, Vec a) {
-#if HEADSTART_TIER_AVX512
+#if HEADSTART_TIER_BF16_DOT && !HEADSTART_EMULATE_BF16_DOT
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
+#elif HEADSTART_TIER_AVX512
   // Round to nearest even on the integer side; NaNs keep their upper bits and become quiet.
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

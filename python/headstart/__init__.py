@@ -1,10 +1,11 @@
 """headstart: LLM inference made faster by work done ahead of time.
 
 Operators for engines (`torch.ops.headstart.*` and the functions below), and a shim that puts them under a Hugging
-Face model: `headstart.patch(model)`. `python -m headstart doctor` tells what runs here and why.
+Face model: `headstart.patch(model)`. `headstart doctor` tells what runs here and why.
 """
 
 from . import _library
+from .engine import PrefillPlan, patch, unpatch
 from .ops.bitmap import BitmapWeight, bitmap_gemm
 from .ops.centroid_lookup import KeyClusters, centroid_lookup
 from .ops.int4_gemm import Int4Weight, int4_gemm
@@ -21,6 +22,7 @@ __all__ = [
     "BlockIndex",
     "Int4Weight",
     "KeyClusters",
+    "PrefillPlan",
     "a_shape_index",
     "adaptive_block_index",
     "bitmap_gemm",
@@ -28,6 +30,8 @@ __all__ = [
     "centroid_lookup",
     "int4_gemm",
     "merge_attention",
+    "patch",
     "sparse_attention",
+    "unpatch",
     "vertical_slash_index",
 ]

@@ -37,10 +37,11 @@ def _tokens(default: int, least: int = 1) -> _Parameter:
 
 
 _cap = _Parameter(None, "an integer, at least 1, or none", lambda x: x is None or (type(x) is int and x >= 1))
-_share = _Parameter(0.95, "a number above 0 and up to 1", lambda x: type(x) in (int, float) and 0 < x <= 1)
+_share = _Parameter(0.985, "a number above 0 and up to 1", lambda x: type(x) in (int, float) and 0 < x <= 1)
 _stride = _Parameter(16, "4, 8, 16 or 32", lambda x: type(x) is int and x in (4, 8, 16, 32))
 
-# The defaults keep a fifth to a third of the attention at 8,192 tokens.
+# The defaults keep between a fifth and a third of the attention of SmolLM2-135M at 8,192 tokens
+# (docs/measurements.md has the curve that adaptive's threshold was chosen from).
 PATTERNS: dict[str, dict[str, _Parameter]] = {
     "dense": {},
     "a_shape": {"sink": _tokens(128, 0), "local": _tokens(1024, 0)},
