@@ -12,7 +12,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._dynamo import testing
 
 import headstart
 import shapes
@@ -20,12 +19,10 @@ from headstart import BlockIndex
 from headstart.reference import prefill_index as reference
 from shapes import DTYPES, Shape
 
-ops = torch.ops.headstart
 NAN, INF = math.nan, math.inf
 TIE = 1e-5  # relative to the largest score
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 by_shape = functools.partial(pytest.mark.parametrize, "shape", ids=str)
-UNPADDED = [s for s in shapes.BUILDERS if not s.kv_start]
 
 
 # --- the truth -------------------------------------------------------------------------------------------------------
@@ -519,68 +516,3 @@ def test_equal_scores_choose_the_lower_id(cpu_tier, build):
     for r in range(10):
         row = index.block_index[0, 0, r, : int(index.block_count[0, 0, r])].tolist()
         assert row == list(range(len(row)))
-
-
-# --- the contract ----------------------------------------------------------------------------------------------------
-
-REQUIRED = {
-    "vertical_slash_index": dict(vertical_size=40, slash_size=200),
-    "block_topk_index": dict(top_k=2),
-    "adaptive_block_index": dict(threshold=0.8),
-}
-by_op = pytest.mark.parametrize("op", REQUIRED)
-
-
-@by_op
-@by_dtype
-@pytest.mark.parametrize("permuted", (False, True), ids=("contiguous", "permuted"))
-def test_opcheck(op, dtype, permuted):
-    for shape in (Shape(2, 4, 2, 100, 130, 16, kv_start=(0, 40)), Shape(1, 3, 1, 200, 300, 24, block_q=128)):
-        q, k, _ = shape.qkv(dtype)
-        if permuted:
-            q, k = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k))
-        options = REQUIRED[op] | dict(kv_start=shape.start(), block_q=shape.block_q)
-        torch.library.opcheck(getattr(ops, op).default, (q, k), options)
-
-
-def test_opcheck_a_shape():
-    for start in (None, torch.tensor([0, 70], dtype=torch.int32)):
-        torch.library.opcheck(ops.a_shape_index.default, (100, 130), dict(sink=4, local=64, kv_start=start))
-
-
-@by_op
-@pytest.mark.parametrize("options", ({}, dict(max_blocks=1), dict(block_q=128, block_k=128)), ids=str)
-def test_meta_tensors_have_the_same_shapes(op, options):
-    if op == "block_topk_index" and "max_blocks" in options:
-        pytest.skip("top_k is its cap")
-    for shape in UNPADDED:
-        q, k, _ = shape.qkv(torch.bfloat16)
-        real = getattr(ops, op)(q, k, **REQUIRED[op], **options)
-        meta = getattr(ops, op)(q.to("meta"), k.to("meta"), **REQUIRED[op], **options)
-        for a, b in zip(real, meta):
-            assert (a.shape, a.dtype, a.stride(), b.device.type) == (b.shape, b.dtype, b.stride(), "meta")
-
-
-@by_builder
-def test_compiles_whole_and_dynamic(build):
-    def attend(q, k):
-        return headstart.sparse_attention(q, k, k, build(q, k))
-
-    counter = testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
-    for nq, nk in ((100, 130), (200, 333), (300, 301)):
-        q, k, _ = Shape(1, 4, 2, nq, nk, 16).qkv(torch.float32)
-        for got, want in zip(compiled(q, k), attend(q, k)):
-            assert torch.equal(got, want)
-    assert counter.frame_count <= 2, "recompiled for every size"
-
-
-def test_a_shape_compiles():
-    def attend(q, k):
-        index = headstart.a_shape_index(q.shape[2], k.shape[2], sink=4, local=70)
-        return headstart.sparse_attention(q, k, k, index)[0]
-
-    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
-    for nq, nk in ((100, 130), (200, 333)):
-        q, k, _ = Shape(1, 4, 2, nq, nk, 16).qkv(torch.float32)
-        assert torch.equal(compiled(q, k), attend(q, k))

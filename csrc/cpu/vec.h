@@ -218,7 +218,7 @@ inline Vec keep_between(Vec x, const int32_t* position, int32_t lo, int32_t hi) 
 }
 
 inline Vec round_to_whole(Vec x) {
-  x = max(broadcast(-126.0f), x);  // converting -inf to an integer is undefined
+  x = max(broadcast(-126.0f), x);            // converting -inf to an integer is undefined
   const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: the adder rounds to an integer
   return (x + magic) - magic;
 }
