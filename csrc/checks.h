@@ -9,11 +9,15 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace headstart {
@@ -37,11 +41,25 @@ inline std::string dtype_name(ScalarType type) {
       return "int64";
     case ScalarType::Byte:
       return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
     case ScalarType::Bool:
       return "bool";
     default:
       return "dtype " + std::to_string(static_cast<int>(type));
   }
+}
+
+// As Python prints a float: as few digits as tell it apart, and a point in whole numbers.
+inline std::string number(double x) {
+  char text[32];
+  for (int digits = 1; digits <= 17; ++digits) {
+    std::snprintf(text, sizeof text, "%.*g", digits, x);
+    if (std::strtod(text, nullptr) == x) break;
+  }
+  return std::string(text) + (std::strpbrk(text, ".en") == nullptr ? ".0" : "");
 }
 
 // One dimension of an expected shape: a number, or a name for one that is free.
@@ -59,7 +77,12 @@ class Checks {
   template <typename Got>
   [[noreturn]] void fail(const char* argument, const std::string& expected, const Got& got) const {
     std::ostringstream message;
-    message << op_ << ": " << argument << ": expected " << expected << ", got " << got;
+    message << op_ << ": " << argument << ": expected " << expected << ", got ";
+    if constexpr (std::is_floating_point_v<Got>) {
+      message << number(got);
+    } else {
+      message << got;
+    }
     throw std::runtime_error(message.str());
   }
 

@@ -132,15 +132,16 @@ struct VerticalSlash {
       float* s = w.scores + i * padded_nk;
       const int64_t end = a.nk - last_q + i + 1;
       if (start >= end) continue;
+      const int64_t padded_end = round_up(end, Vec::width);
+      for (int64_t j = 0; j < padded_end; j += Vec::width) store(s + j, load(s + j) * broadcast(scale));
       for (int64_t j = 0; j < start; ++j) s[j] = kNegInf;
       for (int64_t j = end; j < padded_nk; ++j) s[j] = kNegInf;
-      const int64_t padded_end = round_up(end, Vec::width);
       Vec top = broadcast(kNegInf);
       for (int64_t j = 0; j < padded_end; j += Vec::width) top = max(top, load(s + j));
-      const Vec shift = broadcast(reduce_max(top) * scale);
+      const Vec shift = broadcast(reduce_max(top));
       Vec total = broadcast(0.0f);
       for (int64_t j = 0; j < padded_end; j += Vec::width) {
-        const Vec x = exp2(load(s + j) * broadcast(scale) - shift);
+        const Vec x = exp2(load(s + j) - shift);
         store(s + j, x);
         total = total + x;
       }
@@ -155,7 +156,7 @@ struct VerticalSlash {
   }
 
   void choose_columns(Scratch& w, int64_t b, int64_t h) const {
-    const int64_t start = start_of(a, b), n = a.nk - start;
+    const int64_t start = start_of(a, b), n = max(0, a.nk - start);
     for (int64_t j = start; j < min(a.nk, start + a.sink); ++j) w.column[j] = kForced;
     for (int64_t j = 0; j < n; ++j) w.ids[j] = static_cast<int32_t>(start + j);
     const int64_t count = min(a.column_capacity, n);
@@ -407,14 +408,15 @@ struct Adaptive {
     if (range.first >= range.end) return;
     const float scale = a.scale / static_cast<float>(stride) * kLog2E;
     const int64_t begin = range.first / Vec::width * Vec::width, end = round_up(range.end, Vec::width);
+    for (int64_t j = begin; j < end; j += Vec::width) store(s + j, load(s + j) * broadcast(scale));
     for (int64_t j = begin; j < range.first; ++j) s[j] = kNegInf;
     for (int64_t j = range.end; j < end; ++j) s[j] = kNegInf;
     Vec top = broadcast(kNegInf);
     for (int64_t j = begin; j < end; j += Vec::width) top = max(top, load(s + j));
-    const Vec factor = broadcast(scale), shift = broadcast(reduce_max(top) * scale);
+    const Vec shift = broadcast(reduce_max(top));
     Vec total = broadcast(0.0f);
     for (int64_t j = begin; j < end; j += Vec::width) {
-      const Vec x = exp2(load(s + j) * factor - shift);
+      const Vec x = exp2(load(s + j) - shift);
       store(s + j, x);
       total = total + x;
     }

@@ -147,21 +147,28 @@ Pair sparse_attention(const Tensor q, const Tensor k, const Tensor v, const Tens
     index.column_index_batch = bi == 1 ? 0 : columns->stride(0);
     index.column_index_head = hi == 1 ? 0 : columns->stride(1);
   }
-  // Each distinct list once.
-  for (int64_t ib = 0; ib < (index.count_batch == 0 && index.index_batch == 0 ? 1 : bi); ++ib) {
-    for (int64_t ih = 0; ih < (index.count_head == 0 && index.index_head == 0 ? 1 : hi); ++ih) {
+  // Each distinct list once: batch and head may be expanded, in the lists of blocks and of columns independently.
+  const auto distinct = [](int64_t n, int64_t stride, int64_t other) { return stride == 0 && other == 0 ? 1 : n; };
+  for (int64_t ib = 0; ib < distinct(bi, index.count_batch, index.index_batch); ++ib) {
+    for (int64_t ih = 0; ih < distinct(hi, index.count_head, index.index_head); ++ih) {
       for (int64_t r = 0; r < rows; ++r) {
         check_ids(check, "block_count", "block_index",
                   index.block_count + ib * index.count_batch + ih * index.count_head + r,
                   index.block_index + ib * index.index_batch + ih * index.index_head + r * index.block_capacity,
                   index.block_capacity, ceil_div(nk, block_k), "block ids");
       }
-      for (int64_t r = 0; column_count.has_value() && r < column_rows; ++r) {
-        check_ids(
-            check, "column_count", "column_index",
-            index.column_count + ib * index.column_count_batch + ih * index.column_count_head + r,
-            index.column_index + ib * index.column_index_batch + ih * index.column_index_head + r * column_capacity,
-            column_capacity, nk, "key positions");
+    }
+  }
+  if (column_count.has_value()) {
+    for (int64_t ib = 0; ib < distinct(bi, index.column_count_batch, index.column_index_batch); ++ib) {
+      for (int64_t ih = 0; ih < distinct(hi, index.column_count_head, index.column_index_head); ++ih) {
+        for (int64_t r = 0; r < column_rows; ++r) {
+          check_ids(check, "column_count", "column_index",
+                    index.column_count + ib * index.column_count_batch + ih * index.column_count_head + r,
+                    index.column_index + ib * index.column_index_batch + ih * index.column_index_head +
+                        r * column_capacity,
+                    column_capacity, nk, "key positions");
+        }
       }
     }
   }

@@ -150,9 +150,15 @@ inline void softmax_tile(Softmax& state, float* scores, BFloat16* as_bf16, int64
     store(state.base + i, base);
     store(state.maximum + i, now);
   }
-  const Vec factor = broadcast(position == nullptr ? scale : 1.0f);
   for (int64_t i = 0; i < rows; ++i) {
     float* s = scores + i * kTile;
+    Vec factor = broadcast(position == nullptr ? scale : 1.0f);
+    if (position == nullptr && !(__builtin_fabsf(state.base[i]) < 0x1p20f)) {
+      // The fused multiply-add below keeps a product's rounding error, which the maximum has lost: at logits this
+      // large it could reach the exponent. Round the products first, as the maximum did.
+      for (int j = 0; j < n; ++j) store(s + j * Vec::width, load(s + j * Vec::width) * factor);
+      factor = broadcast(1.0f);
+    }
     const Vec shift = broadcast(-state.base[i]);
     Vec total = load(state.sum[i]) * broadcast(state.rescale[i]);
 #pragma GCC unroll 16
@@ -391,7 +397,7 @@ struct Prefill {
       const int64_t at = (b * a.heads_q + h) * a.nq + first_query + i;
       T* out = static_cast<T*>(a.out) + at * a.head_dim;
       const float maximum = w.softmax.maximum[i], sum = w.softmax.total(i);
-      const bool empty = !started || maximum == kNegInf;
+      const bool empty = !started || sum == 0.0f;  // not by the maximum, which may have lost a NaN
       const Vec inverse = broadcast(empty ? 0.0f : 1.0f / sum);
       for (int64_t d = 0; d < a.head_dim; d += Vec::width) {
         const Vec x = empty ? broadcast(0.0f) : load(w.output + i * padded_dim + d) * inverse;
@@ -412,7 +418,7 @@ struct Prefill {
     const int64_t runs = group / run;
     const int64_t pair_units = (tiles + runs * column_tiles) * (key_tile + value_tile);
     const int64_t pairs_total = a.batch * a.heads_kv;
-    const int64_t wave = max(1, min(pairs_total, kWaveBytes / (pair_units * static_cast<int64_t>(sizeof(U)))));
+    const int64_t wave = max(1, min(pairs_total, kWaveBytes / max(1, pair_units * static_cast<int64_t>(sizeof(U)))));
 
     Buffer<U> keys(wave * tiles * key_tile), values(wave * tiles * value_tile);
     Buffer<U> column_keys(wave * runs * column_tiles * key_tile),
@@ -684,7 +690,7 @@ struct FewRows {
           store(sum + d, p == 0 ? x : load(sum + d) + x);
         }
       }
-      const bool empty = top == kNegInf || parts == 0;
+      const bool empty = parts == 0 || total == 0.0f;
       T* out = static_cast<T*>(a.out) + at * a.head_dim;
       for (int64_t d = 0; d < a.head_dim; d += Vec::width) {
         const Vec x = empty ? broadcast(0.0f) : load(sum + d) * broadcast(1.0f / total);

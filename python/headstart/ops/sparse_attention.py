@@ -72,16 +72,21 @@ class BlockIndex:
         blocks = reference.pool_mask(mask, block_q, block_k)
         return cls(*reference.compact(blocks), block_q=block_q, block_k=block_k)
 
-    def to_block_mask(self, nq: int, nk: int, causal: bool = True):
-        """FlexAttention's `BlockMask` for the same attention (columns included, through its `mask_mod`)."""
+    def to_block_mask(self, nq: int, nk: int, causal: bool = True, heads: int | None = None):
+        """FlexAttention's `BlockMask` for the same attention (columns included, through its `mask_mod`).
+
+        `heads` is the number of query heads, which an index with 1 or all heads need not be told.
+        """
         from torch.nn.attention.flex_attention import BlockMask
 
         mask = self.to_mask(nq, nk, causal)
+        if heads is not None and mask.shape[1] > 1:
+            mask = mask.repeat_interleave(heads // mask.shape[1], 1)
         count, index = reference.compact(reference.pool_mask(mask, self.block_q, self.block_k))
-        heads = mask.shape[1]
+        batch, heads = mask.shape[:2]
 
         def mask_mod(b, h, q_idx, kv_idx):
-            return mask[b, h % heads, q_idx, kv_idx]
+            return mask[b % batch, h % heads, q_idx, kv_idx]
 
         return BlockMask.from_kv_blocks(
             count, index, BLOCK_SIZE=(self.block_q, self.block_k), mask_mod=mask_mod, seq_lengths=(nq, nk)
@@ -115,14 +120,16 @@ class BlockIndex:
         column_index: torch.Tensor,
         block_q: int = 64,
         block_k: int = 64,
+        nk: int | None = None,
     ) -> BlockIndex:
         """The index of MInference's four tensors.
 
         Their block offsets are tokens and need not be multiples of `block_k`. Blocks that start on a multiple stay
-        blocks; the tokens of the others become columns, so the attended keys are the same.
+        blocks; the tokens of the others become columns, so the attended keys are the same. A block may reach past the
+        last key; `nk`, the number of keys, cuts it there.
         """
         return cls(
-            *reference.from_minference(block_count, block_offset, column_count, column_index, block_k),
+            *reference.from_minference(block_count, block_offset, column_count, column_index, block_k, nk),
             block_q=block_q,
             block_k=block_k,
         )
@@ -240,7 +247,8 @@ def check_index(
     if column_count is not None:
         _checks.tensor(op, "column_count", column_count, torch.int32, (b, hi, "R or 1"), block_count)
         rows = column_count.shape[2]
-        _checks.expect(rows in (1, r), op, "column_count", f"1 or {r} rows", rows)
+        if rows != 1 and rows != r:  # no f-string on the good path: torch.compile would fix the number in it
+            _checks.fail(op, "column_count", f"1 or {r} rows", rows)
         _checks.tensor(op, "column_index", column_index, torch.int32, (b, hi, rows, "C"), block_count)
 
 

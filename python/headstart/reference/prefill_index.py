@@ -34,13 +34,13 @@ def forced_blocks(
     the row's queries may see.
     """
     first, last = row_positions(nq, nk, block_q, device)
-    start = torch.zeros(1, dtype=torch.int64, device=device) if kv_start is None else kv_start.long()
+    start = torch.zeros(1, dtype=torch.int64, device=device) if kv_start is None else kv_start.long().clamp(min=0)
     start = start[:, None, None, None]
     begin = torch.arange(ceil_div(nk, block_k), device=device) * block_k
     end = begin + block_k
     first, last = first[:, None], last[:, None]
     visible = (begin <= last) & (end > start) & (last >= start)
-    sinks = begin < start + sink
+    sinks = (begin < start + sink) if sink > 0 else torch.zeros_like(begin < start)
     window = (end > first - local + 1) if local > 0 else torch.zeros_like(visible)
     return visible & (sinks | window), visible
 

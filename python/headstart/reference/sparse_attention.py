@@ -127,8 +127,9 @@ def merge_attention(out_a, lse_a, out_b, lse_b):
     lse = torch.logaddexp(lse_a, lse_b)
     finite = lse.masked_fill(lse == -math.inf, 0)
     work = torch.promote_types(out_a.dtype, torch.float32)
-    weight_a = torch.exp(lse_a - finite).unsqueeze(-1)
-    weight_b = torch.exp(lse_b - finite).unsqueeze(-1)
+    weight_a, weight_b = torch.exp(lse_a - finite).unsqueeze(-1), torch.exp(lse_b - finite).unsqueeze(-1)
+    total = (weight_a + weight_b).masked_fill((lse == -math.inf).unsqueeze(-1), 1)
+    weight_a, weight_b = weight_a / total, weight_b / total
     out = weight_a * out_a.to(work) + weight_b * out_b.to(work)
     return out.to(out_a.dtype).contiguous(), lse
 
@@ -169,7 +170,6 @@ def to_minference(block_count, block_index, column_count, column_index, block_k)
     used = torch.arange(column_index.shape[-1], device=column_index.device) < column_count.unsqueeze(-1)
     used, columns = used.expand(b, h, r, -1), column_index.expand(b, h, r, -1)
     last = int(torch.where(used, columns, 0).max()) if columns.numel() else 0
-    last = max(last, int(block_index.max()) * block_k if block_index.numel() else 0)
     blocks = scatter_blocks(block_count, block_index, last // block_k + 1)
     alone = used & ~blocks.gather(-1, torch.where(used, columns, 0).long() // block_k)
     big = torch.iinfo(torch.int32).max
@@ -178,7 +178,7 @@ def to_minference(block_count, block_index, column_count, column_index, block_k)
     return block_count, block_offset, count, torch.where(ordered == big, 0, ordered)
 
 
-def from_minference(block_count, block_offset, column_count, column_index, block_k):
+def from_minference(block_count, block_offset, column_count, column_index, block_k, nk=None):
     device = block_offset.device
     used = torch.arange(block_offset.shape[-1], device=device) < block_count.unsqueeze(-1)
     aligned = used & (block_offset % block_k == 0)
@@ -197,6 +197,8 @@ def from_minference(block_count, block_offset, column_count, column_index, block
     tokens.scatter_(-1, torch.where(keep, inside, dump).flatten(-2).long(), True)
     tokens.scatter_(-1, torch.where(used_columns, column_index, dump).long(), True)
     tokens[..., dump] = False
+    if nk is not None:
+        tokens[..., nk:] = False
     tokens &= ~blocks.repeat_interleave(block_k, -1)
     count, index = compact(blocks[..., :spare])
     column_count, columns = compact(tokens)
