@@ -298,10 +298,8 @@ def decode(spec: Spec) -> list[Work]:
 
 
 def tier(spec: Spec) -> list[Work]:
-    """Both sides held to an instruction set: `HEADSTART_ISA` for us, `ATEN_CPU_CAPABILITY` for torch.
-
-    The latter binds torch's own kernels; the matrix products that they take from MKL or oneDNN may use all the CPU has.
-    """
+    """Both sides held to an instruction set: `HEADSTART_ISA` for us; torch's own kernels, MKL and oneDNN each by its
+    variable (run.py), since SDPA takes its matrix products from MKL, which `ATEN_CPU_CAPABILITY` does not bind."""
     q, k, v = text_like(spec)
     full = every_block(spec, q, k, v)
     if spec.tier == "avx2":

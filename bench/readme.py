@@ -1,4 +1,4 @@
-"""The README's table of numbers, made from a results file of `run.py`, never typed.
+"""The README's tables of numbers, made from a results file of `run.py` or the demo's report.json, never typed.
 
 python bench/readme.py bench/results/<cpu>.json README.md            writes the table between its two markers
 python bench/readme.py bench/results/<cpu>.json README.md --check    exit status 1 if the README differs
@@ -15,6 +15,7 @@ from baselines import FLEX, SDPA
 from cases import EVERY
 
 BEGIN, END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
+DEMO_BEGIN, DEMO_END = "<!-- demo:begin -->", "<!-- demo:end -->"
 
 
 def markdown(results: dict, source: str) -> str:
@@ -99,15 +100,40 @@ def cell(group: dict, result: dict) -> str:
     return ", ".join(parts)
 
 
-def replaced(text: str, table: str, path: str = "README") -> str:
+def demo_markdown(content: dict) -> str:
+    """The demo's table, as `headstart demo` prints it."""
+    place = content["environment"]
+    lines = ["| attention | seconds | speed-up | loss | change | top-1 | density |", f"|---|{'--:|' * 6}"]
+    lines += [
+        f"| {row['name']} | {row['seconds']:.2f} | {row['speedup']:.2f}× | {row['loss']:.4f} | "
+        f"{row['loss_difference']:+.4f} | {row['agreement']:.3f} | {row['density']:.3f} |"
+        for row in content["rows"]
+    ]
+    lines += [
+        "",
+        f"{content['model']}, {content['tokens']:,} tokens; {place['cpu']}, {place['threads']} threads, tier "
+        f"{place['cpu_tier']}; torch {place['torch']}, transformers {place['transformers']}; {place['date'][:10]}. "
+        f"*{content['conclusion']}*",
+    ]
+    return "\n".join(lines)
+
+
+def replaced(text: str, table: str, path: str = "README", begin: str = BEGIN, end: str = END) -> str:
     """`text` with `table` between the markers, which must each stand there once, in order."""
-    for marker in (BEGIN, END):
+    for marker in (begin, end):
         if text.count(marker) != 1:
             raise ValueError(f"{path}: expected {marker} once, found it {text.count(marker)} times")
-    head, rest = text.split(BEGIN)
-    if END not in rest:
-        raise ValueError(f"{path}: expected {BEGIN} before {END}")
-    return f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+    head, rest = text.split(begin)
+    if end not in rest:
+        raise ValueError(f"{path}: expected {begin} before {end}")
+    return f"{head}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+
+
+def updated(text: str, results: Path, readme: Path) -> str:
+    content = report.parse(results)
+    if isinstance(content, dict) and "conclusion" in content:
+        return replaced(text, demo_markdown(content), str(readme), DEMO_BEGIN, DEMO_END)
+    return replaced(text, markdown(report.load(results), source_name(results, readme)), str(readme))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -118,8 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         text = options.readme.read_text()
-        source = source_name(options.results, options.readme)
-        fresh = replaced(text, markdown(report.load(options.results), source), str(options.readme))
+        fresh = updated(text, options.results, options.readme)
     except (OSError, ValueError) as error:
         print(f"bench/readme.py: {error}", file=sys.stderr)
         return 1

@@ -250,12 +250,16 @@ def save(report: dict, path: Path) -> None:
     fresh.replace(path)
 
 
-def load(path: Path) -> dict:
-    """Reads a results file of `run.py`; says what is wrong with any other."""
+def parse(path: Path):
     try:
-        report = json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: not a results file: {error}") from None
+
+
+def load(path: Path) -> dict:
+    """Reads a results file of `run.py`; says what is wrong with any other."""
+    report = parse(path)
     schema = report.get("schema") if isinstance(report, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"{path}: schema: expected {SCHEMA} (a results file of bench/run.py), got {schema}")

