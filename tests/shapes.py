@@ -1,7 +1,7 @@
-"""Shapes of attention, shared by tests and benchmarks, and the inputs and indices made from them.
+"""Shapes of attention for the tests, and the inputs and indices made from them.
 
-Tests want what breaks kernels: lengths that fill no block, head dims that fill no register, ratios of heads that share
-nothing. Benchmarks want the sizes of real models. Both name them here, so that what is fast is also what is tested.
+They are what breaks kernels: lengths that fill no block, head dims that fill no register, ratios of heads that share
+nothing. The benchmarks' sizes are in `bench/cases.py`.
 """
 
 from __future__ import annotations
@@ -143,8 +143,3 @@ BUILDERS = [
     Shape(3, 2, 1, 400, 400, 16, kv_start=(0, 100, 400)),
     Shape(2, 2, 1, 100, 333, 16, kv_start=(64, 300)),
 ]
-
-# --- for benchmarks --------------------------------------------------------------------------------------------------
-
-PREFILL = [Shape(1, 9, 3, 8192, 8192, 64), Shape(1, 8, 2, 8192, 8192, 128)]
-DECODE = [s.with_(nq=1) for s in PREFILL] + [Shape(1, 8, 2, 1, 131072, 128)]

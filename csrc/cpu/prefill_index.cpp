@@ -22,8 +22,6 @@
 namespace headstart {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f;
-
 int64_t start_of(const PrefillIndexArgs& a, int64_t b) { return a.kv_start == nullptr ? 0 : max(a.kv_start[b], 0); }
 
 // The key positions of a row of queries, and which key blocks it may see, must take, ...

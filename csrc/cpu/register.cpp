@@ -163,11 +163,11 @@ Pair sparse_attention(const Tensor q, const Tensor k, const Tensor v, const Tens
     for (int64_t ib = 0; ib < distinct(bi, index.column_count_batch, index.column_index_batch); ++ib) {
       for (int64_t ih = 0; ih < distinct(hi, index.column_count_head, index.column_index_head); ++ih) {
         for (int64_t r = 0; r < column_rows; ++r) {
-          check_ids(check, "column_count", "column_index",
-                    index.column_count + ib * index.column_count_batch + ih * index.column_count_head + r,
-                    index.column_index + ib * index.column_index_batch + ih * index.column_index_head +
-                        r * column_capacity,
-                    column_capacity, nk, "key positions");
+          check_ids(
+              check, "column_count", "column_index",
+              index.column_count + ib * index.column_count_batch + ih * index.column_count_head + r,
+              index.column_index + ib * index.column_index_batch + ih * index.column_index_head + r * column_capacity,
+              column_capacity, nk, "key positions");
         }
       }
     }

@@ -25,6 +25,8 @@ namespace headstart {
 namespace {
 
 constexpr float kNegInf = -__builtin_inff();
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
 
 // --- scalar conversions ----------------------------------------------------------------------------------------------
 

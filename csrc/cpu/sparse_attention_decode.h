@@ -1,0 +1,276 @@
+// Decode, and any call whose few query rows would not repay packing keys: `FewRows`.
+//
+// Keys and values are read in place, once, for all heads that share them; the keys are split so that one row uses every
+// core, and the parts are merged in a fixed order, so the result does not depend on the number of threads.
+// Floor: the bytes of the attended keys and values at the machine's read bandwidth.
+#pragma once
+
+#include "sparse_attention_tile.h"
+
+namespace headstart {
+namespace {
+
+constexpr int64_t kFewRows = 16;    // query rows that share keys, at most
+constexpr int64_t kSplitTiles = 8;  // tiles of a part: 512 keys
+
+template <typename T>
+struct FewRows {
+  const SparseAttentionArgs& a;
+  int64_t group, index_group, run, rows, padded_dim;
+
+  // Rows of a job are the queries of `run` neighbouring heads, which read the same keys through the same list.
+  explicit FewRows(const SparseAttentionArgs& args)
+      : a(args),
+        group(a.heads_q / a.heads_kv),
+        index_group(a.heads_q / a.index.heads),
+        run(common_divisor(group, index_group)),
+        rows(run * a.nq),
+        padded_dim(round_up(a.head_dim, Vec::width)) {}
+
+  struct Part {
+    int32_t run_at;
+    int32_t tiles;
+    int64_t first_tile;  // in the list of all tiles
+  };
+
+  struct Scratch {
+    explicit Scratch(int64_t padded_dim) : query(kFewRows * padded_dim), scores(kFewRows * kTile) {}
+    Buffer<float> query, scores;
+    const T* k_rows[kTile];
+    const T* v_rows[kTile];
+    int32_t position[kTile];
+    Softmax softmax;
+  };
+
+  // A part's running maximum, sum and unnormalised output, per row.
+  struct State {
+    float* maximum;
+    float* sum;
+    float* output;
+  };
+
+  int64_t batch_of(int64_t run_at) const { return run_at / (a.heads_q / run); }
+  int64_t head_of(int64_t run_at) const { return run_at % (a.heads_q / run) * run; }
+  Row row(int64_t run_at) const { return read_row(a.index, batch_of(run_at), head_of(run_at) / index_group, 0); }
+
+  static bool covered(const Row& list, int32_t block) {
+    int64_t lo = 0, hi = list.block_count;
+    while (lo < hi) {
+      const int64_t middle = (lo + hi) / 2;
+      if (list.blocks[middle] < block) {
+        lo = middle + 1;
+      } else {
+        hi = middle;
+      }
+    }
+    return lo < list.block_count && list.blocks[lo] == block;
+  }
+
+  // Points at the 64 keys of a tile: tile >= 0 is a tile of keys, tile < 0 the (-1 - tile)-th 64 columns of the list.
+  void find_keys(Scratch& w, int64_t b, int64_t kv_head, const Row& list, int32_t tile) const {
+    for (int j = 0; j < kTile; ++j) {
+      int64_t n;
+      if (tile >= 0) {
+        n = int64_t{tile} * kTile + j;
+        if (n >= a.nk) n = kNowhere;
+      } else {
+        const int64_t c = (-1 - int64_t{tile}) * kTile + j;
+        n = c < list.column_count ? list.columns[c] : kNowhere;
+        if (n != kNowhere && covered(list, static_cast<int32_t>(n / a.block_k))) n = kNowhere;
+      }
+      w.position[j] = static_cast<int32_t>(n);
+      w.k_rows[j] = n == kNowhere ? nullptr : row_of<T>(a.k, b, kv_head, n);
+      w.v_rows[j] = n == kNowhere ? nullptr : row_of<T>(a.v, b, kv_head, n);
+    }
+  }
+
+  Vec load_part(const T* p, int64_t d) const {
+    return d + Vec::width <= a.head_dim ? load(p + d) : load_first(p + d, static_cast<int>(a.head_dim - d));
+  }
+
+  // scores[r][j] for `n` rows: each key is read once and multiplied with all of them.
+  template <int n>
+  void score(Scratch& w, int64_t first_row) const {
+    for (int j = 0; j < kTile; ++j) {
+      Vec sum[n];
+      for (int r = 0; r < n; ++r) sum[r] = broadcast(0.0f);
+      if (w.k_rows[j] != nullptr) {
+        for (int64_t d = 0; d < a.head_dim; d += Vec::width) {
+          const Vec key = load_part(w.k_rows[j], d);
+          for (int r = 0; r < n; ++r) {
+            sum[r] = fma(load(w.query + (first_row + r) * padded_dim + d), key, sum[r]);
+          }
+        }
+      }
+      for (int r = 0; r < n; ++r) w.scores[(first_row + r) * kTile + j] = reduce_add(sum[r]);
+    }
+  }
+
+  template <int n>
+  void accumulate(Scratch& w, float* output, int64_t first_row) const {
+    constexpr int vecs = 4;
+    for (int64_t d = 0; d < padded_dim; d += vecs * Vec::width) {
+      const auto used = static_cast<int>(min(vecs, (padded_dim - d) / Vec::width));
+      Vec sum[n][vecs];
+      for (int r = 0; r < n; ++r) {
+        for (int i = 0; i < vecs; ++i) {
+          sum[r][i] = broadcast(0.0f);
+          if (i < used) {
+            sum[r][i] = load(output + (first_row + r) * padded_dim + d + i * Vec::width) *
+                        broadcast(w.softmax.rescale[first_row + r]);
+          }
+        }
+      }
+      for (int j = 0; j < kTile; ++j) {
+        if (w.v_rows[j] == nullptr) continue;
+        Vec value[vecs];
+        for (int i = 0; i < vecs; ++i) {
+          value[i] = i < used ? load_part(w.v_rows[j], d + i * Vec::width) : broadcast(0.0f);
+        }
+        for (int r = 0; r < n; ++r) {
+          const Vec weight = broadcast(w.scores[(first_row + r) * kTile + j]);
+          for (int i = 0; i < vecs; ++i) sum[r][i] = fma(weight, value[i], sum[r][i]);
+        }
+      }
+      for (int r = 0; r < n; ++r) {
+        for (int i = 0; i < used; ++i) {
+          store(output + (first_row + r) * padded_dim + d + i * Vec::width, sum[r][i]);
+        }
+      }
+    }
+  }
+
+  template <typename Step>
+  void by_rows(const Step& step) const {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) step(r, 4);
+    if (r < rows) step(r, static_cast<int>(rows - r));
+  }
+
+  void attend_part(Scratch& w, const Part& part, const int32_t* tiles, State state) const {
+    const int64_t b = batch_of(part.run_at), h = head_of(part.run_at), kv_head = h / group;
+    const Row list = row(part.run_at);
+    const float scale = a.scale * kLog2E;
+    const auto lo = static_cast<int32_t>(visible_keys(a, b, a.nq).first_key);
+    for (int64_t r = 0; r < rows; ++r) {
+      zero(w.query + r * padded_dim, padded_dim);
+      convert_row(w.query + r * padded_dim, row_of<T>(a.q, b, h + r / a.nq, r % a.nq), a.head_dim);
+    }
+    w.softmax.start(rows);
+    zero(state.output, rows * padded_dim);
+    const int64_t last = a.causal ? a.nk - a.nq : a.nk - 1;
+    for (int64_t t = 0; t < part.tiles; ++t) {
+      find_keys(w, b, kv_head, list, tiles[part.first_tile + t]);
+      by_rows([&](int64_t r, int n) {
+        switch (n) {
+          case 4:
+            return score<4>(w, r);
+          case 3:
+            return score<3>(w, r);
+          case 2:
+            return score<2>(w, r);
+          default:
+            return score<1>(w, r);
+        }
+      });
+      softmax_tile<FloatUnit>(w.softmax, w.scores, nullptr, rows, scale, w.position, lo, static_cast<int32_t>(last),
+                              a.causal ? 1 : 0, a.nq);
+      by_rows([&](int64_t r, int n) {
+        switch (n) {
+          case 4:
+            return accumulate<4>(w, state.output, r);
+          case 3:
+            return accumulate<3>(w, state.output, r);
+          case 2:
+            return accumulate<2>(w, state.output, r);
+          default:
+            return accumulate<1>(w, state.output, r);
+        }
+      });
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      state.maximum[r] = w.softmax.maximum[r];
+      state.sum[r] = w.softmax.total(r);
+    }
+  }
+
+  // Joins a run's parts, in order, and writes its rows.
+  void join(int64_t run_at, int64_t parts, State state) const {
+    const int64_t b = batch_of(run_at), h = head_of(run_at);
+    for (int64_t r = 0; r < rows; ++r) {
+      float top = kNegInf;
+      for (int64_t p = 0; p < parts; ++p) top = state.maximum[p * rows + r] > top ? state.maximum[p * rows + r] : top;
+      const int64_t at = (b * a.heads_q + h + r / a.nq) * a.nq + r % a.nq;
+      float total = 0.0f;
+      float* sum = state.output + r * padded_dim;  // the first part's output becomes the sum
+      for (int64_t p = 0; p < parts; ++p) {
+        const float weight = top == kNegInf ? 0.0f : exp2(state.maximum[p * rows + r] - top);
+        total += weight * state.sum[p * rows + r];
+        const float* from = state.output + (p * rows + r) * padded_dim;
+        for (int64_t d = 0; d < padded_dim; d += Vec::width) {
+          const Vec x = load(from + d) * broadcast(weight);
+          store(sum + d, p == 0 ? x : load(sum + d) + x);
+        }
+      }
+      const bool empty = parts == 0 || total == 0.0f;
+      T* out = static_cast<T*>(a.out) + at * a.head_dim;
+      for (int64_t d = 0; d < a.head_dim; d += Vec::width) {
+        const Vec x = empty ? broadcast(0.0f) : load(sum + d) * broadcast(1.0f / total);
+        store_first(out + d, x, static_cast<int>(min(Vec::width, a.head_dim - d)));
+      }
+      a.lse[at] = empty ? kNegInf : top * kLn2 + __builtin_logf(total);
+    }
+  }
+
+  void run_all(const Parallel& parallel) const {
+    const int64_t runs = a.batch * (a.heads_q / run);
+    Buffer<int64_t> first_part(runs + 1);
+    int64_t tile_count = 0, part_count = 0;
+    for (int64_t i = 0; i < runs; ++i) {
+      first_part[i] = part_count;
+      const int64_t n = list_tiles(i, nullptr);
+      tile_count += n;
+      part_count += ceil_div(n, kSplitTiles);
+    }
+    first_part[runs] = part_count;
+
+    Buffer<int32_t> tiles(tile_count);
+    Buffer<Part> parts(part_count);
+    Buffer<float> maximum(part_count * rows), sum(part_count * rows), output(part_count * rows * padded_dim);
+    PerWorker<Scratch> scratch(parallel.workers, padded_dim);
+    int64_t at = 0;
+    for (int64_t i = 0; i < runs; ++i) {
+      const int64_t n = list_tiles(i, tiles + at);
+      for (int64_t t = 0; t < n; t += kSplitTiles) {
+        parts[first_part[i] + t / kSplitTiles] = {static_cast<int32_t>(i),
+                                                  static_cast<int32_t>(min(kSplitTiles, n - t)), at + t};
+      }
+      at += n;
+    }
+    const auto state = [&](int64_t part) {
+      return State{maximum + part * rows, sum + part * rows, output + part * rows * padded_dim};
+    };
+    for_each_job(parallel, part_count,
+                 [&](int64_t i, int worker) { attend_part(scratch[worker], parts[i], tiles, state(i)); });
+    for_each_job(parallel, runs,
+                 [&](int64_t i, int) { join(i, first_part[i + 1] - first_part[i], state(first_part[i])); });
+  }
+
+  // The tiles that a run attends, as `find_keys` reads them; returns how many.
+  int64_t list_tiles(int64_t run_at, int32_t* tiles) const {
+    const Row list = row(run_at);
+    const Range range = visible_keys(a, batch_of(run_at), a.nq);
+    TileWalk walk(list, a.block_k, range.first_key, range.end_key);
+    int64_t n = 0;
+    for (int64_t tile; (tile = walk.next()) >= 0; ++n) {
+      if (tiles != nullptr) tiles[n] = static_cast<int32_t>(tile);
+    }
+    for (int64_t c = 0; c * kTile < list.column_count && list.columns[c * kTile] < range.end_key; ++c, ++n) {
+      if (tiles != nullptr) tiles[n] = static_cast<int32_t>(-1 - c);
+    }
+    return n;
+  }
+};
+
+}  // namespace
+}  // namespace headstart
