@@ -12,6 +12,7 @@ for package in ("transformers", "gguf", "accelerate", "rich", "matplotlib", "llm
 
 from headstart import demo  # noqa: E402
 from headstart.engine import attention  # noqa: E402
+from headstart.engine.linear import upcast_pays  # noqa: E402
 
 
 @pytest.mark.slow
@@ -26,8 +27,9 @@ def test_the_demo_measures_prints_and_writes(tmp_path, monkeypatch, capsys):
     assert (content["tokens"], content["loss_tokens"]) == (320, 160)
     assert content["environment"]["torch"] == torch.__version__
 
-    baseline, dense, adaptive = content["rows"]
-    assert [row["name"] for row in content["rows"]] == [demo.BASELINE, "dense", "adaptive"]
+    linears = [demo.LINEARS] if upcast_pays(torch.bfloat16) else []
+    assert [row["name"] for row in content["rows"]] == [demo.BASELINE, *linears, "dense", "adaptive"]
+    baseline, *_, dense, adaptive = content["rows"]
     assert baseline["loss"] < 4  # nats: a model that reads English
     assert abs(dense["loss_difference"]) < 0.05 and dense["density"] == 1 and dense["agreement"] > 0.9
     assert 0.2 < adaptive["density"] <= 1 and abs(adaptive["loss_difference"]) < 0.5
