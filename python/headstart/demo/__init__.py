@@ -20,7 +20,7 @@ from ..engine.plan import PrefillPlan
 
 PATTERNS = ("dense", "a_shape", "vertical_slash", "block_topk", "adaptive")
 BASELINE = "transformers + SDPA"
-LINEARS = "SDPA, float32 linears"
+LINEARS = "SDPA, fp32 linears"
 WARM_UP_TOKENS = 1024
 LOGITS_ROWS = 1024
 
