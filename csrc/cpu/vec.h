@@ -176,6 +176,7 @@ struct Vec {
   static constexpr int width = 4;
   typedef float Floats __attribute__((vector_size(16)));
   typedef int32_t Ints __attribute__((vector_size(16)));
+  typedef uint32_t Words __attribute__((vector_size(16)));
   Floats v;
 };
 
@@ -225,12 +226,9 @@ inline Vec round_to_whole(Vec x) {
   return (x + magic) - magic;
 }
 inline Vec scale_by_power(Vec fraction, Vec whole) {
-  const Vec::Ints shift = __builtin_convertvector(whole.v, Vec::Ints) << 23;
-  Vec::Ints bits;
-  std::memcpy(&bits, &fraction.v, sizeof bits);
-  bits += shift;
-  Vec scaled;
-  std::memcpy(&scaled.v, &bits, sizeof bits);
+  // Unsigned: below the range, where the result is dropped, the sum of the bits wraps.
+  const auto shift = (Vec::Words) __builtin_convertvector(whole.v, Vec::Ints) << 23;
+  const Vec scaled = {(Vec::Floats)((Vec::Words)fraction.v + shift)};
   return select(whole.v < -125.5f, broadcast(0.0f), scaled);
 }
 
