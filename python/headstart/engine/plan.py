@@ -40,7 +40,7 @@ _cap = _Parameter(None, "an integer, at least 1, or none", lambda x: x is None o
 _share = _Parameter(0.985, "a number above 0 and up to 1", lambda x: type(x) in (int, float) and 0 < x <= 1)
 _stride = _Parameter(16, "4, 8, 16 or 32", lambda x: type(x) is int and x in (4, 8, 16, 32))
 
-# The defaults keep between a fifth and a third of the attention of SmolLM2-135M at 8,192 tokens
+# The defaults keep between a fifth and 35 % of the attention of SmolLM2-135M at 8,192 tokens
 # (docs/measurements.md has the curve that adaptive's threshold was chosen from).
 PATTERNS: dict[str, dict[str, _Parameter]] = {
     "dense": {},
