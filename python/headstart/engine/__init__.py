@@ -1,6 +1,6 @@
 """The engine: headstart's operators under an existing Hugging Face model."""
 
+from ..offline.prefill_plan import HeadPattern, PrefillPlan
 from .patch import patch, unpatch
-from .plan import HeadPattern, PrefillPlan
 
 __all__ = ["HeadPattern", "PrefillPlan", "patch", "unpatch"]

@@ -23,9 +23,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import _library
+from ..offline.prefill_plan import PrefillPlan, full_index
 from ..ops._checks import FLOAT_DTYPES
 from ..ops.sparse_attention import BlockIndex, sparse_attention
-from .plan import PrefillPlan, full_index
 
 NAME = "headstart"
 

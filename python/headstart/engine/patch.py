@@ -13,8 +13,8 @@ from typing import TypeVar
 
 import torch
 
+from ..offline.prefill_plan import PATTERNS, PrefillPlan, fingerprint
 from . import linear as _linear
-from .plan import PATTERNS, PrefillPlan, fingerprint
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 

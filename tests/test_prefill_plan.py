@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import headstart
-from headstart.engine.plan import HeadPattern, PrefillPlan, full_index, stitch
+from headstart.offline.prefill_plan import HeadPattern, PrefillPlan, full_index, stitch
 
 MODEL = {
     "model_type": "llama",

@@ -23,6 +23,7 @@ from ..ops.sparse_attention import BlockIndex
 FORMAT = "headstart.prefill_plan"
 VERSION = 1
 FINGERPRINT = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+MEASURED = ("score", "error", "density")  # of a head's pattern, by a search
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,26 @@ class PlanError(ValueError):
 class HeadPattern:
     """One head's pattern: ``HeadPattern.of("a_shape", sink=64)``; what is not given has its default.
 
-    ``score`` is what a pattern search gave the choice; it plays no part in what is computed.
+    What a search measured goes with it and plays no part in what is computed: ``score`` (MInference's files have one),
+    ``error``, the relative error of the head's output, and ``density``, the share of the attention that it computes.
     """
 
     name: str
     params: tuple[tuple[str, Any], ...]
     score: float | None = field(default=None, compare=False)
+    error: float | None = field(default=None, compare=False)
+    density: float | None = field(default=None, compare=False)
 
     @classmethod
-    def of(cls, pattern: str, *, score: float | None = None, **params) -> HeadPattern:
+    def of(
+        cls,
+        pattern: str,
+        *,
+        score: float | None = None,
+        error: float | None = None,
+        density: float | None = None,
+        **params,
+    ) -> HeadPattern:
         if not isinstance(pattern, str) or pattern not in PATTERNS:
             raise PlanError("pattern", f"one of {', '.join(PATTERNS)}", pattern)
         known = PATTERNS[pattern]
@@ -92,7 +104,9 @@ class HeadPattern:
                 raise PlanError(name, f"a parameter of {pattern} ({', '.join(known) or 'it has none'})", name)
             if not known[name].accepts(value):
                 raise PlanError(name, known[name].expected, value)
-        return cls(pattern, tuple((name, params.get(name, p.default)) for name, p in known.items()), score)
+        return cls(
+            pattern, tuple((name, params.get(name, p.default)) for name, p in known.items()), score, error, density
+        )
 
     @property
     def family(self) -> HeadPattern:
@@ -106,11 +120,13 @@ class PrefillPlan:
 
     ``layers[i][h]`` is the pattern of head h in layer i; a head that is not listed has ``default``. ``model``, where
     given, is the fingerprint of the model that the plan is for, and a plan is only accepted for that model.
+    ``provenance`` says where a searched plan comes from: the machine, the texts, the versions, the budget.
     """
 
     default: HeadPattern
     layers: tuple[Mapping[int, HeadPattern], ...] = ()
     model: Mapping[str, Any] | None = None
+    provenance: Mapping[str, Any] | None = field(default=None, compare=False)
 
     @classmethod
     def uniform(cls, pattern: str = "adaptive", **params) -> PrefillPlan:
@@ -178,6 +194,7 @@ class PrefillPlan:
             "format": FORMAT,
             "version": VERSION,
             "model": None if self.model is None else dict(self.model),
+            "provenance": None if self.provenance is None else dict(self.provenance),
             "default": _pattern_to_json(self.default),
             "layers": [{str(head): _pattern_to_json(p) for head, p in layer.items()} for layer in self.layers],
         }
@@ -192,16 +209,18 @@ class PrefillPlan:
         _expect(isinstance(content, dict), path, "the file", "a JSON object", content)
         _expect(content.get("format") == FORMAT, path, "format", repr(FORMAT), content.get("format"))
         _expect(content.get("version") == VERSION, path, "version", str(VERSION), content.get("version"))
-        model, layers = content.get("model"), content.get("layers")
+        model, layers, provenance = (content.get(name) for name in ("model", "layers", "provenance"))
         _expect(model is None or isinstance(model, dict), path, "model", "an object or null", model)
         for name, value in (model or {}).items():
             _expect(name in FINGERPRINT, path, "model", f"the fields {', '.join(FINGERPRINT)}", name)
             wanted = str if name == "model_type" else int
             _expect(type(value) is wanted, path, f"model.{name}", wanted.__name__, value)
+        _expect(provenance is None or isinstance(provenance, dict), path, "provenance", "an object or null", provenance)
         return cls(
             _pattern_from_json(path, "default", content.get("default")),
             _layers_from_json(path, "layers", layers, _pattern_from_json),
             model,
+            provenance,
         )
 
     @classmethod
@@ -354,8 +373,8 @@ def _layers_from_json(path, field: str, layers: Any, parse: Callable) -> tuple[d
 
 
 def _pattern_to_json(pattern: HeadPattern) -> dict[str, Any]:
-    score = {} if pattern.score is None else {"score": pattern.score}
-    return {"pattern": pattern.name, **dict(pattern.params), **score}
+    measured = {name: getattr(pattern, name) for name in MEASURED}
+    return {"pattern": pattern.name, **dict(pattern.params)} | {n: x for n, x in measured.items() if x is not None}
 
 
 def _pattern_from_json(path, field: str, content: Any) -> HeadPattern:
@@ -365,8 +384,9 @@ def _pattern_from_json(path, field: str, content: Any) -> HeadPattern:
 
 
 def _checked(path, field: str, content: dict[str, Any]) -> HeadPattern:
-    score = content.get("score")
-    _expect(score is None or type(score) in (int, float), path, f"{field}.score", "a number", score)
+    for name in MEASURED:
+        value = content.get(name)
+        _expect(value is None or type(value) in (int, float), path, f"{field}.{name}", "a number", value)
     try:
         return HeadPattern.of(**content)
     except PlanError as error:

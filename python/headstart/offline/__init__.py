@@ -1,0 +1,1 @@
+"""Work done ahead of time, and the artifacts that it leaves behind."""
