@@ -281,6 +281,8 @@ BAD_FOR_ONE = {
         ("threshold", SHARE, "-0.5", to("threshold", -0.5)),
         ("stride", "4, 8, 16 or 32", 5, to("stride", 5)),
         ("stride", "4, 8, 16 or 32", 64, to("stride", 64)),
+        ("samples", "a number of queries from 0 to 64", -1, to("samples", -1)),
+        ("samples", "a number of queries from 0 to 64", 65, to("samples", 65)),
         ("max_blocks", POSITIVE, 0, to("max_blocks", 0)),
         ("scale", "a finite number", "nan", to("scale", NAN)),
         ("head_threshold", "float32 [4]", "float32 [2]", to("head_threshold", torch.ones(2))),

@@ -83,6 +83,7 @@ BUILDERS = {
     "vertical_slash": lambda q, k: headstart.vertical_slash_index(q, k, 40, 200),
     "block_topk": lambda q, k: headstart.block_topk_index(q, k, 3),
     "adaptive": lambda q, k: headstart.adaptive_block_index(q, k, 0.8),
+    "adaptive, sampled": lambda q, k: headstart.adaptive_block_index(q, k, 0.8, samples=4),
 }
 by_builder = pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
 REQUIRED = {

@@ -316,8 +316,8 @@ def test_block_topk_is_minference(cpu_tier, top_k):
 # --- adaptive --------------------------------------------------------------------------------------------------------
 
 
-def antidiagonal_mass(shape: Shape, q, k, stride: int, scale: float) -> torch.Tensor:
-    """Float64 mass [B, H, R, T]: softmax over key groups of the mean along each tile's antidiagonal."""
+def antidiagonal_shares(shape: Shape, q, k, stride: int, scale: float) -> torch.Tensor:
+    """Float64 shares [B, H, R, G, T]: softmax over key groups of the mean along each tile's antidiagonal."""
     q, k = double(shape, q, k)
     k = k.masked_fill(torch.arange(shape.nk)[:, None] < starts(shape), 0.0)
     q, k = (F.pad(x, (0, 0, 0, -x.shape[2] % stride)) for x in (q, k))
@@ -328,11 +328,34 @@ def antidiagonal_mass(shape: Shape, q, k, stride: int, scale: float) -> torch.Te
     weights = score.masked_fill(~seen, -INF).softmax(-1).nan_to_num(0.0)
     rows, columns = shape.block_q // stride, shape.block_k // stride
     weights = F.pad(weights, (0, -weights.shape[-1] % columns, 0, -weights.shape[-2] % rows))
-    return weights.unflatten(-1, (-1, columns)).sum(-1).unflatten(-2, (-1, rows)).sum(-2)
+    return weights.unflatten(-1, (-1, columns)).sum(-1).unflatten(-2, (-1, rows))
+
+
+def sampled_shares(shape: Shape, q, k, samples: int, scale: float) -> torch.Tensor:
+    """Float64 shares [B, H, R, samples, T]: what every block gets of the exact attention of some of a row's queries."""
+    q, k = double(shape, q, k)
+    allowed = visible_keys(shape)
+    weights = (q @ k.mT * scale).masked_fill(~allowed, -INF).softmax(-1).nan_to_num(0.0)
+    shares = F.pad(weights, (0, -shape.nk % shape.block_k)).unflatten(-1, (-1, shape.block_k)).sum(-1)
+    picked = [
+        [min(r * shape.block_q + (i + 1) * shape.block_q // samples, shape.nq) - 1 for i in range(samples)]
+        for r in range(shape.rows)
+    ]
+    return shares[:, :, torch.tensor(picked)]
 
 
 def check_adaptive(
-    shape: Shape, q, k, threshold=0.8, stride=8, sink=1, local=1, scale=None, max_blocks=None, head_threshold=None
+    shape: Shape,
+    q,
+    k,
+    threshold=0.8,
+    stride=8,
+    sink=1,
+    local=1,
+    scale=None,
+    max_blocks=None,
+    head_threshold=None,
+    samples=0,
 ):
     index = headstart.adaptive_block_index(
         q,
@@ -347,11 +370,17 @@ def check_adaptive(
         block_k=shape.block_k,
         max_blocks=max_blocks,
         head_threshold=head_threshold,
+        samples=samples,
     )
     room = shape.blocks if max_blocks is None else min(max_blocks, shape.blocks)
     assert index.block_index.shape[-1] == room
     chosen = selected_blocks(index, shape)
-    mass = antidiagonal_mass(shape, q, k, stride, shape.head_dim**-0.5 if scale is None else scale)
+    scale = shape.head_dim**-0.5 if scale is None else scale
+    mass = antidiagonal_shares(shape, q, k, stride, scale)
+    if samples == 0:
+        mass = mass.sum(-2)
+    else:
+        mass = torch.maximum(mass.amax(-2), sampled_shares(shape, q, k, samples, scale).amax(-2))
     visible = any_in_block(visible_keys(shape), shape).expand_as(mass)
     forced = forced_blocks(shape, sink, local).expand_as(mass)
     assert not (chosen & ~visible).any(), "a block that no query of the row may see"
@@ -394,6 +423,10 @@ def test_adaptive(cpu_tier, dtype, shape):
         dict(max_blocks=10**6, scale=1.5),
         dict(scale=-0.1, threshold=0.7),
         dict(scale=0.0, threshold=0.7, sink=0, local=0),
+        dict(samples=1, stride=32, threshold=0.9),
+        dict(samples=4, stride=16, threshold=0.7, sink=0, local=0),
+        dict(samples=5, stride=4, threshold=0.5, max_blocks=3),
+        dict(samples=64, stride=8, threshold=0.8, scale=-0.3),
     ),
     ids=str,
 )

@@ -89,6 +89,7 @@ struct AdaptiveArgs : PrefillIndexArgs {
   float threshold;
   const float* head_threshold;  // [Hq] or null
   int stride;
+  int64_t samples;  // queries of a row whose scores are computed exactly
 };
 
 struct Kernels {

@@ -2,7 +2,8 @@
 //
 //   vertical_slash_index   per head: last_q × Nk scores, softmax, sums down columns and along diagonals, two top-k
 //   block_topk_index       per head: means of 64 tokens, (Nk / 64)² scores, top-k
-//   adaptive_block_index   per head and rows: (Nk / stride)² scores of depth stride · D, softmax, mass per block, cut
+//   adaptive_block_index   per head and rows: (Nk / stride)² scores of depth stride · D, softmax, mass per block, cut;
+//                          with samples, also exact scores of some queries of every row
 //
 // All three multiply through the tiles of tile.h. Adaptive is the dear one: keys are packed once per KV head as tiles
 // of 64 groups, so that the `stride` tokens of a group, in reverse order, are the tile's depth:
@@ -13,7 +14,9 @@
 //                            [ .. ]
 //                            [ k0 ]
 //
-// Floor: 1 / (2 · stride) of dense attention's multiply-adds, plus one exp2 per pair of groups.
+// Floor: 1 / (2 · stride) of dense attention's multiply-adds, plus one exp2 per pair of groups; `samples` queries in a
+// row of block_q add samples / (2 · block_q), and an exp2 for each of their scores. Sampled scores are never kept: a
+// tile of 64 keys leaves its maximum and its sum, and the tiles are joined when the row is done.
 
 #include <algorithm>
 
@@ -300,6 +303,7 @@ struct Adaptive {
   using U = typename Unit::Type;
   const AdaptiveArgs& a;
   int64_t rows, blocks, stride, depth, key_groups, key_tiles, tile_units, groups_per_row, rows_per_job, score_width;
+  int64_t sample_tiles, sample_units;  // tiles of 64 keys as they are, for the sampled queries; 0 without samples
 
   explicit Adaptive(const AdaptiveArgs& args)
       : a(args),
@@ -312,16 +316,36 @@ struct Adaptive {
         tile_units(depth * kTile),
         groups_per_row(a.block_q / stride),
         rows_per_job(max(1, 48 / groups_per_row)),
-        score_width(key_tiles * kTile) {}
+        score_width(key_tiles * kTile),
+        sample_tiles(a.samples == 0 ? 0 : ceil_div(a.nk, kTile)),
+        sample_units(a.head_dim / Unit::values * kTile) {}
 
   struct Scratch {
-    Scratch(int64_t query_units, int64_t scores, int64_t blocks)
-        : query(query_units), scores(scores), mass(blocks), key(blocks), ids(blocks), kept(blocks) {}
+    explicit Scratch(const Adaptive& builder)
+        : query(builder.rows_per_job * builder.groups_per_row * builder.depth),
+          scores(builder.rows_per_job * builder.groups_per_row * builder.score_width),
+          mass(builder.blocks),
+          key(builder.blocks),
+          sample_query(builder.samples_per_job() * builder.a.head_dim / Unit::values),
+          sample_scores(builder.samples_per_job() * kTile),
+          top(builder.samples_per_job() * builder.sample_tiles),
+          sum(builder.samples_per_job() * builder.sample_tiles),
+          ids(builder.blocks),
+          kept(builder.blocks) {}
     Buffer<U> query;
     Buffer<float> scores, mass, key;
+    Buffer<U> sample_query;
+    Buffer<float> sample_scores, top, sum;  // of a tile, and of every tile of every sampled query
     Buffer<int32_t> ids;
     Buffer<uint8_t> kept;
   };
+
+  int64_t samples_per_job() const { return rows_per_job * a.samples; }
+
+  // The query that sample `i` of a row stands for: spread evenly, the last one being the row's last query.
+  int64_t sampled_query(int64_t row, int64_t i) const {
+    return min(row * a.block_q + (i + 1) * a.block_q / a.samples, a.nq) - 1;
+  }
 
   // Tile of 64 key groups: depth runs over the group's tokens from the last to the first.
   void pack_tile(U* tile, int64_t b, int64_t kv_head, int64_t first_group) const {
@@ -336,27 +360,40 @@ struct Adaptive {
     }
   }
 
+  void pack_sample_tile(U* tile, int64_t b, int64_t kv_head, int64_t at) const {
+    const T* k_rows[kTile];
+    for (int64_t j = 0; j < kTile; ++j) {
+      k_rows[j] = at * kTile + j < a.nk ? row_of<T>(a.k, b, kv_head, at * kTile + j) : nullptr;
+    }
+    pack_keys(tile, k_rows, a.head_dim, Unit());
+  }
+
   void run_all(const Parallel& parallel) const {
     // Packed keys of a wave of KV heads stay below this.
     constexpr int64_t kWaveBytes = int64_t{256} << 20;
     const int64_t pairs = a.batch * a.heads_kv, group = a.heads_q / a.heads_kv;
-    const int64_t pair_bytes = key_tiles * tile_units * static_cast<int64_t>(sizeof(U));
+    const int64_t pair_bytes = (key_tiles * tile_units + sample_tiles * sample_units) * static_cast<int64_t>(sizeof(U));
     const int64_t wave = max(1, min(pairs, kWaveBytes / pair_bytes));
-    const int64_t chunks = ceil_div(rows, rows_per_job), job_groups = rows_per_job * groups_per_row;
-    Buffer<U> keys(wave * key_tiles * tile_units);
-    PerWorker<Scratch> scratch(parallel.workers, job_groups * depth, job_groups * score_width, blocks);
+    const int64_t chunks = ceil_div(rows, rows_per_job);
+    Buffer<U> keys(wave * key_tiles * tile_units), sample_keys(wave * sample_tiles * sample_units);
+    PerWorker<Scratch> scratch(parallel.workers, *this);
     for (int64_t first = 0; first < pairs; first += wave) {
       const int64_t count = min(wave, pairs - first);
       for_each_job(parallel, count * key_tiles, [&](int64_t at, int) {
         const int64_t pair = first + at / key_tiles;
         pack_tile(keys + at * tile_units, pair / a.heads_kv, pair % a.heads_kv, at % key_tiles * kTile);
       });
+      for_each_job(parallel, count * sample_tiles, [&](int64_t at, int) {
+        const int64_t pair = first + at / sample_tiles;
+        pack_sample_tile(sample_keys + at * sample_units, pair / a.heads_kv, pair % a.heads_kv, at % sample_tiles);
+      });
       // Later rows see more keys: the last chunks first.
       for_each_job(parallel, count * group * chunks, [&](int64_t job, int worker) {
         const int64_t chunk = chunks - 1 - job / (count * group), pair = job % (count * group) / group;
         const int64_t b = (first + pair) / a.heads_kv;
         const int64_t h = (first + pair) % a.heads_kv * group + job % group;
-        estimate(scratch[worker], b, h, chunk * rows_per_job, keys + pair * key_tiles * tile_units);
+        estimate(scratch[worker], b, h, chunk * rows_per_job, keys + pair * key_tiles * tile_units,
+                 sample_keys + pair * sample_tiles * sample_units);
       });
     }
   }
@@ -372,7 +409,7 @@ struct Adaptive {
     return {start / stride, last / stride + 1};
   }
 
-  void estimate(Scratch& w, int64_t b, int64_t h, int64_t first_row, const U* keys) const {
+  void estimate(Scratch& w, int64_t b, int64_t h, int64_t first_row, const U* keys, const U* sample_keys) const {
     const int64_t first_group = first_row * groups_per_row;
     const int64_t groups = min(rows_per_job * groups_per_row, ceil_div(a.nq, stride) - first_group);
     for (int64_t n = 0; n < groups * stride; ++n) {
@@ -392,16 +429,81 @@ struct Adaptive {
                                   score_width);
       }
     }
-    for (int64_t r = 0; r < rows_per_job && first_row + r < rows; ++r) {
+    const int64_t job_rows = min(rows_per_job, rows - first_row);
+    if (a.samples > 0) score_samples(w, b, h, first_row, job_rows, sample_keys);
+    for (int64_t r = 0; r < job_rows; ++r) {
       zero(w.mass, blocks);
       for (int64_t g = r * groups_per_row; g < min(groups, (r + 1) * groups_per_row); ++g) {
         add_mass(w, w.scores + g * score_width, visible_groups(b, first_group + g));
       }
+      for (int64_t i = 0; i < a.samples; ++i) add_sample(w, b, r * a.samples + i, sampled_query(first_row + r, i));
       choose(w, b, h, first_row + r);
     }
   }
 
-  // Softmax of one query group's scores, added into the mass of its key blocks.
+  // With samples, the largest share that a group or a sampled query gives a block; without, the sum over the groups.
+  void add(Scratch& w, int64_t block, float share) const {
+    w.mass[block] = a.samples == 0 ? w.mass[block] + share : share > w.mass[block] ? share : w.mass[block];
+  }
+
+  // The maximum and the sum of exp2(score - maximum) of every tile of keys, for the sampled queries of some rows.
+  void score_samples(Scratch& w, int64_t b, int64_t h, int64_t first_row, int64_t job_rows, const U* keys) const {
+    const int64_t count = job_rows * a.samples, dim_units = a.head_dim / Unit::values, start = start_of(a, b);
+    const int64_t tiles = ceil_div(sampled_query(first_row + job_rows - 1, a.samples - 1) + 1 + a.nk - a.nq, kTile);
+    for (int64_t n = 0; n < count; ++n) {
+      const T* row = row_of<T>(a.q, b, h, sampled_query(first_row + n / a.samples, n % a.samples));
+      pack_queries(w.sample_query + n * dim_units, &row, 1, a.head_dim, Unit());
+    }
+    const Vec scale = broadcast(a.scale * kLog2E);
+    for (int64_t t = 0; t < tiles; ++t) {
+      matmul<Unit, Start::kZero>(count, kTile, dim_units, w.sample_query, dim_units, keys + t * sample_units, kTile,
+                                 w.sample_scores, kTile);
+      for (int64_t n = 0; n < count; ++n) {
+        float* s = w.sample_scores + n * kTile;
+        const int64_t position = sampled_query(first_row + n / a.samples, n % a.samples) + a.nk - a.nq;
+        const int64_t first = max(start - t * kTile, 0), end = min(position + 1 - t * kTile, kTile);
+        float& tile_top = w.top[n * sample_tiles + t];
+        float& tile_sum = w.sum[n * sample_tiles + t];
+        tile_top = kNegInf;
+        tile_sum = 0.0f;
+        if (first >= end) continue;
+        for (int64_t j = 0; j < kTile; j += Vec::width) store(s + j, load(s + j) * scale);
+        for (int64_t j = 0; j < first; ++j) s[j] = kNegInf;
+        for (int64_t j = end; j < kTile; ++j) s[j] = kNegInf;
+        Vec top = broadcast(kNegInf);
+        for (int64_t j = 0; j < kTile; j += Vec::width) top = max(top, load(s + j));
+        tile_top = reduce_max(top);
+        const Vec shift = broadcast(tile_top);
+        Vec sum = broadcast(0.0f);
+        for (int64_t j = 0; j < kTile; j += Vec::width) sum = sum + exp2(load(s + j) - shift);
+        tile_sum = reduce_add(sum);
+      }
+    }
+  }
+
+  // The shares of one sampled query, of what score_samples left of its tiles.
+  void add_sample(Scratch& w, int64_t b, int64_t n, int64_t query) const {
+    const int64_t position = query + a.nk - a.nq;
+    if (position < start_of(a, b)) return;
+    const int64_t tiles = position / kTile + 1, per_block = a.block_k / kTile;
+    const float* top = w.top + n * sample_tiles;
+    float* sum = w.sum + n * sample_tiles;
+    float highest = kNegInf;
+    for (int64_t t = 0; t < tiles; ++t) highest = top[t] > highest ? top[t] : highest;
+    float total = 0.0f;
+    for (int64_t t = 0; t < tiles; ++t) {
+      if (top[t] > kNegInf) sum[t] *= __builtin_exp2f(top[t] - highest);
+      total += sum[t];
+    }
+    const float inverse = 1.0f / total;
+    for (int64_t t = 0; t < tiles; t += per_block) {
+      float share = 0.0f;
+      for (int64_t i = t; i < min(t + per_block, tiles); ++i) share += sum[i];
+      add(w, t / per_block, share * inverse);
+    }
+  }
+
+  // Softmax of one query group's scores: what it gives to its key blocks.
   void add_mass(Scratch& w, float* s, GroupRange range) const {
     if (range.first >= range.end) return;
     const float scale = a.scale / static_cast<float>(stride) * kLog2E;
@@ -424,7 +526,7 @@ struct Adaptive {
       float sum = 0.0f;
       const int64_t last = min((block + 1) * per_block, range.end);
       for (int64_t j = max(block * per_block, range.first); j < last; ++j) sum += s[j];
-      w.mass[block] += sum * inverse;
+      add(w, block, sum * inverse);
     }
   }
 

@@ -324,14 +324,15 @@ Pair block_topk_index(const Tensor q, const Tensor k, int64_t top_k, int64_t sin
 
 Pair adaptive_block_index(const Tensor q, const Tensor k, double threshold, int64_t stride, int64_t sink, int64_t local,
                           const OptionalTensor kv_start, const std::optional<double> scale, int64_t block_q,
-                          int64_t block_k, const std::optional<int64_t> max_blocks,
-                          const OptionalTensor head_threshold) {
+                          int64_t block_k, const std::optional<int64_t> max_blocks, const OptionalTensor head_threshold,
+                          int64_t samples) {
   AdaptiveArgs args{};
   Builder build("adaptive_block_index", q, k, INT64_MAX, sink, local, kv_start, block_q, block_k, args);
   build.set_scale(scale, args);
   build.check.expect(threshold > 0 && threshold <= 1, "threshold", "a share of the mass, above 0 and up to 1",
                      threshold);
   build.check.expect(stride == 4 || stride == 8 || stride == 16 || stride == 32, "stride", "4, 8, 16 or 32", stride);
+  build.check.expect(samples >= 0 && samples <= 64, "samples", "a number of queries from 0 to 64", samples);
   args.block_capacity = build.capped("max_blocks", max_blocks, args.block_capacity);
   OptionalTensor thresholds;
   if (head_threshold.has_value()) {
@@ -345,6 +346,7 @@ Pair adaptive_block_index(const Tensor q, const Tensor k, double threshold, int6
   }
   args.threshold = static_cast<float>(threshold);
   args.stride = static_cast<int>(stride);
+  args.samples = samples;
   build.allocate(args);
   kernels().adaptive_block_index(args, threads());
   return {build.block_count, build.block_index};

@@ -38,7 +38,7 @@ def _tokens(default: int, least: int = 1) -> _Parameter:
 
 
 _cap = _Parameter(None, "an integer, at least 1, or none", lambda x: x is None or (type(x) is int and x >= 1))
-_share = _Parameter(0.985, "a number above 0 and up to 1", lambda x: type(x) in (int, float) and 0 < x <= 1)
+_share = _Parameter(0.93, "a number above 0 and up to 1", lambda x: type(x) in (int, float) and 0 < x <= 1)
 _stride = _Parameter(16, "4, 8, 16 or 32", lambda x: type(x) is int and x in (4, 8, 16, 32))
 
 # The defaults keep between a fifth and 35 % of the attention of SmolLM2-135M at 8,192 tokens
@@ -60,6 +60,7 @@ PATTERNS: dict[str, dict[str, _Parameter]] = {
         "sink": _tokens(1, 0),
         "local": _tokens(1, 0),
         "max_blocks": _cap,
+        "samples": _Parameter(4, "an integer from 0 to 64", lambda x: type(x) is int and 0 <= x <= 64),
     },
 }
 

@@ -173,8 +173,8 @@ def block_topk_index(q, k, top_k, *, sink, local, kv_start, block_q, block_k):
 # --- adaptive ------------------------------------------------------------------------------------------------------
 
 
-def antidiagonal_mass(q, k, *, stride, kv_start, scale, block_q, block_k):
-    """Estimated softmax mass [B, Hq, R, T] float32 of every block; each row of a block sums to about block_q / stride.
+def antidiagonal_shares(q, k, *, stride, kv_start, scale, block_q, block_k):
+    """Estimated softmax shares [B, Hq, R, block_q / stride, T] float32: what each query group of a row gives a block.
 
     Tokens are taken in groups of `stride`. The score of a query group against a key group is the mean of q·k along
     the antidiagonal of their stride × stride tile, so that every query and every key of the groups counts once, and
@@ -197,15 +197,37 @@ def antidiagonal_mass(q, k, *, stride, kv_start, scale, block_q, block_k):
     weights = scores.masked_fill(~seen, -math.inf).softmax(-1).nan_to_num(0.0)
     rows, columns = block_q // stride, block_k // stride
     padded = F.pad(weights, (0, -weights.shape[-1] % columns, 0, -weights.shape[-2] % rows))
-    return padded.unflatten(-1, (-1, columns)).sum(-1).unflatten(-2, (-1, rows)).sum(-2)
+    return padded.unflatten(-1, (-1, columns)).sum(-1).unflatten(-2, (-1, rows))
+
+
+def sampled_shares(q, k, samples, *, kv_start, scale, block_q, block_k):
+    """Softmax shares [B, Hq, R, samples, T] float32 of `samples` queries of every row, its last among them."""
+    hq, nq, nk = q.shape[1], q.shape[2], k.shape[2]
+    rows = torch.arange(ceil_div(nq, block_q), device=q.device)
+    within = (torch.arange(samples, device=q.device) + 1) * block_q // samples
+    query = torch.clamp(rows[:, None] * block_q + within, max=nq).flatten() - 1
+    keys = torch.arange(nk, device=q.device)
+    position = query[:, None] + nk - nq
+    seen = keys <= position
+    if kv_start is not None:
+        seen = seen & (keys >= kv_start[:, None, None, None])
+    scores = q[:, :, query].float() @ expand_heads(k, hq).float().mT * scale
+    weights = scores.masked_fill(~seen, -math.inf).softmax(-1).nan_to_num(0.0)
+    shares = F.pad(weights, (0, -nk % block_k)).unflatten(-1, (-1, block_k)).sum(-1)
+    return shares.unflatten(-2, (-1, samples))
 
 
 def adaptive_block_index(
-    q, k, threshold, *, stride, sink, local, kv_start, scale, block_q, block_k, max_blocks, head_threshold
+    q, k, threshold, *, stride, sink, local, kv_start, scale, block_q, block_k, max_blocks, head_threshold, samples
 ):
     d, nq, nk = q.shape[3], q.shape[2], k.shape[2]
     scale = 1 / math.sqrt(d) if scale is None else scale
-    mass = antidiagonal_mass(q, k, stride=stride, kv_start=kv_start, scale=scale, block_q=block_q, block_k=block_k)
+    options = dict(kv_start=kv_start, scale=scale, block_q=block_q, block_k=block_k)
+    groups = antidiagonal_shares(q, k, stride=stride, **options)
+    if samples == 0:
+        mass = groups.sum(-2)
+    else:
+        mass = torch.maximum(groups.amax(-2), sampled_shares(q, k, samples, **options).amax(-2))
     forced, visible = forced_blocks(nq, nk, sink, local, kv_start, block_q, block_k, q.device)
     mass = mass.masked_fill(~visible, 0.0)
     if head_threshold is None:
