@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .._files import write_whole
 from ..ops.prefill_index import a_shape_index, adaptive_block_index, block_topk_index, vertical_slash_index
 from ..ops.sparse_attention import BlockIndex
 
@@ -352,13 +354,8 @@ def _read_json(op: str, path: str | os.PathLike) -> Any:
 
 
 def _write_json(path: str | os.PathLike, content: Any) -> None:
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    text = json.dumps(content, indent=1) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def _layers_from_json(path, field: str, layers: Any, parse: Callable) -> tuple[dict[int, HeadPattern], ...]:
@@ -386,7 +383,8 @@ def _pattern_from_json(path, field: str, content: Any) -> HeadPattern:
 def _checked(path, field: str, content: dict[str, Any]) -> HeadPattern:
     for name in MEASURED:
         value = content.get(name)
-        _expect(value is None or type(value) in (int, float), path, f"{field}.{name}", "a number", value)
+        finite = type(value) in (int, float) and math.isfinite(value)
+        _expect(value is None or finite, path, f"{field}.{name}", "a finite number", value)
     try:
         return HeadPattern.of(**content)
     except PlanError as error:
