@@ -56,8 +56,8 @@ def _cpu_model() -> str:
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:
     """`count` of the items, or all if they are fewer, at even distances from the first to the last."""
-    step = (len(items) - 1) / max(count - 1, 1)
-    return [items[round(i * step)] for i in range(min(count, len(items)))]
+    count = min(count, len(items))
+    return [items[round(i * (len(items) - 1) / max(count - 1, 1))] for i in range(count)]
 
 
 # --- attended blocks -----------------------------------------------------------------------------------------------
@@ -78,7 +78,8 @@ def attended(entry: Recorded) -> Attended:
     if index.column_count is None:
         return Attended(blocks, None)
     keys = scatter_blocks(index.column_count[0], index.column_index[0], key_blocks * index.block_k)
-    return Attended(blocks, keys.unflatten(-1, (key_blocks, index.block_k)).float().mean(-1))
+    size = torch.tensor([min(index.block_k, entry.nk - first) for first in range(0, entry.nk, index.block_k)])
+    return Attended(blocks, keys.unflatten(-1, (key_blocks, index.block_k)).sum(-1) / size.to(keys.device))
 
 
 def visible_blocks(nq: int, nk: int, block_q: int, block_k: int) -> torch.Tensor:

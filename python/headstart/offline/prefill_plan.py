@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +25,6 @@ from ..ops.sparse_attention import BlockIndex
 FORMAT = "headstart.prefill_plan"
 VERSION = 1
 FINGERPRINT = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-MEASURED = ("score", "error", "density")  # of a head's pattern, by a search
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,18 @@ PATTERNS: dict[str, dict[str, _Parameter]] = {
         "local": _tokens(1, 0),
         "max_blocks": _cap,
     },
+}
+
+
+def _measured(expected: str, least: float, most: float) -> _Parameter:
+    return _Parameter(None, expected, lambda x: x is None or (type(x) in (int, float) and least <= x <= most))
+
+
+# Of a head's pattern, by a search.
+MEASURED: dict[str, _Parameter] = {
+    "score": _measured("a finite number", -sys.float_info.max, sys.float_info.max),
+    "error": _measured("a finite number, at least 0", 0, sys.float_info.max),
+    "density": _measured("a number from 0 to 1", 0, 1),
 }
 
 
@@ -381,10 +392,9 @@ def _pattern_from_json(path, field: str, content: Any) -> HeadPattern:
 
 
 def _checked(path, field: str, content: dict[str, Any]) -> HeadPattern:
-    for name in MEASURED:
+    for name, parameter in MEASURED.items():
         value = content.get(name)
-        finite = type(value) in (int, float) and math.isfinite(value)
-        _expect(value is None or finite, path, f"{field}.{name}", "a finite number", value)
+        _expect(parameter.accepts(value), path, f"{field}.{name}", parameter.expected, value)
     try:
         return HeadPattern.of(**content)
     except PlanError as error:
