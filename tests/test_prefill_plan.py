@@ -103,7 +103,7 @@ def damage(path, *keys, value):
         (["default", "pattern"], ..., "plan.json: default.pattern: expected one of"),
         (["default", "threshold"], 1.5, "plan.json: default.threshold: expected a number above 0 and up to 1, got 1.5"),
         (["default", "threshold"], math.nan, "plan.json: default.threshold: expected .*, got nan"),
-        (["default", "score"], "high", "plan.json: default.score: expected a number, got 'high'"),
+        (["default", "score"], "high", "plan.json: default.score: expected a finite number, got 'high'"),
         (["layers"], {}, "plan.json: layers: expected a list over layers"),
         (["layers", 1], [], r"plan.json: layers\[1\]: expected an object"),
         (["layers", 0, "4", "slash_size"], "x", r"plan.json: layers\[0\]\[4\].slash_size: expected an integer"),

@@ -1,4 +1,4 @@
-"""The commands behind `headstart`: `demo`, `bench`, `doctor`. Heavy imports wait until a command runs."""
+"""The commands behind `headstart`: `demo`, `inspect`, `bench`, `doctor`. Heavy imports wait until a command runs."""
 
 from __future__ import annotations
 
@@ -30,6 +30,24 @@ def demo(
     from headstart.demo import run
 
     run(tokens=tokens, report=report, patterns=pattern, threads=threads, seed=seed)
+
+
+@app.command()
+def inspect(
+    plan: Annotated[Path | None, typer.Argument(help="A prefill plan's JSON file.")] = None,
+    model: Annotated[str | None, typer.Option(help="Read a text with it: a directory, a .gguf file, smollm2.")] = None,
+    text: Annotated[Path | None, typer.Option(help="A UTF-8 file; Python's help texts if not given.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="How many tokens to read; 4096, or what there is.")] = None,
+    prefill: Annotated[str | None, typer.Option(help="Without a plan: the pattern of all heads; adaptive.")] = None,
+    head: Annotated[list[str] | None, typer.Option(help="Draw the blocks of LAYER.HEAD; may be repeated.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the page and the picture.")] = Path(
+        "inspect-report"
+    ),
+) -> None:
+    """Show which pattern and density every attention head has, and the blocks that it attends."""
+    from headstart.inspect import run
+
+    run(plan, model=model, text=text, tokens=tokens, prefill=prefill, heads=head or (), output=output)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -63,11 +63,11 @@ def run(
     if threads is not None:
         torch.set_num_threads(threads)
 
-    from .. import engine
+    from .. import engine, reporting
     from ..engine import linear
     from ..engine.attention import record
     from . import model as smollm2
-    from . import report as reporting
+    from . import report as pages
 
     with reporting.progress() as progress:
         with progress.step("loading SmolLM2-135M") as advance:
@@ -103,8 +103,8 @@ def run(
         "rows": [asdict(row) for row in rows],
         "conclusion": _conclusion(rows, tokens),
     }
-    reporting.write(report, content, recorded)
-    reporting.show(rows, content, report)
+    pages.write(report, content, recorded)
+    pages.show(rows, content, report)
     return content
 
 

@@ -18,7 +18,12 @@ def load(tokens: int, advance: Callable[[], None] = lambda: None):
     """The model in bfloat16 with SDPA attention, and int64 [1, tokens] of text."""
     model, tokenizer = load_model(SMOLLM2, dtype=torch.bfloat16)
     advance()
-    text = "\n".join(pydoc_data.topics.topics.values())
-    ids = tokenizer(text, return_tensors="pt").input_ids[:, FIRST_TOKEN : FIRST_TOKEN + tokens]
+    ids = help_texts(tokenizer)[:, :tokens]
     advance()
     return model, ids
+
+
+def help_texts(tokenizer) -> torch.Tensor:
+    """Python's own help texts, int64 [1, N]."""
+    text = "\n".join(pydoc_data.topics.topics.values())
+    return tokenizer(text, return_tensors="pt").input_ids[:, FIRST_TOKEN:]

@@ -1,65 +1,25 @@
-"""What the demo shows and leaves behind: progress bars, a table, report.json and report.png."""
+"""What the demo shows and leaves behind: a table, report.json and report.png."""
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import matplotlib
-import torch
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from .. import _library
-from ..reference.sparse_attention import scatter_blocks
+from .._files import write_whole
+from ..reporting import attended_share, spread
 
 if TYPE_CHECKING:
     from ..engine.attention import Recorded
     from . import Row
 
 HEADS_SHOWN = 3
-
-
-class Steps(Progress):
-    @contextmanager
-    def step(self, name: str, total: int = 2) -> Iterator[Callable[[], None]]:
-        task = self.add_task(name, total=total)
-        yield lambda: self.advance(task)
-
-
-def progress() -> Steps:
-    return Steps(SpinnerColumn(), TextColumn("{task.description:22}"), BarColumn(), TimeElapsedColumn())
-
-
-def environment() -> dict[str, str | int | None]:
-    return {
-        "cpu": _cpu_model(),
-        "cpu_tier": _library.cpu_tier(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "python": platform.python_version(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def show(rows: list[Row], content: dict, folder: Path) -> None:
@@ -93,18 +53,9 @@ def show(rows: list[Row], content: dict, folder: Path) -> None:
 
 def write(folder: Path, content: dict, recorded: dict[str, list[Recorded]]) -> None:
     """Writes report.json and report.png, each whole or not at all."""
-    _replace(folder / "report.json", lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+    write_whole(folder / "report.json", lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
     figure = draw(content, recorded)
-    _replace(folder / "report.png", lambda path: figure.savefig(path, format="png", dpi=120))
-
-
-def _replace(path: Path, save: Callable[[Path], object]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        save(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(folder / "report.png", lambda path: figure.savefig(path, format="png", dpi=120))
 
 
 # --- the picture ---------------------------------------------------------------------------------------------------
@@ -160,18 +111,4 @@ def _telling_heads(entries: list[Recorded]) -> list[tuple[int, int]]:
         for position, entry in enumerate(entries)
         for head, blocks in enumerate(entry.index.block_count[0].sum(-1).tolist())
     ]
-    heads.sort()
-    step = (len(heads) - 1) / max(HEADS_SHOWN - 1, 1)
-    return [heads[round(i * step)][1:] for i in range(min(HEADS_SHOWN, len(heads)))]
-
-
-def attended_share(entry: Recorded) -> torch.Tensor:
-    """float [heads, query blocks, key blocks]: the share of a key block that a row of the first batch attends."""
-    index = entry.index
-    key_blocks = -(-entry.nk // index.block_k)
-    share = scatter_blocks(index.block_count[:1], index.block_index[:1], key_blocks).float()
-    if index.column_count is not None:
-        columns = scatter_blocks(index.column_count[:1], index.column_index[:1], key_blocks * index.block_k)
-        share = torch.maximum(share, columns.unflatten(-1, (key_blocks, index.block_k)).float().mean(-1))
-    causal = torch.arange(share.shape[2])[:, None] * index.block_q + index.block_q - 1 + entry.nk - entry.nq
-    return (share * (torch.arange(key_blocks) * index.block_k <= causal))[0]
+    return [head for _, *head in spread(sorted(heads), HEADS_SHOWN)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,13 +18,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .._files import write_whole
 from ..ops.prefill_index import a_shape_index, adaptive_block_index, block_topk_index, vertical_slash_index
 from ..ops.sparse_attention import BlockIndex
 
 FORMAT = "headstart.prefill_plan"
 VERSION = 1
 FINGERPRINT = ("model_type", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
-MEASURED = ("score", "error", "density")  # of a head's pattern, by a search
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,18 @@ PATTERNS: dict[str, dict[str, _Parameter]] = {
         "max_blocks": _cap,
         "samples": _Parameter(4, "an integer from 0 to 64", lambda x: type(x) is int and 0 <= x <= 64),
     },
+}
+
+
+def _measured(expected: str, least: float, most: float) -> _Parameter:
+    return _Parameter(None, expected, lambda x: x is None or (type(x) in (int, float) and least <= x <= most))
+
+
+# Of a head's pattern, by a search.
+MEASURED: dict[str, _Parameter] = {
+    "score": _measured("a finite number", -sys.float_info.max, sys.float_info.max),
+    "error": _measured("a finite number, at least 0", 0, sys.float_info.max),
+    "density": _measured("a number from 0 to 1", 0, 1),
 }
 
 
@@ -353,13 +366,8 @@ def _read_json(op: str, path: str | os.PathLike) -> Any:
 
 
 def _write_json(path: str | os.PathLike, content: Any) -> None:
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    text = json.dumps(content, indent=1) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def _layers_from_json(path, field: str, layers: Any, parse: Callable) -> tuple[dict[int, HeadPattern], ...]:
@@ -385,9 +393,9 @@ def _pattern_from_json(path, field: str, content: Any) -> HeadPattern:
 
 
 def _checked(path, field: str, content: dict[str, Any]) -> HeadPattern:
-    for name in MEASURED:
+    for name, parameter in MEASURED.items():
         value = content.get(name)
-        _expect(value is None or type(value) in (int, float), path, f"{field}.{name}", "a number", value)
+        _expect(parameter.accepts(value), path, f"{field}.{name}", parameter.expected, value)
     try:
         return HeadPattern.of(**content)
     except PlanError as error:

@@ -136,7 +136,11 @@ class BlockIndex:
 
     def density(self, nq: int, nk: int, causal: bool = True) -> float:
         """The share of the (query, key) pairs that dense attention computes which this index attends, 0 to 1."""
-        return reference.density(
+        return self.head_density(nq, nk, causal).mean().item()
+
+    def head_density(self, nq: int, nk: int, causal: bool = True) -> torch.Tensor:
+        """`density` of every index head by itself, float64 [Hi]."""
+        return reference.head_density(
             self.block_count,
             self.block_index,
             self.column_count,

@@ -134,8 +134,10 @@ def merge_attention(out_a, lse_a, out_b, lse_b):
     return out.to(out_a.dtype).contiguous(), lse
 
 
-def density(block_count, block_index, column_count, column_index, *, nq, nk, causal, block_q, block_k) -> float:
-    """Attended pairs over visible pairs, counted per block row, without a dense mask."""
+def head_density(
+    block_count, block_index, column_count, column_index, *, nq, nk, causal, block_q, block_k
+) -> torch.Tensor:
+    """float64 [Hi]: attended pairs over visible pairs, counted per block row, without a dense mask."""
     device = block_count.device
     blocks = scatter_blocks(block_count, block_index, -(-nk // block_k))
     queries = torch.arange(nq, device=device)
@@ -147,7 +149,7 @@ def density(block_count, block_index, column_count, column_index, *, nq, nk, cau
     rows = blocks.shape[2]
     per_row = torch.zeros(rows, len(starts), dtype=torch.int64, device=device)
     per_row.index_add_(0, queries // block_q, pairs)
-    attended = (blocks * per_row).sum(dtype=torch.int64)
+    attended = (blocks * per_row).sum((0, 2, 3), dtype=torch.int64)
     if column_count is not None:
         used = torch.arange(column_index.shape[-1], device=device) < column_count.unsqueeze(-1)
         used = used.expand(-1, -1, rows, -1)
@@ -157,9 +159,9 @@ def density(block_count, block_index, column_count, column_index, *, nq, nk, cau
         first_seen = columns - (nk - nq) if causal else torch.zeros_like(columns)
         begin = torch.arange(rows, device=device)[:, None] * block_q
         end = torch.clamp(begin + block_q, max=nq)
-        attended = attended + (torch.clamp(end - torch.maximum(first_seen, begin), min=0) * alone).sum()
-    visible_pairs = int(torch.clamp(seen, min=0).sum()) * blocks.shape[0] * blocks.shape[1]
-    return int(attended) / max(visible_pairs, 1)
+        attended = attended + (torch.clamp(end - torch.maximum(first_seen, begin), min=0) * alone).sum((0, 2, 3))
+    visible_pairs = int(torch.clamp(seen, min=0).sum()) * blocks.shape[0]
+    return attended.double() / max(visible_pairs, 1)
 
 
 def to_minference(block_count, block_index, column_count, column_index, block_k):
