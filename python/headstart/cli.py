@@ -33,6 +33,27 @@ def demo(
 
 
 @app.command()
+def search(
+    model: Annotated[str, typer.Argument(help="A directory, a .gguf file, or smollm2.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The plan's JSON file.")] = Path("plan.json"),
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="A UTF-8 file to search on; may be repeated. Texts of Python's own if none."),
+    ] = None,
+    max_error: Annotated[float | None, typer.Option(help="Budget: the cheapest plan within this error.")] = None,
+    density: Annotated[float | None, typer.Option(help="Budget: the most accurate plan within this density.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of a window; 8192, or what model and texts have.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows of each text.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the windows' places.")] = 0,
+) -> None:
+    """Find the best sparse pattern of every attention head, and write the plan. An interrupted search goes on."""
+    from headstart.search import run
+
+    budget = {"max_error": max_error, "density": density}
+    run(model, output, texts=text or (), tokens=tokens, windows=windows, seed=seed, **budget)
+
+
+@app.command()
 def inspect(
     plan: Annotated[Path | None, typer.Argument(help="A prefill plan's JSON file.")] = None,
     model: Annotated[str | None, typer.Option(help="Read a text with it: a directory, a .gguf file, smollm2.")] = None,

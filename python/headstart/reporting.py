@@ -1,19 +1,14 @@
-"""What the reports of `headstart demo` and `headstart inspect` share: progress bars, the machine, attended blocks."""
+"""What the reports of `headstart demo` and `headstart inspect` share: progress bars, attended blocks."""
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
-from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from . import _library
 from .reference.sparse_attention import scatter_blocks
 
 if TYPE_CHECKING:
@@ -31,27 +26,6 @@ class Steps(Progress):
 
 def progress() -> Steps:
     return Steps(SpinnerColumn(), TextColumn("{task.description:22}"), BarColumn(), TimeElapsedColumn())
-
-
-def environment() -> dict[str, str | int | None]:
-    return {
-        "cpu": _cpu_model(),
-        "cpu_tier": _library.cpu_tier(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "python": platform.python_version(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
 
 
 def spread(items: Sequence[Item], count: int) -> list[Item]:

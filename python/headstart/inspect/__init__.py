@@ -59,7 +59,9 @@ def run(
             raise ValueError(f"inspect: {name}: expected a model to read with, got {value!r} and no model")
     loaded = PrefillPlan.uniform(prefill or "adaptive") if plan is None else PrefillPlan.load(plan)
 
-    from ..reporting import environment, progress
+    from .._environment import environment
+    from ..reporting import progress
+    from ..texts import read_text
     from . import report
 
     output = Path(output)
@@ -68,7 +70,7 @@ def run(
         output.mkdir(parents=True, exist_ok=True)
         content = collect(loaded, Path(plan).name, *shape)
     else:
-        words = None if text is None else _read_text(text)
+        words = None if text is None else read_text(text)
         with progress() as steps:
             with steps.step(f"loading {Path(model).name}") as advance:
                 reader, ids, shape = _load(model, words, text, tokens, loaded, plan)
@@ -111,18 +113,11 @@ def _shape(plan: PrefillPlan, path) -> tuple[int, int]:
     return layers, heads
 
 
-def _read_text(path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text, got {error}") from None
-
-
 def _load(model, words: str | None, text, tokens, plan: PrefillPlan, path):
     """The model, int64 [1, tokens] of the text, and the model's (layers, heads); all checked against each other."""
-    from ..demo.model import help_texts
     from ..engine.attention import SHORT_PROMPT
     from ..engine.load import load_model
+    from ..texts import token_ids
 
     reader, tokenizer = load_model(model)
     config = reader.config.get_text_config()
@@ -131,7 +126,7 @@ def _load(model, words: str | None, text, tokens, plan: PrefillPlan, path):
         plan.check(here)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    ids = help_texts(tokenizer) if words is None else tokenizer(words, return_tensors="pt").input_ids.long()
+    ids = token_ids(tokenizer, words)[None]
     available = ids.shape[1]
     limit = min(available, getattr(config, "max_position_embeddings", None) or available)
     least = max(SHORT_PROMPT, 1)

@@ -191,12 +191,14 @@ class PrefillPlan:
         for head, pattern in enumerate(patterns):
             families.setdefault(pattern.family, []).append(head)
         if len(families) == 1:
-            return _build(patterns, q, k, kv_start, scale)
+            return pattern_index(patterns, q, k, kv_start, scale)
         group = q.shape[1] // k.shape[1]
         parts = [
             (
                 heads,
-                _build([patterns[h] for h in heads], q[:, heads], k[:, [h // group for h in heads]], kv_start, scale),
+                pattern_index(
+                    [patterns[h] for h in heads], q[:, heads], k[:, [h // group for h in heads]], kv_start, scale
+                ),
             )
             for heads in families.values()
         ]
@@ -300,8 +302,8 @@ def _shared_a_shape(nq: int, nk: int, sink: int, local: int, device: torch.devic
     return a_shape_index(nq, nk, sink=sink, local=local, device=device)
 
 
-def _build(patterns: Sequence[HeadPattern], q, k, kv_start, scale) -> BlockIndex:
-    """The index of heads of one family."""
+def pattern_index(patterns: Sequence[HeadPattern], q, k, kv_start, scale) -> BlockIndex:
+    """The index of heads of one family: patterns of one name that differ in their thresholds alone."""
     name, params = patterns[0].name, dict(patterns[0].params)
     nq, nk = q.shape[2], k.shape[2]
     if name == "dense":

@@ -1,0 +1,398 @@
+"""The offline pattern search: which pattern every attention head should use in prefill, measured on real texts.
+
+The model reads windows of the texts once, with dense attention. In every layer, while its queries, keys and values are
+there, every candidate computes the layer's attention, and two things are kept of each head and candidate:
+
+- its *error*: how much the pattern changes what the head adds to the residual stream,
+  ``mean over tokens of |(out_pattern - out_dense) W_o|² / |residual stream|²`` (square root in the plan);
+- its *cost*, in units of this machine's dense attention: the density, plus what building the index takes.
+
+Errors of different heads are taken as independent, so a plan's squared error is the sum of its heads', and the best
+plan for a budget is found by one Lagrange multiplier: every head takes the candidate that minimises
+``error² + multiplier · cost``.
+
+MInference 1.0 (arXiv 2407.02490, section 3.2 and algorithm 4) searches one prompt, heads apart, at one fixed cost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._environment import environment
+from .._files import write_whole
+from ..ops.sparse_attention import sparse_attention
+from .prefill_plan import HeadPattern, PrefillPlan, fingerprint, full_index, pattern_index
+
+FORMAT = "headstart.prefill_search"
+VERSION = 1
+NAME = "headstart_search"
+
+# The share of dense attention that the budgets of the candidates without a threshold aim at.
+SHARES = (0.05, 0.1, 0.2, 0.35)
+THRESHOLDS = (0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.985)
+# Costs are rounded to this share of dense attention, so that the noise of a timing does not choose the plan.
+COST_STEP = 0.005
+
+
+def candidates(tokens: int) -> list[HeadPattern]:
+    """Dense, adaptive at several thresholds, and A-shape, vertical-slash and block top-k matched in cost: their
+    budgets attend about `SHARES` of the pairs of a text of `tokens` tokens."""
+    keys = tokens / 2  # that a query sees on average
+    found = [HeadPattern.of("dense")]
+    found += [HeadPattern.of("adaptive", threshold=threshold) for threshold in THRESHOLDS]
+    for share in SHARES:
+        budget = max(128, round(share * keys / 64) * 64)
+        found += [
+            HeadPattern.of("a_shape", sink=64, local=budget - 64),
+            HeadPattern.of("vertical_slash", vertical_size=budget // 2, slash_size=max(64, budget // 2)),
+            HeadPattern.of("vertical_slash", vertical_size=max(64, budget // 8), slash_size=budget * 7 // 8),
+            HeadPattern.of("block_topk", top_k=budget // 64),
+        ]
+    return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of one layer in one window: per candidate and head."""
+
+    error: torch.Tensor  # squared, float64 [candidates, heads]
+    density: torch.Tensor  # float64 [candidates, heads]
+    index_seconds: torch.Tensor  # float64 [candidates], of all heads
+    seconds: torch.Tensor  # float64 [candidates], attention of all heads
+
+
+def search_prefill_plan(
+    model: torch.nn.Module,
+    texts: Mapping[str, torch.Tensor],
+    *,
+    max_error: float | None = None,
+    density: float | None = None,
+    tokens: int = 8192,
+    windows: int = 1,
+    seed: int = 0,
+    patterns: Sequence[HeadPattern] | None = None,
+    measurements: str | os.PathLike | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> PrefillPlan:
+    """Measures every candidate pattern of every head on windows of some texts and returns the best plan for a budget.
+
+    Exactly one budget is given. With `max_error` E the plan is the cheapest whose error is at most E, where a plan's
+    error is the relative change that sparsity makes to the residual stream, root mean square over layers::
+
+        error² = 1/L · sum over layers, heads of  mean over tokens |(out_pattern - out_dense) W_o|² / |residual|²
+
+    With `density` d it is the most accurate plan that computes at most the share d of the attention.
+
+    Args:
+        model: a model of transformers whose attention goes through AttentionInterface, not patched.
+        texts: int64 [n] token ids by name.
+        tokens: how many a window holds, up to the shortest text's length.
+        windows: how many of each text, drawn at random for `seed`, one in each of as many equal parts of the text.
+        patterns: the candidates; `candidates(tokens)` if None. Dense should be among them, or budgets may be missed.
+        measurements: a file that keeps what was measured, layer by layer. A search that is interrupted goes on from
+            there, and another budget for the same search takes no new measurement.
+        advance: called after every layer of every window, `windows · len(texts) · layers` times.
+
+    Returns:
+        A `PrefillPlan` tied to the model, with every head's error and density, and `provenance`.
+
+    Raises:
+        ValueError: naming a budget out of range or not to be met, a text too short, or a file of measurements that is
+            damaged or belongs to another search.
+    """
+    op = "search_prefill_plan"
+    if (max_error is None) == (density is None):
+        raise ValueError(f"{op}: budget: expected max_error or density, got {'neither' if density is None else 'both'}")
+    _expect(max_error is None or (math.isfinite(max_error) and max_error >= 0), "max_error", "at least 0", max_error)
+    _expect(density is None or 0 < density <= 1, "density", "a share of the attention, above 0 and up to 1", density)
+    _expect(type(tokens) is int and tokens >= 256, "tokens", "an integer, at least 256", tokens)
+    _expect(type(windows) is int and windows >= 1, "windows", "an integer, at least 1", windows)
+    _expect(len(texts) > 0, "texts", "at least one text", 0)
+    for name, ids in texts.items():
+        _expect(ids.dim() == 1 and ids.dtype == torch.int64, f"texts[{name!r}]", "token ids, int64 [n]", ids.dtype)
+        _expect(len(ids) >= tokens, f"texts[{name!r}]", f"at least {tokens} tokens (a window's length)", len(ids))
+    patterns = candidates(tokens) if patterns is None else list(patterns)
+    _expect(len(patterns) > 0, "patterns", "at least one candidate", 0)
+
+    starts = {name: _starts(len(ids), tokens, windows, seed) for name, ids in texts.items()}
+    identity = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": fingerprint(model.config.get_text_config()),
+        "weights": _digest_of_weights(model),
+        "texts": {name: {"sha256": _digest(ids), "starts": starts[name]} for name, ids in texts.items()},
+        "tokens": tokens,
+        "patterns": [[p.name, dict(p.params)] for p in patterns],
+    }
+    record = _Record.open(measurements, identity)
+    for name, ids in texts.items():
+        for start in starts[name]:
+            _measure_window(model, ids[start : start + tokens], f"{name}@{start}", patterns, record, advance)
+
+    error, share, cost = record.totals(patterns)
+    choice = choose(error, cost, share, max_error=max_error, density=density)
+    layers = tuple(
+        {
+            head: HeadPattern.of(
+                patterns[c].name,
+                **dict(patterns[c].params),
+                error=error[layer, c, head].sqrt().item(),
+                density=share[layer, c, head].item(),
+            )
+            for head, c in enumerate(heads)
+        }
+        for layer, heads in enumerate(choice.tolist())
+    )
+    picked = [x.gather(1, choice[:, None]).squeeze(1) for x in (error, share, cost)]
+    provenance = {
+        "machine": environment(),
+        "texts": identity["texts"],
+        "tokens": tokens,
+        "seed": seed,
+        "budget": {"max_error": max_error} if density is None else {"density": density},
+        "error": (picked[0].sum() / len(layers)).sqrt().item(),
+        "density": picked[1].mean().item(),
+        "cost": picked[2].mean().item(),
+    }
+    return PrefillPlan(HeadPattern.of("adaptive"), layers, identity["model"], provenance)
+
+
+def choose(
+    error: torch.Tensor,
+    cost: torch.Tensor,
+    share: torch.Tensor,
+    *,
+    max_error: float | None = None,
+    density: float | None = None,
+) -> torch.Tensor:
+    """The candidate of every head, int64 [layers, heads], from squared errors, costs and densities
+    [layers, candidates, heads]: the cheapest for an error, or the most accurate for a density."""
+
+    def pick(multiplier: float) -> torch.Tensor:
+        return (error + multiplier * (cost if density is None else share)).argmin(1)
+
+    def total(x: torch.Tensor, choice: torch.Tensor) -> float:
+        return x.gather(1, choice[:, None]).sum().item()
+
+    layers, _, heads = error.shape
+    if density is None:
+        accurate, goal = pick(0.0), max_error**2 * layers
+        # Where the most accurate candidates tie (dense, and a threshold that keeps all), the cheapest of them.
+        low, high = 0.0, 1.0
+        within = lambda choice: total(error, choice) <= goal  # noqa: E731
+        _expect(
+            within(accurate),
+            "max_error",
+            f"at least {(total(error, accurate) / layers) ** 0.5:.3g}, the error of the most accurate candidates",
+            max_error,
+        )
+        while within(pick(high)) and high < 1e12:
+            low, high = high, high * 4
+    else:
+        goal = density * layers * heads
+        low, high = 0.0, 1.0
+        within = lambda choice: total(share, choice) > goal  # noqa: E731
+        if not within(pick(0.0)):
+            return pick(0.0)
+        while within(pick(high)):
+            _expect(high < 1e12, "density", "one that some candidates meet", density)
+            low, high = high, high * 4
+    # `within` holds at low and not at high.
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if within(pick(middle)) else (low, middle)
+    return pick(low if density is None else high)
+
+
+# --- measuring -----------------------------------------------------------------------------------------------------
+
+
+def _measure_window(model, ids, window, patterns, record, advance) -> None:
+    decoder = model.base_model
+    layers = {}  # attention modules by layer index, with the module whose input is the residual stream
+    names = dict(decoder.named_modules())
+    for name, module in names.items():
+        if hasattr(module, "layer_idx") and hasattr(module, "is_causal"):
+            layers[module.layer_idx] = (module, names[name.rpartition(".")[0]])
+    if all(record.has(window, layer) for layer in layers):
+        for _ in layers:
+            advance()
+        return
+    residual: dict[torch.nn.Module, torch.Tensor] = {}
+
+    def remember(module, arguments, keywords):
+        stream = arguments[0] if arguments else keywords["hidden_states"]
+        residual[module] = stream[0].float().square().sum(-1)
+
+    def attend(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **_):
+        nk = key.shape[2]
+        dense, _ = sparse_attention(query, key, value, full_index(nk, nk, query.device), scale=scaling)
+        layer = module.layer_idx
+        if not record.has(window, layer):
+            stream = residual[layers[layer][1]]
+            record.add(window, layer, _measure_layer(module, query, key, value, scaling, dense, stream, patterns))
+        residual.clear()
+        advance()
+        return dense.transpose(1, 2).contiguous(), None
+
+    hooks = [parent.register_forward_pre_hook(remember, with_kwargs=True) for _, parent in layers.values()]
+    try:
+        with torch.inference_mode(), _attention_function(model, attend):
+            decoder(ids[None].to(model.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _measure_layer(module, query, key, value, scaling, dense, stream, patterns) -> Measured:
+    heads, nq, head_dim = query.shape[1:]
+    projection = _output_projection(module, heads, head_dim)
+    tokens = slice(nq // 8, None)  # the first rows see few keys and are dense under any pattern
+    weight = 1 / stream[tokens].clamp(min=1e-12)
+    rows = []
+    for pattern in patterns:
+        start = time.perf_counter()
+        index = pattern_index([pattern] * heads, query, key, None, scaling)
+        built = time.perf_counter()
+        out, _ = sparse_attention(query, key, value, index, scale=scaling)
+        done = time.perf_counter()
+        change = (out[0, :, tokens] - dense[0, :, tokens]).float()
+        change = ((change @ projection) * change).sum(-1).clamp(min=0) * weight
+        share = index.head_density(nq, nq).double().expand(heads)
+        rows.append((change.mean(-1).double(), share, built - start, done - built))
+    error, share, index_seconds, seconds = zip(*rows, strict=True)
+    times = (torch.tensor(x, dtype=torch.float64) for x in (index_seconds, seconds))
+    return Measured(torch.stack(error).cpu(), torch.stack(share).cpu(), *times)
+
+
+def _output_projection(module: torch.nn.Module, heads: int, head_dim: int) -> torch.Tensor:
+    """W_oᵀ W_o of every head, float32 [heads, D, D]: |x W_o|² = x (W_oᵀ W_o) xᵀ. The identity where there is none."""
+    for name in ("o_proj", "out_proj", "dense", "c_proj", "wo"):
+        weight = getattr(getattr(module, name, None), "weight", None)
+        if weight is not None and weight.shape[1] == heads * head_dim:
+            parts = weight.float().view(-1, heads, head_dim).transpose(0, 1)
+            return parts.mT @ parts
+    return torch.eye(head_dim, device=next(module.parameters()).device).expand(heads, -1, -1)
+
+
+@contextmanager
+def _attention_function(model, function) -> Iterator[None]:
+    """Runs a model's attention through `function`, without a mask: one sequence, causal."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, function)
+    AttentionMaskInterface.register(NAME, lambda *_, **__: None)
+    config = model.config.get_text_config()
+    own = config._attn_implementation
+    config._attn_implementation = {"": NAME}
+    try:
+        yield
+    finally:
+        config._attn_implementation = {"": own}
+
+
+# --- what was measured ---------------------------------------------------------------------------------------------
+
+
+class _Record:
+    """Measurements by window and layer, on disk after every layer where there is a path."""
+
+    def __init__(self, path: Path | None, identity: dict[str, Any]):
+        self.path, self.identity = path, identity
+        self.measured: dict[str, dict[int, Measured]] = {}
+
+    @classmethod
+    def open(cls, path: str | os.PathLike | None, identity: dict[str, Any]) -> _Record:
+        record = cls(None if path is None else Path(path), identity)
+        if record.path is None or not record.path.exists():
+            return record
+        cure = "delete it to measure anew"
+        try:
+            content = json.loads(record.path.read_text(encoding="utf-8"))
+            found = content.pop("measured")
+            differing = [name for name, value in identity.items() if content.get(name) != value]
+            if not differing:
+                for window, layers in found.items():
+                    record.measured[window] = {int(i): _measured(x) for i, x in layers.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not a file of measurements ({error}); {cure}") from None
+        if differing:
+            raise ValueError(f"{path}: {differing[0]}: expected that of this search, got another; {cure}")
+        shape = (len(identity["patterns"]), identity["model"]["num_attention_heads"])
+        for window, layers in record.measured.items():
+            for layer, x in layers.items():
+                if x.error.shape != shape or x.density.shape != shape:
+                    got = list(x.error.shape)
+                    raise ValueError(f"{path}: {window}[{layer}]: expected {list(shape)} numbers, got {got}; {cure}")
+        return record
+
+    def has(self, window: str, layer: int) -> bool:
+        return layer in self.measured.get(window, ())
+
+    def add(self, window: str, layer: int, measured: Measured) -> None:
+        self.measured.setdefault(window, {})[layer] = measured
+        if self.path is None:
+            return
+        layers = {w: {i: _to_json(x) for i, x in found.items()} for w, found in self.measured.items()}
+        content = json.dumps(self.identity | {"measured": layers})
+        write_whole(self.path, lambda partial: partial.write_text(content, encoding="utf-8"))
+
+    def totals(self, patterns: Sequence[HeadPattern]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Means over the windows of squared error, density and cost, float64 [layers, candidates, heads]."""
+        windows = [[x for _, x in sorted(layers.items())] for layers in self.measured.values()]
+        error, share, index_seconds, seconds = (
+            torch.stack([torch.stack([getattr(x, name) for x in layers]) for layers in windows]).mean(0)
+            for name in ("error", "density", "index_seconds", "seconds")
+        )
+        # Seconds of one head's dense attention, from all attention that was timed.
+        dense_seconds = seconds.sum() / share.sum()
+        overhead = index_seconds.median(0).values / share.shape[2] / dense_seconds
+        for c, pattern in enumerate(patterns):  # indices that need no queries are built once for all layers
+            if pattern.name in ("dense", "a_shape"):
+                overhead[c] = 0.0
+        overhead = (overhead / COST_STEP).round() * COST_STEP
+        return error, share, share + overhead[None, :, None]
+
+
+def _to_json(x: Measured) -> dict[str, Any]:
+    return {name: getattr(x, name).tolist() for name in Measured.__dataclass_fields__}
+
+
+def _measured(content: dict[str, Any]) -> Measured:
+    return Measured(*(torch.tensor(content[n], dtype=torch.float64) for n in Measured.__dataclass_fields__))
+
+
+def _starts(length: int, tokens: int, windows: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    room = length - tokens
+    parts = [(room * i // windows, room * (i + 1) // windows) for i in range(windows)]
+    return [torch.randint(low, high + 1, (), generator=generator).item() for low, high in parts]
+
+
+def _digest(ids: torch.Tensor) -> str:
+    return hashlib.sha256(ids.cpu().numpy().tobytes()).hexdigest()[:16]
+
+
+def _digest_of_weights(model: torch.nn.Module) -> str:
+    """Of a few numbers of every parameter: enough to tell one checkpoint from another."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        few = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu()
+        digest.update(name.encode() + few.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _expect(condition: bool, argument: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"search_prefill_plan: {argument}: expected {expected}, got {got}")
