@@ -65,6 +65,8 @@ def patch(model: Model, prefill: str | os.PathLike | PrefillPlan = "adaptive", l
     if linear != "model":
         for module in model.modules():
             _linear.attach(module, linear)
+        for module in model.modules():
+            _linear.attach_mlp(module)
     return model
 
 

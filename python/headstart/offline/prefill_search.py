@@ -43,6 +43,8 @@ SHARES = (0.05, 0.1, 0.2, 0.35)
 THRESHOLDS = (0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.985)
 # Costs are rounded to this share of dense attention, so that the noise of a timing does not choose the plan.
 COST_STEP = 0.005
+# Sums of many numbers may pass a budget by this.
+ROUNDING = 1 + 1e-9
 
 
 def candidates(tokens: int) -> list[HeadPattern]:
@@ -187,8 +189,7 @@ def choose(
 
     layers, _, heads = error.shape
     if density is None:
-        accurate, goal = pick(0.0), max_error**2 * layers
-        # Where the most accurate candidates tie (dense, and a threshold that keeps all), the cheapest of them.
+        accurate, goal = pick(0.0), max_error**2 * layers * ROUNDING
         low, high = 0.0, 1.0
         within = lambda choice: total(error, choice) <= goal  # noqa: E731
         _expect(
@@ -200,7 +201,7 @@ def choose(
         while within(pick(high)) and high < 1e12:
             low, high = high, high * 4
     else:
-        goal = density * layers * heads
+        goal = density * layers * heads * ROUNDING
         low, high = 0.0, 1.0
         within = lambda choice: total(share, choice) > goal  # noqa: E731
         if not within(pick(0.0)):
