@@ -38,12 +38,22 @@ def pool_mask(mask: torch.Tensor, block_q: int, block_k: int) -> torch.Tensor:
     return padded.unflatten(-1, (-1, block_k)).any(-1).unflatten(-2, (-1, block_q)).any(-2)
 
 
-def visible(rows: torch.Tensor, nq: int, nk: int, causal: bool, kv_start: torch.Tensor | None = None) -> torch.Tensor:
-    """bool [B or 1, 1, len(rows), nk]: which keys queries `rows` may see by causality and left padding."""
+def visible(
+    rows: torch.Tensor,
+    nq: int,
+    nk: int,
+    causal: bool,
+    kv_start: torch.Tensor | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """bool [B or 1, 1, len(rows), nk]: which keys queries `rows` may see by causality, window and left padding."""
     keys = torch.arange(nk, device=rows.device)
+    positions = (rows + nk - nq).unsqueeze(-1)
     seen = torch.ones(len(rows), nk, dtype=torch.bool, device=rows.device)
     if causal:
-        seen = keys <= (rows + nk - nq).unsqueeze(-1)
+        seen = keys <= positions
+    if window is not None:
+        seen = seen & (keys > positions - window)
     seen = seen[None, None]
     if kv_start is not None:
         seen = seen & (keys >= kv_start[:, None, None, None])
@@ -63,6 +73,7 @@ def index_to_mask(
     block_q: int,
     block_k: int,
     rows: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """bool [B, Hi, len(rows), nk], True where a query attends a key; `rows` defaults to all nq queries."""
     if rows is None:
@@ -71,7 +82,7 @@ def index_to_mask(
     attended = blocks.repeat_interleave(block_k, -1)[..., :nk]
     if column_count is not None:
         attended = attended | scatter_blocks(column_count, column_index, nk)
-    return attended[:, :, rows // block_q] & visible(rows, nq, nk, causal, kv_start)
+    return attended[:, :, rows // block_q] & visible(rows, nq, nk, causal, kv_start, window)
 
 
 def sparse_attention(
@@ -88,6 +99,7 @@ def sparse_attention(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
+    window: int | None = None,
 ):
     b, hq, nq, d = q.shape
     hkv, nk = k.shape[1], k.shape[2]
@@ -113,6 +125,7 @@ def sparse_attention(
             block_q=block_q,
             block_k=block_k,
             rows=rows,
+            window=window,
         ).repeat_interleave(hq // block_count.shape[1], 1)
         scores = (q[:, :, first : first + chunk].to(work) @ k.mT) * scale
         scores = scores.masked_fill(~mask, -math.inf)
