@@ -151,16 +151,23 @@ def density(block_count, block_index, column_count, column_index, *, nq, nk, cau
     """Attended pairs over visible pairs, counted per block row, without a dense mask."""
     device = block_count.device
     blocks = scatter_blocks(block_count, block_index, -(-nk // block_k))
-    queries = torch.arange(nq, device=device)
-    # seen[i] is how many keys query i may see; a block that starts at s gives it min(max(seen - s, 0), its size).
-    seen = queries + nk - nq + 1 if causal else torch.full_like(queries, nk)
+    batch, heads, rows, _ = blocks.shape
+    begin = torch.arange(rows, device=device)[:, None] * block_q
+    end = torch.clamp(begin + block_q, max=nq)
     starts = torch.arange(blocks.shape[-1], device=device) * block_k
     size = torch.clamp(nk - starts, max=block_k)
-    pairs = torch.minimum(torch.clamp(seen[:, None] - starts, min=0), size)  # [nq, T]
-    rows = blocks.shape[2]
-    per_row = torch.zeros(rows, len(starts), dtype=torch.int64, device=device)
-    per_row.index_add_(0, queries // block_q, pairs)
-    attended = (blocks * per_row).sum(dtype=torch.int64)
+    if causal:
+        # A block that starts at s gives query i min(max(i + nk - nq + 1 - s, 0), size) pairs; `up_to` sums them from
+        # the first query that sees any.
+        def up_to(seen):
+            seen = torch.clamp(seen, min=0)
+            whole = torch.clamp(seen - size, min=0)
+            return (seen - whole) * (seen - whole + 1) // 2 + whole * size
+
+        per_row = up_to(end + nk - nq - starts) - up_to(begin + nk - nq - starts)  # [R, T]
+    else:
+        per_row = (end - begin) * size
+    attended = (blocks.sum((0, 1)) * per_row).sum()
     if column_count is not None:
         used = torch.arange(column_index.shape[-1], device=device) < column_count.unsqueeze(-1)
         used = used.expand(-1, -1, rows, -1)
@@ -168,11 +175,10 @@ def density(block_count, block_index, column_count, column_index, *, nq, nk, cau
         alone = used & ~blocks.gather(-1, columns // block_k)
         # A column at position c is seen by the queries of its row with seen > c.
         first_seen = columns - (nk - nq) if causal else torch.zeros_like(columns)
-        begin = torch.arange(rows, device=device)[:, None] * block_q
-        end = torch.clamp(begin + block_q, max=nq)
         attended = attended + (torch.clamp(end - torch.maximum(first_seen, begin), min=0) * alone).sum()
-    visible_pairs = int(torch.clamp(seen, min=0).sum()) * blocks.shape[0] * blocks.shape[1]
-    return int(attended) / max(visible_pairs, 1)
+    unseen = max(nq - nk, 0) if causal else 0  # queries before the first key
+    visible_pairs = (nq - unseen) * (nk - nq + 1 + unseen + nk) // 2 if causal else nq * nk
+    return int(attended) / max(visible_pairs * batch * heads, 1)
 
 
 def to_minference(block_count, block_index, column_count, column_index, block_k):
