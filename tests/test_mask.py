@@ -103,6 +103,10 @@ def overlays():
         "packed in pieces": masking_utils.and_masks(CAUSAL, packed(of)),
         "packed twice": masking_utils.and_masks(CAUSAL, packed(of), packed(of)),
         "positions left out": masking_utils.packed_sequence_compatibility_function(CAUSAL, positions, of.sort()[0]),
+        "packed by position": masking_utils.and_masks(
+            CAUSAL, masking_utils.remap_positions_for_packed_sequence(packed(of.sort()[0]), positions)
+        ),
+        "no window at all": masking_utils.sliding_window_causal_mask_function(0),
         "positions that are not packed": masking_utils.remap_positions_for_packed_sequence(CAUSAL, positions),
     }
 

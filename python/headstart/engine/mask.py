@@ -35,9 +35,12 @@ def _known_parts() -> dict[Any, str]:
     }
     parts = {}
     for name, (arguments, expected) in examples.items():
-        make = getattr(masking_utils, name, None)
-        if make is not None and torch.equal(make(*arguments)(batch, head, q, k), expected):
-            parts[make(*arguments).__code__] = name
+        try:
+            function = getattr(masking_utils, name)(*arguments)
+            if torch.equal(function(batch, head, q, k), expected):
+                parts[function.__code__] = name
+        except Exception:  # another version's function of that name, or none: masks that it makes are unknown
+            continue
     return parts
 
 
@@ -60,6 +63,8 @@ def _rule(function) -> _Rule | None:
     found = {name: [value for part, value in parts if part == name] for name in ("window", "packed", "positions")}
     if len(found["packed"]) > 1 or len(found["positions"]) > len(found["packed"]):
         return None
+    if any(type(window) is not int or window < 1 for window in found["window"]):
+        return None
     return _Rule(min(found["window"], default=None), *((found[name] or [None])[0] for name in ("packed", "positions")))
 
 
@@ -77,8 +82,13 @@ def _take_apart(function, parts: list[tuple[str, Any]]) -> bool:
         case "packed_sequence_mask_function":
             parts.append(("packed", made_with["packed_sequence_mask"]))
         case "remap_positions_for_packed_sequence":
-            parts.append(("positions", made_with["position_ids"]))
-            return _take_apart(made_with["mask_function"], parts)
+            inner: list[tuple[str, Any]] = []
+            known = _take_apart(made_with["mask_function"], inner) and {name for name, _ in inner} <= {
+                "causal",
+                "window",
+            }
+            parts += [("positions", made_with["position_ids"]), *inner]
+            return known
         case _:
             return False
     return True
