@@ -14,7 +14,7 @@ INF = math.inf
 
 
 def dense_mask(index: BlockIndex, shape: Shape) -> torch.Tensor:
-    """bool [B, Hq, Nq, Nk], by the definition: union of blocks and columns, cut by causality and left padding."""
+    """bool [B, Hq, Nq, Nk], by the definition: union of blocks and columns, cut by causality, padding, window."""
     s, (batch, heads, rows) = shape, index.block_count.shape
     mask = torch.zeros(batch, heads, s.nq, s.nk, dtype=torch.bool)
     for b in range(batch):
@@ -29,6 +29,8 @@ def dense_mask(index: BlockIndex, shape: Shape) -> torch.Tensor:
     mask = mask.expand(s.batch, -1, -1, -1).repeat_interleave(s.heads_q // heads, 1)
     if s.causal:
         mask &= torch.ones(s.nq, s.nk, dtype=torch.bool).tril(s.nk - s.nq)
+    if s.window is not None:
+        mask &= torch.ones(s.nq, s.nk, dtype=torch.bool).triu(s.nk - s.nq - s.window + 1)
     for b, start in enumerate(s.kv_start or ()):
         mask[b, :, :, :start] = False
     return mask

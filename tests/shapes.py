@@ -33,12 +33,14 @@ class Shape:
     columns: str = "none"  # "none", "shared" (one list for all rows of a head), "own" (a list a row)
     kv_start: tuple[int, ...] | None = None
     causal: bool = True
+    window: int | None = None
 
     def __str__(self) -> str:
         name = f"b{self.batch}-h{self.heads_q}.{self.heads_kv}.{self.heads_index}-n{self.nq}.{self.nk}-d{self.head_dim}"
         name += f"-bl{self.block_q}.{self.block_k}" if (self.block_q, self.block_k) != (64, 64) else ""
         name += f"-{self.columns}" if self.columns != "none" else ""
         name += f"-pad{'.'.join(map(str, self.kv_start))}" if self.kv_start else ""
+        name += f"-w{self.window}" if self.window is not None else ""
         return name + ("" if self.causal else "-full")
 
     @property
@@ -128,6 +130,19 @@ FULL = [
     _base.with_(nq=nq, nk=nk, causal=False, columns=columns)
     for nq, nk, columns in ((200, 130, "own"), (3, 100, "shared"), (90, 90, "none"), (150, 20, "none"))
 ]
+WINDOWED = [
+    _base.with_(window=window, nq=nq, nk=nk, heads_index=2, columns=columns, **options)
+    for window, nq, nk, columns, options in (
+        (1, 200, 200, "own", {}), (64, 257, 257, "none", {}), (63, 130, 321, "shared", {}), (100, 300, 700, "own", {}),
+        (199, 200, 200, "none", {}), (200, 200, 200, "shared", {}), (2**40, 70, 90, "own", {}),
+        (65, 300, 420, "shared", dict(block_q=128, block_k=128)), (130, 300, 333, "own", dict(block_k=128)),
+        (90, 210, 210, "shared", dict(batch=3, kv_start=(0, 65, 150))),
+        (30, 100, 210, "own", dict(batch=2, kv_start=(127, 190))),
+        (50, 150, 130, "own", dict(causal=False)), (70, 100, 300, "none", dict(causal=False)),
+        (1, 1, 700, "shared", {}), (100, 1, 700, "own", {}), (65, 5, 300, "shared", {}), (3, 4, 129, "none", {}),
+        (40, 2, 210, "own", dict(batch=2, kv_start=(200, 13))), (20, 3, 90, "shared", dict(causal=False)),
+    )
+]  # fmt: skip
 ATTENTION = HEAD_DIMS + HEAD_RATIOS + LENGTHS + BLOCK_SIZES + PADDED + FULL
 
 # Index builders take q and k alone; heads of the index are heads of q.

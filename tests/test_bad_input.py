@@ -60,6 +60,7 @@ ANY = "float32 or float16 or bfloat16 [B, Hq, Nq, D]"
 HEAD_DIM = "a head dim that is a multiple of 8 up to 256"
 DENSE = "a contiguous last dimension (stride 1)"
 HEADS = "a number of heads that divides q's 4"
+WINDOW = "a number of keys, at least 1"
 PARTNER = "a tensor, since its partner is given"
 
 BAD = [  # argument, expected, got, what to change
@@ -99,6 +100,8 @@ BAD = [  # argument, expected, got, what to change
     ("kv_start", "int32 [2]", "int32 [1]", to("kv_start", lambda x: x[:1])),
     ("scale", "a finite number", "nan", to("scale", NAN)),
     ("scale", "a finite number", "-inf", to("scale", -INF)),
+    ("window", WINDOW, 0, to("window", 0)),
+    ("window", WINDOW, -64, to("window", -64)),
 ]
 
 
@@ -231,6 +234,10 @@ def test_block_index():
             "BlockIndex: column_index: expected a tensor, since its partner is given, got None",
         ),
         (lambda: BlockIndex(count, [0]), "BlockIndex: block_index: expected a tensor, got list"),
+        (
+            lambda: BlockIndex(count, ids).to_mask(70, 70, window=0),
+            "BlockIndex.to_mask: window: expected a number of keys, at least 1, got 0",
+        ),
         (
             lambda: BlockIndex.from_mask(q),
             "BlockIndex.from_mask: mask: expected bool [B, H, Nq, Nk], got float32 [1, 2, 70, 8]",

@@ -71,10 +71,10 @@ def test_block_mask_round_trip():
     assert torch.equal(back.to_mask(200, 330), index.to_mask(200, 330))
 
 
-@by_shape(shapes.BLOCK_SIZES + shapes.PADDED + shapes.FULL)
+@by_shape(shapes.BLOCK_SIZES + shapes.PADDED + shapes.FULL + shapes.WINDOWED)
 def test_masks(shape: Shape):
     index = shape.random_index()
-    mask = index.to_mask(shape.nq, shape.nk, shape.causal, kv_start=shape.start())
+    mask = index.to_mask(shape.nq, shape.nk, shape.causal, kv_start=shape.start(), window=shape.window)
     expected = dense_mask(index, shape)[:, :: shape.heads_q // shape.heads_index]
     assert torch.equal(mask, expected)
     covered = BlockIndex.from_mask(mask, shape.block_q, shape.block_k).to_mask(shape.nq, shape.nk, shape.causal)

@@ -29,13 +29,16 @@ def arguments(shape: Shape, dtype=torch.float32) -> dict:
     index = shape.random_index()
     names = ("q", "k", "v", "block_count", "block_index", "column_count", "column_index", "kv_start")
     values = (*shape.qkv(dtype), index.block_count, index.block_index, index.column_count, index.column_index)
-    return dict(zip(names, (*values, shape.start()))) | dict(block_q=shape.block_q, block_k=shape.block_k)
+    return dict(zip(names, (*values, shape.start()))) | dict(
+        block_q=shape.block_q, block_k=shape.block_k, window=shape.window
+    )
 
 
 CONTRACT = [
     Shape(2, 4, 2, 100, 130, 16, heads_index=2, columns="own", kv_start=(0, 40)),
     Shape(1, 3, 1, 1, 70, 8, columns="shared"),
     Shape(1, 2, 2, 130, 130, 24, block_q=128),
+    Shape(1, 2, 1, 130, 200, 16, columns="own", window=70),
 ]
 
 
@@ -64,14 +67,15 @@ def test_meta_tensors_have_the_same_shapes(shape):
 
 
 def test_compiles_whole_and_dynamic():
-    def attend(q, k, v, count, ids, columns, keys, start):
-        out, lse = headstart.sparse_attention(q, k, v, BlockIndex(count, ids, columns, keys), kv_start=start)
+    def attend(q, k, v, count, ids, columns, keys, start, window):
+        index = BlockIndex(count, ids, columns, keys)
+        out, lse = headstart.sparse_attention(q, k, v, index, kv_start=start, window=window)
         return headstart.merge_attention(out, lse, out, lse)
 
     counter = testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
     for shape in (CONTRACT[0], CONTRACT[0].with_(nq=200, nk=333), CONTRACT[0].with_(nq=70, nk=150)):
-        inputs = [v for name, v in arguments(shape).items() if not name.startswith("block_q")][:8]
+        inputs = [*list(arguments(shape).values())[:8], shape.nq // 2]
         for got, want in zip(compiled(*inputs), attend(*inputs)):
             assert torch.equal(got, want)
     assert counter.frame_count <= 2, "recompiled for every size"

@@ -12,48 +12,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from headstart.engine import PrefillPlan, attention, linear, patch, unpatch  # noqa: E402
-
-SIZES = dict(
-    vocab_size=199,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=1024,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=None,
-)
-# Plans that select everything by way of each index builder.
-EVERYTHING = {
-    "dense": PrefillPlan.uniform("dense"),
-    "a_shape": PrefillPlan.uniform("a_shape", sink=0, local=1024),
-    "block_topk": PrefillPlan.uniform("block_topk", top_k=16),
-    "adaptive": PrefillPlan.uniform("adaptive", threshold=1.0),
-}
-
-
-def make(family="Llama", attn="sdpa", **sizes):
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**SIZES | sizes)
-    config._attn_implementation = attn
-    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
-
-
-def tokens(batch=2, length=150):
-    return torch.randint(2, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(1))
-
-
-def left_padded(lengths, width):
-    ids = tokens(len(lengths), width)
-    mask = (torch.arange(width) >= width - torch.tensor(lengths)[:, None]).long()
-    return ids * mask, mask
-
-
-@torch.no_grad()
-def logits(model, ids, **kwargs):
-    return model(ids, **kwargs).logits
+from models import EVERYTHING, left_padded, logits, make, tokens  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -278,15 +237,6 @@ def test_padding_on_the_right_or_within():
         )
 
 
-def test_packed_sequences():
-    positions = torch.cat([torch.arange(100), torch.arange(50)])[None]
-    own_attention_is_said_once(
-        make(),
-        "packed sequences",
-        lambda model: logits(model, tokens(1), position_ids=positions, use_cache=False),
-    )
-
-
 def test_soft_capping():
     model = make("Gemma2", "eager", head_dim=16, attn_logit_softcapping=5.0, sliding_window=4096)
     own_attention_is_said_once(model, "softcap", lambda m: logits(m, tokens()))
@@ -295,31 +245,6 @@ def test_soft_capping():
 def test_attention_sinks():
     model = make("GptOss", "eager", head_dim=16, num_local_experts=2, num_experts_per_tok=1, sliding_window=4096)
     own_attention_is_said_once(model, "s_aux", lambda m: logits(m, tokens()))
-
-
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-def test_a_sliding_window_that_bites(attn):
-    own_attention_is_said_once(
-        make("Mistral", attn, sliding_window=100), "a sliding window", lambda model: logits(model, tokens())
-    )
-
-
-@pytest.mark.parametrize("window", [150, 4096])
-def test_a_sliding_window_that_does_not_bite_is_causal(window, paths):
-    model = make("Mistral", sliding_window=window)
-    want = logits(model, tokens())
-    torch.testing.assert_close(logits(patch(model, EVERYTHING["adaptive"]), tokens()), want, rtol=1e-5, atol=1e-5)
-    assert paths() == ["sparse"] * 2
-
-
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=str)
-def test_generate_across_a_sliding_window(options):
-    model = make("Mistral", sliding_window=100)
-    ids, mask = left_padded([97, 50], 97)
-    options |= dict(max_new_tokens=10, do_sample=False, attention_mask=mask)
-    want = model.generate(ids, **options)
-    with pytest.warns(RuntimeWarning, match="a sliding window"):
-        assert torch.equal(patch(model, EVERYTHING["adaptive"]).generate(ids, **options), want)
 
 
 def test_gradients():
@@ -356,27 +281,6 @@ def test_a_compiled_model_is_the_models_own():
     torch.testing.assert_close(logits(compiled, tokens()), want, rtol=1e-5, atol=1e-5)
 
 
-# --- the mask --------------------------------------------------------------------------------------------------------
-
-
-def deferred(nq, nk, padding=None):
-    return attention.headstart_mask(2, nq, nk, q_offset=nk - nq, attention_mask=padding)
-
-
-def test_a_mask_is_built_only_when_it_is_used():
-    mask = deferred(4, 6)
-    assert mask.shape == (2, 1, 4, 6) and mask.dtype == torch.bool and mask.not_causal is None and not mask.built
-    assert torch.equal(mask[:, :, :, :3] & True, torch.ones(4, 6, dtype=torch.bool).tril(2)[:, :3].expand(2, 1, 4, 3))
-    assert mask.built.keys() == {"dense"}
-
-
-def test_left_padding_gives_the_first_real_key():
-    padding = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]], dtype=torch.bool)
-    assert deferred(4, 4, padding).kv_start.tolist() == [0, 2]
-    assert deferred(4, 4, torch.ones_like(padding)).kv_start is None
-    assert deferred(1, 5, torch.ones_like(padding)).not_causal == "padding that is not on the left"
-
-
 # --- the policy ------------------------------------------------------------------------------------------------------
 
 
@@ -387,6 +291,10 @@ def test_short_prompts_and_decoding_are_dense_and_without_kernels_the_models_own
         assert attention.choose_path(nq, nk, dense_plan=False, has_kernel=False) == "own"
     assert attention.choose_path(64, 1024, dense_plan=False, has_kernel=True) == "sparse"
     assert attention.choose_path(8192, 8192, dense_plan=True, has_kernel=True) == "dense"
+    for nq, nk, window, path in [(1, 100, 99, "window"), (99, 100, 100, "dense"), (8192, 8192, 4096, "window")]:
+        assert attention.choose_path(nq, nk, dense_plan=False, has_kernel=True, window=window) == path
+        assert attention.choose_path(nq, nk, dense_plan=False, has_kernel=False, window=window) == "own"
+    assert attention.choose_path(8192, 8192, dense_plan=False, has_kernel=False, window=8192) == "sparse"
 
 
 # --- linear layers ---------------------------------------------------------------------------------------------------

@@ -41,7 +41,10 @@ def check(q, k, v, index, shape, scale=None, kv_start=None):
     """Runs the kernel and holds it against float64; returns what it gave."""
     start = shape.start() if kv_start is None else kv_start
     out, lse = poisoned(
-        lambda: headstart.sparse_attention(q, k, v, index, causal=shape.causal, scale=scale, kv_start=start), q
+        lambda: headstart.sparse_attention(
+            q, k, v, index, causal=shape.causal, scale=scale, kv_start=start, window=shape.window
+        ),
+        q,
     )
     assert out.dtype == q.dtype and lse.dtype == torch.float32
     assert out.is_contiguous() and lse.is_contiguous()
@@ -56,21 +59,51 @@ def check(q, k, v, index, shape, scale=None, kv_start=None):
 # --- numbers ---------------------------------------------------------------------------------------------------------
 
 
-@by_shape(shapes.ATTENTION)
+@by_shape(shapes.ATTENTION + shapes.WINDOWED)
 def test_reference_in_float64_is_the_definition(shape: Shape):
     q, k, v = shape.qkv(torch.float64)
     index = shape.random_index()
     parts = (index.block_count, index.block_index, index.column_count, index.column_index, shape.start())
-    options = dict(causal=shape.causal, block_q=shape.block_q, block_k=shape.block_k)
+    options = dict(causal=shape.causal, block_q=shape.block_q, block_k=shape.block_k, window=shape.window)
     out, lse = reference.sparse_attention(q, k, v, *parts, **options)
     exact_out, exact_lse = by_torch(q, k, v, dense_mask(index, shape))
     assert error(out, exact_out) < 1e-12 and error(lse, exact_lse) < 1e-6
 
 
 @by_dtype
-@by_shape(shapes.ATTENTION)
+@by_shape(shapes.ATTENTION + shapes.WINDOWED)
 def test_random_index(cpu_tier, dtype, shape: Shape):
     check(*shape.qkv(dtype), shape.random_index(), shape)
+
+
+@by_shape(shapes.WINDOWED)
+def test_a_window_over_every_block(cpu_tier, shape: Shape):
+    check(*shape.qkv(torch.float32), shape.with_(columns="none").all_blocks(), shape)
+
+
+@by_dtype
+@pytest.mark.parametrize("nq, nk", ((500, 500), (130, 777), (1, 900), (4, 300)))
+@pytest.mark.parametrize("window", (1, 64, 100, 256))
+def test_a_window_needs_only_its_own_blocks(cpu_tier, dtype, nq, nk, window):
+    """The blocks of an A-shape without sinks are all that a window of the same width reaches."""
+    shape = Shape(1, 4, 2, nq, nk, 64, window=window)
+    q, k, v = shape.qkv(dtype)
+    got = check(q, k, v, headstart.a_shape_index(nq, nk, sink=0, local=window), shape)
+    every = headstart.sparse_attention(q, k, v, shape.all_blocks(), window=window)
+    assert all(torch.equal(a, b) for a, b in zip(got, every))
+
+
+def test_keys_outside_every_window_are_not_read(cpu_tier):
+    """Tiles and columns that no query of a row reaches hold NaN, which any use would spread."""
+    for nq in (1, 3, 300):
+        shape = Shape(1, 2, 1, nq, 700, 64, window=65, columns="shared")
+        q, k, v = shape.qkv(torch.float32)
+        edge = (700 - nq - 64) // 64 * 64  # of the tile where the first query's window begins
+        index = shape.random_index(1.0)
+        want = headstart.sparse_attention(q, k, v, index, window=65)
+        k[:, :, :edge], v[:, :, :edge] = NAN, NAN
+        for got, expected in zip(headstart.sparse_attention(q, k, v, index, window=65), want):
+            assert torch.equal(got, expected) and got.isfinite().all()
 
 
 @by_dtype
@@ -251,15 +284,16 @@ def test_result_does_not_depend_on_threads(cpu_tier, dtype):
 
 @by_dtype
 @pytest.mark.parametrize("columns", ("none", "shared", "own"))
-def test_decode_equals_prefill(cpu_tier, dtype, columns):
+@pytest.mark.parametrize("window", (None, 70))
+def test_decode_equals_prefill(cpu_tier, dtype, columns, window):
     shape = Shape(1, 4, 2, 600, 600, 64, columns=columns)
     q, k, v = shape.qkv(dtype)
     whole = shape.random_index(0.7)
-    out, lse = headstart.sparse_attention(q, k, v, whole)
+    out, lse = headstart.sparse_attention(q, k, v, whole, window=window)
     last = [None if t is None else t[:, :, -1:] for t in (whole.column_count, whole.column_index)]
     index = BlockIndex(whole.block_count[:, :, -1:], whole.block_index[:, :, -1:], *last)
     for n in (1, 2, 4, 5, 8, 9, 24):  # 4 heads share a list: from 5 queries on by the prefill kernel
-        few, few_lse = headstart.sparse_attention(q[:, :, -n:], k, v, index)
+        few, few_lse = headstart.sparse_attention(q[:, :, -n:], k, v, index, window=window)
         assert error(few, out[:, :, -n:]) <= 2 * FLOOR[dtype] * max(1, float(out.abs().max())), n
         assert error(few_lse, lse[:, :, -n:]) <= 1e-5, n
 
@@ -321,6 +355,7 @@ def test_any_shape(cpu_tier):
             heads_index=draw(st.sampled_from([n for n in range(1, hq + 1) if hq % n == 0])),
             block_q=draw(st.sampled_from((64, 128))), block_k=draw(st.sampled_from((64, 128))),
             columns=draw(st.sampled_from(("none", "shared", "own"))), kv_start=start, causal=draw(st.booleans()),
+            window=draw(st.none() | st.integers(1, 220)),
         )  # fmt: skip
 
     @hypothesis.settings(max_examples=30, deadline=None)

@@ -52,6 +52,7 @@ struct SparseAttentionArgs {
   int block_q, block_k;
   bool causal;
   float scale;
+  int64_t window;  // keys up to a query's own position that it may see; nk or more: no window
 };
 
 struct MergeAttentionArgs {

@@ -84,7 +84,7 @@ void check_ids(const Checks& check, const char* count_name, const char* index_na
 Pair sparse_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor block_count,
                       const Tensor block_index, const OptionalTensor column_count, const OptionalTensor column_index,
                       const OptionalTensor kv_start, bool causal, const std::optional<double> scale, int64_t block_q,
-                      int64_t block_k) {
+                      int64_t block_k, const std::optional<int64_t> window) {
   const Checks check("sparse_attention");
   check.query_key(q, k, causal);
   const int64_t b = q.size(0), hq = q.size(1), nq = q.size(2), d = q.size(3), hkv = k.size(1), nk = k.size(2);
@@ -116,6 +116,7 @@ Pair sparse_attention(const Tensor q, const Tensor k, const Tensor v, const Tens
                rows);
   check.kv_start(kv_start, q);
   if (scale.has_value()) check.finite("scale", *scale);
+  if (window.has_value()) check.expect(*window >= 1, "window", "a number of keys, at least 1", *window);
 
   // Rows and entries must be contiguous; batch and head may be expanded.
   const auto rows_contiguous = [](const Tensor& x) {
@@ -196,6 +197,7 @@ Pair sparse_attention(const Tensor q, const Tensor k, const Tensor v, const Tens
       static_cast<int>(block_k),
       causal,
       static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(d)))),
+      std::min(window.value_or(nk), nk),
   };
   kernels().sparse_attention(args, threads());
   return {out, lse};

@@ -155,11 +155,14 @@ struct Prefill {
     const int64_t origin = position == nullptr ? first : 0;
     const int64_t last = a.causal ? first_query_position : a.nk - 1;  // that row 0 sees
     const int64_t seen = a.causal && position == nullptr ? last - first + 1 : kTile;
-    const bool masked = position != nullptr || first < first_key || first + kTile > a.nk || seen < kTile;
+    const int64_t last_window = first_query_position + rows - a.window;  // where the last row's begins
+    const bool masked =
+        position != nullptr || first < max(first_key, last_window) || first + kTile > a.nk || seen < kTile;
     const int32_t* where = masked ? (position == nullptr ? kIota.value : position) : nullptr;
     multiply_keys(w, rows, keys, seen);
     softmax_tile<Unit>(w.softmax, w.scores, w.weights, rows, scale, where, static_cast<int32_t>(first_key - origin),
-                       static_cast<int32_t>(last - origin), a.causal ? 1 : 0, kTile);
+                       window_start(a, first_query_position, origin), static_cast<int32_t>(last - origin),
+                       a.causal ? 1 : 0, kTile);
     if (*started) {
       multiply_values<Start::kScaled>(w, rows, values, seen);
     } else {
@@ -174,7 +177,7 @@ struct Prefill {
     const int64_t first_query = query_tile * kTile;
     const int64_t rows = min(kTile, a.nq - first_query);
     const int64_t first_position = a.nk - a.nq + first_query;
-    const Range range = visible_keys(a, b, first_query + rows);
+    const Range range = visible_keys(a, b, first_query, first_query + rows);
     const Row list = row(b, h, query_tile);
 
     const T* q_rows[kTile];
@@ -320,7 +323,7 @@ struct Prefill {
       for (int64_t g = 0; g < group; ++g) {
         for (int64_t t = 0; t < query_tiles; ++t) {
           const Row list = row(b, kv_head * group + g, t);
-          const Range range = visible_keys(a, b, min((t + 1) * kTile, a.nq));
+          const Range range = visible_keys(a, b, t * kTile, min((t + 1) * kTile, a.nq));
           TileWalk walk(list, a.block_k, range.first_key, range.end_key);
           int64_t cost = ceil_div(list.column_count, kTile);
           for (int64_t tile; (tile = walk.next()) >= 0; ++cost) needed[p * tiles + tile] = 1;

@@ -54,16 +54,8 @@ struct FewRows {
   Row row(int64_t run_at) const { return read_row(a.index, batch_of(run_at), head_of(run_at) / index_group, 0); }
 
   static bool covered(const Row& list, int32_t block) {
-    int64_t lo = 0, hi = list.block_count;
-    while (lo < hi) {
-      const int64_t middle = (lo + hi) / 2;
-      if (list.blocks[middle] < block) {
-        lo = middle + 1;
-      } else {
-        hi = middle;
-      }
-    }
-    return lo < list.block_count && list.blocks[lo] == block;
+    const int64_t at = blocks_before(list, block);
+    return at < list.block_count && list.blocks[at] == block;
   }
 
   // Points at the 64 keys of a tile: tile >= 0 is a tile of keys, tile < 0 the (-1 - tile)-th 64 columns of the list.
@@ -151,7 +143,7 @@ struct FewRows {
     const int64_t b = batch_of(part.run_at), h = head_of(part.run_at), kv_head = h / group;
     const Row list = row(part.run_at);
     const float scale = a.scale * kLog2E;
-    const auto lo = static_cast<int32_t>(visible_keys(a, b, a.nq).first_key);
+    const auto lo = static_cast<int32_t>(visible_keys(a, b, 0, a.nq).first_key);
     for (int64_t r = 0; r < rows; ++r) {
       zero(w.query + r * padded_dim, padded_dim);
       convert_row(w.query + r * padded_dim, row_of<T>(a.q, b, h + r / a.nq, r % a.nq), a.head_dim);
@@ -173,8 +165,8 @@ struct FewRows {
             return score<1>(w, r);
         }
       });
-      softmax_tile<FloatUnit>(w.softmax, w.scores, nullptr, rows, scale, w.position, lo, static_cast<int32_t>(last),
-                              a.causal ? 1 : 0, a.nq);
+      softmax_tile<FloatUnit>(w.softmax, w.scores, nullptr, rows, scale, w.position, lo,
+                              window_start(a, a.nk - a.nq, 0), static_cast<int32_t>(last), a.causal ? 1 : 0, a.nq);
       by_rows([&](int64_t r, int n) {
         switch (n) {
           case 4:
@@ -259,14 +251,16 @@ struct FewRows {
   // The tiles that a run attends, as `find_keys` reads them; returns how many.
   int64_t list_tiles(int64_t run_at, int32_t* tiles) const {
     const Row list = row(run_at);
-    const Range range = visible_keys(a, batch_of(run_at), a.nq);
+    const Range range = visible_keys(a, batch_of(run_at), 0, a.nq);
     TileWalk walk(list, a.block_k, range.first_key, range.end_key);
     int64_t n = 0;
     for (int64_t tile; (tile = walk.next()) >= 0; ++n) {
       if (tiles != nullptr) tiles[n] = static_cast<int32_t>(tile);
     }
-    for (int64_t c = 0; c * kTile < list.column_count && list.columns[c * kTile] < range.end_key; ++c, ++n) {
+    for (int64_t c = 0; c * kTile < list.column_count && list.columns[c * kTile] < range.end_key; ++c) {
+      if (list.columns[min((c + 1) * kTile, list.column_count) - 1] < range.first_key) continue;
       if (tiles != nullptr) tiles[n] = static_cast<int32_t>(-1 - c);
+      ++n;
     }
     return n;
   }

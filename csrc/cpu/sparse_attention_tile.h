@@ -38,10 +38,28 @@ Row read_row(const IndexArgs& index, int64_t b, int64_t h, int64_t r) {
   return row;
 }
 
+// How many of a row's blocks come before `block`.
+int64_t blocks_before(const Row& row, int64_t block) {
+  int64_t lo = 0, hi = row.block_count;
+  while (lo < hi) {
+    const int64_t middle = (lo + hi) / 2;
+    if (row.blocks[middle] < block) {
+      lo = middle + 1;
+    } else {
+      hi = middle;
+    }
+  }
+  return lo;
+}
+
 // The tiles of 64 keys that a row's blocks cover and that its queries may see, one after another.
 struct TileWalk {
   TileWalk(const Row& row, int block_k, int64_t first_key, int64_t end_key)
-      : row(row), tiles_per_block(block_k / kTile), first_tile(first_key / kTile), end_tile(ceil_div(end_key, kTile)) {}
+      : row(row),
+        tiles_per_block(block_k / kTile),
+        first_tile(first_key / kTile),
+        end_tile(ceil_div(end_key, kTile)),
+        at(blocks_before(row, first_key / block_k) * tiles_per_block) {}
 
   // The next tile, or -1.
   int64_t next() {
@@ -57,17 +75,22 @@ struct TileWalk {
   }
 
   const Row& row;
-  int64_t tiles_per_block, first_tile, end_tile, at = 0;
+  int64_t tiles_per_block, first_tile, end_tile, at;
 };
 
-// The keys that a row's last query may see: [first_key, end_key).
+// The keys that some query of [first_query, end_query) may see: [first_key, end_key).
 struct Range {
   int64_t first_key, end_key;
 };
 
-Range visible_keys(const SparseAttentionArgs& a, int64_t b, int64_t end_query) {
-  const int64_t start = a.kv_start == nullptr ? 0 : max(a.kv_start[b], 0);
-  return {start, a.causal ? a.nk - a.nq + end_query : a.nk};
+Range visible_keys(const SparseAttentionArgs& a, int64_t b, int64_t first_query, int64_t end_query) {
+  const int64_t offset = a.nk - a.nq, start = a.kv_start == nullptr ? 0 : a.kv_start[b];
+  return {max(max(start, 0), offset + first_query - a.window + 1), a.causal ? offset + end_query : a.nk};
+}
+
+// The first key in the window of the query at `position`, counted from `origin`. Below -kTile it makes no difference.
+int32_t window_start(const SparseAttentionArgs& a, int64_t position, int64_t origin) {
+  return static_cast<int32_t>(max(position - a.window + 1 - origin, -kTile));
 }
 
 int64_t common_divisor(int64_t a, int64_t b) {
@@ -95,10 +118,12 @@ struct Softmax {
 };
 
 // [rows][64] scores become weights relative to the running maximum, in place, or as bf16 for pair units. `position`
-// null: no key is masked. Row i sees the positions lo ... hi + (i mod cycle) * hi_step: `cycle` queries of each head.
+// null: no key is masked. `cycle` queries of each head: with c = i mod cycle, row i sees the positions
+// max(lo, window_lo + c) ... hi + c * hi_step.
 template <typename Unit>
 inline void softmax_tile(Softmax& state, float* scores, BFloat16* as_bf16, int64_t rows, float scale,
-                         const int32_t* position, int32_t lo, int32_t hi, int32_t hi_step, int64_t cycle) {
+                         const int32_t* position, int32_t lo, int32_t window_lo, int32_t hi, int32_t hi_step,
+                         int64_t cycle) {
   constexpr int n = kTile / Vec::width;
   alignas(64) float top[kTile];
   for (int64_t i = 0; i < rows; ++i) {
@@ -109,10 +134,11 @@ inline void softmax_tile(Softmax& state, float* scores, BFloat16* as_bf16, int64
 #pragma GCC unroll 16
       for (int j = 0; j < n; ++j) most = max(most, load(s + j * Vec::width) * factor);
     } else {
-      const auto last = static_cast<int32_t>(hi + i % cycle * hi_step);
+      const auto query = static_cast<int32_t>(i % cycle);
+      const int32_t first = window_lo + query > lo ? window_lo + query : lo, last = hi + query * hi_step;
 #pragma GCC unroll 16
       for (int j = 0; j < n; ++j) {
-        const Vec x = keep_between(load(s + j * Vec::width) * factor, position + j * Vec::width, lo, last);
+        const Vec x = keep_between(load(s + j * Vec::width) * factor, position + j * Vec::width, first, last);
         store(s + j * Vec::width, x);
         most = max(most, x);
       }

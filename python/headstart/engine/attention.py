@@ -1,9 +1,9 @@
-"""The attention function and the mask function that transformers calls, under the name "headstart".
+"""The attention function that transformers calls, under the name "headstart".
 
-transformers builds one mask a forward and hands it to every layer. Ours is a `DeferredMask`: it stands for the 4-D
-mask, knows whether that is plain causality with at most left padding, and is built only where somebody needs it. A
-layer with such a mask runs headstart's operators; any other runs the attention that the model had before, with the
-mask that that attention wants.
+The mask that comes with it (`mask.py`) says what a query may see. Causality, a sliding window, left padding and packed
+sequences run headstart's operators: the plan's sparse pattern where the whole past is visible, the window's own blocks
+where a window cuts it, and each packed sequence by itself. Whatever else a layer needs runs the attention that the
+model had before, with the mask that that attention wants.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils import _pytree
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import _library
-from ..offline.prefill_plan import PrefillPlan, full_index
+from ..offline.prefill_plan import PrefillPlan, full_index, window_index
 from ..ops._checks import FLOAT_DTYPES
 from ..ops.sparse_attention import BlockIndex, sparse_attention
+from .mask import DeferredMask, headstart_mask
 
 NAME = "headstart"
 
@@ -39,16 +38,19 @@ _HARMLESS = frozenset(
     {
         "cache_position",
         "logits_to_keep",
+        "max_length_k",
+        "max_length_q",
         "num_items_in_batch",
         "output_hidden_states",
         "output_router_logits",
         "position_embeddings",
         "position_ids",
         "return_dict",
-        "sliding_window",
         "use_cache",
     }
 )
+# Arguments that repeat what the mask says, and must agree with it.
+_REPEATED = frozenset({"cu_seq_lens_k", "cu_seq_lens_q", "sliding_window"})
 
 
 @dataclass
@@ -67,127 +69,22 @@ def attachment(module: torch.nn.Module) -> Attachment | None:
     return vars(module).get("_headstart")
 
 
-def choose_path(nq: int, nk: int, *, dense_plan: bool, has_kernel: bool) -> str:
-    """How a layer with nq queries and nk keys runs: "sparse", "dense" (every block, by our kernel), or "own".
+def choose_path(nq: int, nk: int, *, dense_plan: bool, has_kernel: bool, window: int | None = None) -> str:
+    """How nq queries attend nk keys: "sparse", "dense" (every block, by our kernel), "window" (the blocks of a sliding
+    window that cuts some keys off, by our kernel), or "own".
 
     The one place for the promise that a patched model is never slower than it was.
     """
+    if window is not None and window < nk:
+        return "window" if has_kernel else "own"
     if nq >= FEW_QUERIES and nk >= SHORT_PROMPT and not dense_plan:
         return "sparse"
     return "dense" if has_kernel else "own"
 
 
-# --- the mask ------------------------------------------------------------------------------------------------------
-
-
-class DeferredMask(torch.Tensor):
-    """A boolean mask [B, 1, Nq, Nk] that is built on first use by any torch operation.
-
-    ``not_causal`` is None where the mask is causality and left padding alone, else what it is besides;
-    ``num_keys`` is how many of the Nk keys exist so far (a static cache has room for more); ``kv_start`` int32 [B]
-    is the first real key of each sequence, or None where all are real.
-    """
-
-    @staticmethod
-    def __new__(cls, arguments: dict[str, Any]):
-        shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
-        mask = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=arguments["device"])
-        mask.arguments, mask.built = arguments, {}
-        mask.num_keys = int(arguments["q_offset"]) + arguments["q_length"]
-        mask.not_causal, mask.kv_start = _analyse(mask.num_keys, **arguments)
-        return mask
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        args, kwargs = _pytree.tree_map_only(DeferredMask, DeferredMask.dense, (args, kwargs or {}))
-        return function(*args, **kwargs)
-
-    def dense(self) -> torch.Tensor:
-        if "dense" not in self.built:
-            self.built["dense"] = _dense_mask(self.arguments)
-        return self.built["dense"]
-
-    def wanted_by(self, implementation: str | None) -> Any:
-        """What transformers would have handed to an attention implementation."""
-        implementation = implementation or "eager"
-        if implementation not in self.built:
-            known = implementation in ALL_MASK_ATTENTION_FUNCTIONS
-            build = ALL_MASK_ATTENTION_FUNCTIONS[implementation] if known else lambda **_: None
-            self.built[implementation] = build(**self.arguments)
-        return self.built[implementation]
-
-    def __repr__(self):
-        return f"DeferredMask({list(self.shape)}, not_causal={self.not_causal!r}, kv_start={self.kv_start})"
-
-
-def _dense_mask(arguments: dict[str, Any]) -> torch.Tensor:
-    return sdpa_mask(**arguments | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
-
-
-def _analyse(
-    num_keys: int,
-    *,
-    q_length,
-    kv_length,
-    kv_offset,
-    mask_function,
-    attention_mask,
-    allow_is_causal_skip,
-    local_size=None,
-    **_,
-) -> tuple[str | None, torch.Tensor | None]:
-    if kv_offset != 0 or num_keys > kv_length:
-        return "a sliding window shorter than the sequence", None
-    if local_size is not None and num_keys > local_size:
-        return "a sliding window or chunk shorter than the sequence", None
-    # With a window, transformers composes the mask function anew; that it allows the skip says that a window and
-    # causality are all there is to it.
-    plain = mask_function is causal_mask_function or (local_size is not None and allow_is_causal_skip)
-    if not plain:
-        return (
-            "a mask other than causal (packed sequences, an overlay, bidirectional attention, or a sliding window in a "
-            "static cache)"
-        ), None
-    if attention_mask is None:
-        return None, None
-    real = attention_mask[:, :num_keys]
-    padding = (~real).sum(-1, dtype=torch.int32)
-    if not padding.any():
-        return (None, None) if real.shape[1] == num_keys else ("padding that is not on the left", None)
-    first_real = torch.arange(real.shape[1], device=real.device) >= padding[:, None]
-    if real.shape[1] < num_keys or not real[:, -1].all() or not torch.equal(real, first_real):
-        return "padding that is not on the left", None
-    return None, padding
-
-
-def headstart_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function=causal_mask_function,
-    attention_mask: torch.Tensor | None = None,
-    allow_is_causal_skip: bool = True,
-    device: torch.device | str = "cpu",
-    **kwargs,
-) -> torch.Tensor:
-    arguments = dict(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        allow_is_causal_skip=allow_is_causal_skip,
-        device=device,
-        **kwargs,
-    )
-    # A compiled graph cannot look at the padding, so it gets the mask itself, and the model's own attention.
-    return _dense_mask(arguments) if torch.compiler.is_compiling() else DeferredMask(arguments)
+def splitting_pays(sequences: int, batch: int, tokens: int) -> bool:
+    """Whether packed sequences are attended one by one: a call for each is taken to cost as much as 64 × 64 pairs."""
+    return sequences * FEW_QUERIES**2 <= batch * tokens**2
 
 
 # --- the attention -------------------------------------------------------------------------------------------------
@@ -213,38 +110,66 @@ def headstart_attention(
 
     if here is None:
         return run_own()
-    reason = _unsupported(module, query, key, value, attention_mask, dropout, is_causal, kwargs)
+    reason = _unsupported(here.own, module, query, key, value, attention_mask, dropout, is_causal, kwargs)
     if reason is not None:
         _say_once(here, module, reason)
         return run_own()
 
-    nq, nk, kv_start = query.shape[2], attention_mask.num_keys, attention_mask.kv_start
-    has_kernel = _library.has_kernel("sparse_attention", query.device.type.upper())
-    path = choose_path(nq, nk, dense_plan=here.plan.is_dense, has_kernel=has_kernel)
-    if path == "own":
+    def path_of(nq: int, nk: int) -> str:
+        return choose_path(
+            nq,
+            nk,
+            dense_plan=here.plan.is_dense,
+            has_kernel=_library.has_kernel("sparse_attention", query.device.type.upper()),
+            window=attention_mask.window,
+        )
+
+    (batch, heads, nq, head_dim), nk, sequences = query.shape, attention_mask.num_keys, attention_mask.sequences
+    if sequences is None:
+        path = path_of(nq, nk)
+        if path == "own":
+            return run_own()
+        out = _attend(here, module, path, query, key[:, :, :nk], value[:, :, :nk], attention_mask, scaling)
+        return out.transpose(1, 2).contiguous(), None
+
+    paths = [path_of(end - begin, end - begin) for _, begin, end in sequences]
+    if "own" in paths or not splitting_pays(len(sequences), batch, nq):
         return run_own()
-    key, value = key[:, :, :nk], value[:, :, :nk]
+    out = query.new_empty(batch, nq, heads, head_dim)
+    for path, (row, begin, end) in zip(paths, sequences):
+        q, k, v = (x[row : row + 1, :, begin:end] for x in (query, key, value))
+        out[row, begin:end] = _attend(here, module, path, q, k, v, attention_mask, scaling)[0].transpose(0, 1)
+    return out, None
+
+
+def _attend(here: Attachment, module, path: str, q, k, v, mask: DeferredMask, scale: float | None) -> torch.Tensor:
+    """q [B, Hq, Nq, D] over all of k and v [B, Hkv, Nk, D] that the mask lets it see."""
+    nq, nk = q.shape[2], k.shape[2]
+    window = mask.window if path == "window" else None
     if path == "dense":
-        index = full_index(nq, nk, query.device)
+        index = full_index(nq, nk, q.device)
+    elif path == "window":
+        index = window_index(nq, nk, window, q.device)
     else:
-        index = here.plan.index(module.layer_idx, query, key, kv_start=kv_start, scale=scaling)
+        index = here.plan.index(module.layer_idx, q, k, kv_start=mask.kv_start, scale=scale)
     for entries in _recordings:
-        entries.append(Recorded(module.layer_idx, index, nq, nk, path))
-    out, _ = sparse_attention(query, key, value, index, scale=scaling, kv_start=kv_start)
-    return out.transpose(1, 2).contiguous(), None
+        entries.append(Recorded(module.layer_idx, index, nq, nk, path, window))
+    return sparse_attention(q, k, v, index, scale=scale, kv_start=mask.kv_start, window=window)[0]
 
 
-def _unsupported(module, query, key, value, mask, dropout, is_causal, kwargs) -> str | None:
+def _unsupported(own, module, query, key, value, mask, dropout, is_causal, kwargs) -> str | None:
     """Why a layer must run the model's own attention, or None."""
-    unknown = [
-        name for name, given in kwargs.items() if name not in _HARMLESS and given is not None and given is not False
-    ]
+    given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
+    unknown = given.keys() - _HARMLESS - _REPEATED
     if unknown:
-        return f"{', '.join(unknown)}, which headstart does not support"
+        return f"{', '.join(sorted(unknown))}, which headstart does not support"
     if not isinstance(mask, DeferredMask):
         return "no mask that says it is causal" if mask is None else "a custom or materialised mask"
-    if mask.not_causal is not None:
-        return mask.not_causal
+    if mask.unknown is not None:
+        return mask.unknown
+    contradiction = _contradiction(mask, given, own)
+    if contradiction is not None:
+        return contradiction
     if is_causal is False or getattr(module, "is_causal", True) is False:
         return "attention that is not causal"
     if dropout > 0:
@@ -257,6 +182,25 @@ def _unsupported(module, query, key, value, mask, dropout, is_causal, kwargs) ->
     expected = (mask.shape[0], mask.shape[2], mask.shape[3])
     if (query.shape[0], query.shape[2], key.shape[2]) != expected:
         return "keys or queries that the mask does not describe"
+    return None
+
+
+def _contradiction(mask: DeferredMask, given: dict[str, Any], own: str | None) -> str | None:
+    """An argument that says otherwise than the mask which keys a query attends; which of the two to follow is for the
+    model's own attention to know (eager and SDPA follow the mask, flash attention the arguments)."""
+    window = given.get("sliding_window")
+    if window is not None and window < mask.num_keys and window != mask.window:
+        return "a sliding window that the mask does not have"
+    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+        if name in given and not mask.splits_at(given[name]):
+            return (
+                f"{name} that the mask contradicts (transformers makes the mask of packed sequences from position_ids "
+                "that restart, where there is no cache: use_cache=False)"
+            )
+    if "flash" in (own or "") and mask.shape[0] == 1 and mask.sequences is None and mask.kv_start is None:
+        positions = given.get("position_ids")
+        if isinstance(positions, torch.Tensor) and positions.dim() == 2 and not mask.is_consecutive(positions):
+            return "position_ids that restart where the mask does not"
     return None
 
 
@@ -305,6 +249,7 @@ class Recorded(NamedTuple):
     nq: int
     nk: int
     path: str
+    window: int | None = None
 
 
 _recordings: list[list[Recorded]] = []

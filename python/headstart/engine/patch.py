@@ -23,9 +23,11 @@ def patch(model: Model, prefill: str | os.PathLike | PrefillPlan = "adaptive", l
     """Makes a transformers model read long prompts with sparse attention, in place, and returns it.
 
     Prompts of at least `engine.attention.SHORT_PROMPT` tokens are read sparsely; short prompts and decoding are dense
-    and exact. Batches with left padding, caches, chunked prefill and `generate` work as before. A layer or a call that
-    needs what headstart does not do (output_attentions, soft-capping, attention sinks, sliding windows, custom 4-D
-    masks, packed sequences, gradients, torch.compile) runs the model's own attention; a RuntimeWarning says so once.
+    and exact. A layer whose sliding window cuts keys off attends the window, exactly, whatever the plan. Sequences
+    packed in one row (position_ids that restart; cu_seq_lens, if given, must agree) are attended one by one. Batches
+    with left padding, caches, chunked prefill and `generate` work as before. A layer or a call that needs what
+    headstart does not do (output_attentions, soft-capping, attention sinks, custom 4-D masks, padding that is not on
+    the left, gradients, torch.compile) runs the model's own attention; a RuntimeWarning says so once.
 
     Args:
         model: a model of transformers whose attention goes through AttentionInterface. A patched model is patched anew.

@@ -302,6 +302,11 @@ def _shared_a_shape(nq: int, nk: int, sink: int, local: int, device: torch.devic
     return a_shape_index(nq, nk, sink=sink, local=local, device=device)
 
 
+def window_index(nq: int, nk: int, window: int, device: torch.device) -> BlockIndex:
+    """Every key block that a sliding window lets a query block see; one head and one batch, for all."""
+    return _shared_a_shape(nq, nk, 0, window, device)
+
+
 def pattern_index(patterns: Sequence[HeadPattern], q, k, kv_start, scale) -> BlockIndex:
     """The index of heads of one family: patterns of one name that differ in their thresholds alone."""
     name, params = patterns[0].name, dict(patterns[0].params)

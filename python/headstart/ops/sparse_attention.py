@@ -46,8 +46,16 @@ class BlockIndex:
         _checks.block_size("BlockIndex", "block_q", self.block_q)
         _checks.block_size("BlockIndex", "block_k", self.block_k)
 
-    def to_mask(self, nq: int, nk: int, causal: bool = True, kv_start: torch.Tensor | None = None) -> torch.Tensor:
+    def to_mask(
+        self,
+        nq: int,
+        nk: int,
+        causal: bool = True,
+        kv_start: torch.Tensor | None = None,
+        window: int | None = None,
+    ) -> torch.Tensor:
         """The same index as a dense mask, bool [B, Hi, nq, nk], True where a query attends a key."""
+        check_window("BlockIndex.to_mask", window)
         return reference.index_to_mask(
             self.block_count,
             self.block_index,
@@ -59,6 +67,7 @@ class BlockIndex:
             causal=causal,
             block_q=self.block_q,
             block_k=self.block_k,
+            window=window,
         )
 
     @classmethod
@@ -170,11 +179,12 @@ def sparse_attention(
     causal: bool = True,
     scale: float | None = None,
     kv_start: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the keys that an index selects.
 
     For query i of head h, at key position p = Nk - Nq + i, with S the union of its row's blocks and columns, cut to
-    keys j <= p (if causal) and j >= kv_start[b]::
+    keys j <= p (if causal), j >= kv_start[b] and j > p - window::
 
         out[i] = sum_{j in S} softmax_j(scale * q[i]·k[j]) v[j]        lse[i] = ln sum_{j in S} exp(scale * q[i]·k[j])
 
@@ -185,6 +195,8 @@ def sparse_attention(
         causal: bottom-right aligned, so prefill, chunked prefill and decode are one case.
         scale: 1 / sqrt(D) if None.
         kv_start: int32 [B], the first real key of each sequence of a left-padded batch.
+        window: a query attends no key that is `window` or more positions before its own; None is no limit. Blocks that
+            no query of a row reaches cost nothing.
 
     Returns:
         out [B, Hq, Nq, D] in q's dtype, and lse float32 [B, Hq, Nq] (natural log). A query that sees nothing gets
@@ -210,6 +222,7 @@ def sparse_attention(
         scale=scale,
         block_q=index.block_q,
         block_k=index.block_k,
+        window=window,
     )
 
 
@@ -256,7 +269,14 @@ def check_index(
         _checks.tensor(op, "column_index", column_index, torch.int32, (b, hi, rows, "C"), block_count)
 
 
-def _check(q, k, v, block_count, block_index, column_count, column_index, kv_start, causal, scale, block_q, block_k):
+def check_window(op: str, window: int | None) -> None:
+    if window is not None:
+        _checks.expect(window >= 1, op, "window", "a number of keys, at least 1", window)
+
+
+def _check(
+    q, k, v, block_count, block_index, column_count, column_index, kv_start, causal, scale, block_q, block_k, window
+):
     op = "sparse_attention"
     _checks.query_key(op, q, k, causal=causal)
     b, hq, nq, d = q.shape
@@ -274,6 +294,7 @@ def _check(q, k, v, block_count, block_index, column_count, column_index, kv_sta
     _checks.kv_start(op, kv_start, b, like=q)
     if scale is not None:
         _checks.finite(op, "scale", scale)
+    check_window(op, window)
 
 
 def _checked(run):
@@ -293,10 +314,12 @@ def _checked(run):
         scale=None,
         block_q=64,
         block_k=64,
+        window=None,
     ):
         index = (block_count, block_index, column_count, column_index)
-        _check(q, k, v, *index, kv_start, causal, scale, block_q, block_k)
-        return run(q, k, v, *index, kv_start, causal=causal, scale=scale, block_q=block_q, block_k=block_k)
+        options = dict(causal=causal, scale=scale, block_q=block_q, block_k=block_k, window=window)
+        _check(q, k, v, *index, kv_start, **options)
+        return run(q, k, v, *index, kv_start, **options)
 
     return call
 
@@ -343,7 +366,7 @@ _sparse_attention = _library.define(
     "sparse_attention",
     "(Tensor q, Tensor k, Tensor v, Tensor block_count, Tensor block_index, Tensor? column_count=None, "
     "Tensor? column_index=None, Tensor? kv_start=None, *, bool causal=True, float? scale=None, int block_q=64, "
-    "int block_k=64) -> (Tensor out, Tensor lse)",
+    "int block_k=64, SymInt? window=None) -> (Tensor out, Tensor lse)",
     reference=_checked(reference.sparse_attention),
     fake=_checked(_empty_like_queries),
     triton=_checked(_triton_sparse_attention),

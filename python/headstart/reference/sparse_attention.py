@@ -38,12 +38,22 @@ def pool_mask(mask: torch.Tensor, block_q: int, block_k: int) -> torch.Tensor:
     return padded.unflatten(-1, (-1, block_k)).any(-1).unflatten(-2, (-1, block_q)).any(-2)
 
 
-def visible(rows: torch.Tensor, nq: int, nk: int, causal: bool, kv_start: torch.Tensor | None = None) -> torch.Tensor:
-    """bool [B or 1, 1, len(rows), nk]: which keys queries `rows` may see by causality and left padding."""
+def visible(
+    rows: torch.Tensor,
+    nq: int,
+    nk: int,
+    causal: bool,
+    kv_start: torch.Tensor | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """bool [B or 1, 1, len(rows), nk]: which keys queries `rows` may see by causality, window and left padding."""
     keys = torch.arange(nk, device=rows.device)
+    positions = (rows + nk - nq).unsqueeze(-1)
     seen = torch.ones(len(rows), nk, dtype=torch.bool, device=rows.device)
     if causal:
-        seen = keys <= (rows + nk - nq).unsqueeze(-1)
+        seen = keys <= positions
+    if window is not None:
+        seen = seen & (keys > positions - window)
     seen = seen[None, None]
     if kv_start is not None:
         seen = seen & (keys >= kv_start[:, None, None, None])
@@ -63,6 +73,7 @@ def index_to_mask(
     block_q: int,
     block_k: int,
     rows: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """bool [B, Hi, len(rows), nk], True where a query attends a key; `rows` defaults to all nq queries."""
     if rows is None:
@@ -71,7 +82,7 @@ def index_to_mask(
     attended = blocks.repeat_interleave(block_k, -1)[..., :nk]
     if column_count is not None:
         attended = attended | scatter_blocks(column_count, column_index, nk)
-    return attended[:, :, rows // block_q] & visible(rows, nq, nk, causal, kv_start)
+    return attended[:, :, rows // block_q] & visible(rows, nq, nk, causal, kv_start, window)
 
 
 def sparse_attention(
@@ -88,6 +99,7 @@ def sparse_attention(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
+    window: int | None = None,
 ):
     b, hq, nq, d = q.shape
     hkv, nk = k.shape[1], k.shape[2]
@@ -113,6 +125,7 @@ def sparse_attention(
             block_q=block_q,
             block_k=block_k,
             rows=rows,
+            window=window,
         ).repeat_interleave(hq // block_count.shape[1], 1)
         scores = (q[:, :, first : first + chunk].to(work) @ k.mT) * scale
         scores = scores.masked_fill(~mask, -math.inf)
@@ -140,15 +153,22 @@ def head_density(
     """float64 [Hi]: attended pairs over visible pairs, counted per block row, without a dense mask."""
     device = block_count.device
     blocks = scatter_blocks(block_count, block_index, -(-nk // block_k))
-    queries = torch.arange(nq, device=device)
-    # seen[i] is how many keys query i may see; a block that starts at s gives it min(max(seen - s, 0), its size).
-    seen = queries + nk - nq + 1 if causal else torch.full_like(queries, nk)
+    batch, _, rows, _ = blocks.shape
+    begin = torch.arange(rows, device=device)[:, None] * block_q
+    end = torch.clamp(begin + block_q, max=nq)
     starts = torch.arange(blocks.shape[-1], device=device) * block_k
     size = torch.clamp(nk - starts, max=block_k)
-    pairs = torch.minimum(torch.clamp(seen[:, None] - starts, min=0), size)  # [nq, T]
-    rows = blocks.shape[2]
-    per_row = torch.zeros(rows, len(starts), dtype=torch.int64, device=device)
-    per_row.index_add_(0, queries // block_q, pairs)
+    if causal:
+        # A block that starts at s gives query i min(max(i + nk - nq + 1 - s, 0), size) pairs; `up_to` sums them from
+        # the first query that sees any.
+        def up_to(seen):
+            seen = torch.clamp(seen, min=0)
+            whole = torch.clamp(seen - size, min=0)
+            return (seen - whole) * (seen - whole + 1) // 2 + whole * size
+
+        per_row = up_to(end + nk - nq - starts) - up_to(begin + nk - nq - starts)  # [R, T]
+    else:
+        per_row = (end - begin) * size
     attended = (blocks * per_row).sum((0, 2, 3), dtype=torch.int64)
     if column_count is not None:
         used = torch.arange(column_index.shape[-1], device=device) < column_count.unsqueeze(-1)
@@ -157,11 +177,10 @@ def head_density(
         alone = used & ~blocks.gather(-1, columns // block_k)
         # A column at position c is seen by the queries of its row with seen > c.
         first_seen = columns - (nk - nq) if causal else torch.zeros_like(columns)
-        begin = torch.arange(rows, device=device)[:, None] * block_q
-        end = torch.clamp(begin + block_q, max=nq)
         attended = attended + (torch.clamp(end - torch.maximum(first_seen, begin), min=0) * alone).sum((0, 2, 3))
-    visible_pairs = int(torch.clamp(seen, min=0).sum()) * blocks.shape[0]
-    return attended.double() / max(visible_pairs, 1)
+    unseen = max(nq - nk, 0) if causal else 0  # queries before the first key
+    visible_pairs = (nq - unseen) * (nk - nq + 1 + unseen + nk) // 2 if causal else nq * nk
+    return attended.double() / max(visible_pairs * batch, 1)
 
 
 def to_minference(block_count, block_index, column_count, column_index, block_k):
