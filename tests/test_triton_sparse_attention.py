@@ -8,20 +8,21 @@ sm_90. To see the interpreted cases one by one: ``TRITON_INTERPRET=1 pytest test
 from __future__ import annotations
 
 import math
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="triton is not installed")
+from triton_testing import (
+    SHARED_MEMORY,
+    compile_launch,
+    compiled,
+    interpreted,
+    resources,
+    run_in_the_interpreter,
+    surrounded,
+)
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter, in a process of its own")
-compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+pytest.importorskip("triton", reason="triton is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -33,69 +34,10 @@ def kernels():
 
 @compiled
 def test_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert re.search(r"\d+ passed", done.stdout), done.stdout[-2000:]
+    run_in_the_interpreter(__file__)
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def interpreter(monkeypatch: pytest.MonkeyPatch):
-    """Triton's interpreter, with what version 3.6 lacks: scalars under numpy 2.4, and bfloat16 arithmetic."""
-    import numpy
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-    create_dot = interpreter.InterpreterBuilder.create_dot
-
-    def patched(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    def widened(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return interpreter.TensorHandle((x.data.astype(numpy.uint32) << 16).view(numpy.float32), tl.float32)
-
-    def dot(self, a, b, d, *rest):
-        return create_dot(self, widened(a), widened(b), d, *rest)
-
-    convert = interpreter._convert_float
-
-    def rounded(data, source, target, mode):
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(data, source, target, mode)
-        nearest = torch.from_numpy(numpy.array(data, numpy.float32)).bfloat16()
-        return nearest.view(torch.int16).numpy().view(numpy.uint16)
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounded)
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch):
-    """Memory that kernels are to write starts as NaN, or as all ones."""
-    new_empty = torch.Tensor.new_empty
-
-    def filled(self, *args, **kwargs):
-        fresh = new_empty(self, *args, **kwargs)
-        return fresh.fill_(math.nan if fresh.dtype.is_floating_point else -1)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
-
-
-def surrounded(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Random [B, H, N, D] with NaN before and after the tokens of each head, so that a read outside them shows."""
-    b, h, n, d = shape
-    x = torch.full((b, h, n + 192, d), math.nan).to(dtype)
-    x[:, :, 64 : 64 + n] = torch.randn(b, h, n, d).to(dtype)
-    return x[:, :, 64 : 64 + n]
 
 
 def random_index(shape: tuple[int, int, int], blocks: int, share: float, nk: int, columns: int, column_rows: int):
@@ -286,63 +228,6 @@ def test_every_configuration_fits_its_device(kernels):
 
 # --- machine code ----------------------------------------------------------------------------------------------------
 
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
-KERNELS = ("sparse_attention_kernel", "covered_columns_kernel", "merge_attention_kernel")
-
-
-class Recorder:
-    """Stands in for a kernel and keeps what it would have been launched with."""
-
-    def __getitem__(self, grid):
-        def launch(*args, **options):
-            self.args, self.options = args, options
-
-        return launch
-
-
-def compile_launch(kernels, monkeypatch, name: str, capability: int, call):
-    """Compiles kernel `name` as `call` would launch it on a device of this capability."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = getattr(kernels, name)
-    recorders = {other: Recorder() for other in KERNELS}
-    with monkeypatch.context() as patch:
-        limits = kernels.Limits(SHARED_MEMORY[capability], 2**25, capability == 90)
-        patch.setattr(kernels, "device_limits", lambda device: limits)
-        for other, recorder in recorders.items():
-            patch.setattr(kernels, other, recorder)
-        call()
-    args, constants = recorders[name].args, dict(recorders[name].options)
-    options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
-    signature, attributes = {}, {}
-    for position, (argument, value) in enumerate(zip(kernel.arg_names, args)):
-        if isinstance(value, torch.Tensor):
-            signature[argument] = POINTERS[value.dtype]
-            attributes[(position,)] = [["tt.divisibility", 16]]
-        else:
-            signature[argument] = "fp32" if isinstance(value, float) else "i32"
-    signature |= dict.fromkeys(constants, "constexpr")
-    constants = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def resources(binary, folder: Path) -> dict[str, int] | None:
-    """Registers and stack (spills) of a thread, from the cubin; None where triton brings no cuobjdump."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
-        return None
-    path = folder / "kernel.cubin"
-    path.write_bytes(binary.asm["cubin"])
-    text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    return {"registers": int(found[1]), "stack": int(found[2]), "shared": binary.metadata.shared}
-
 
 @compiled
 @pytest.mark.parametrize(
@@ -359,7 +244,7 @@ def test_sparse_attention_compiles(
         index += [torch.zeros(shape, dtype=torch.int32) for shape in ((1, 1, 1), (1, 1, 1, 100)) if columns]
         kernels.sparse_attention(q, k, k, *index, block_q=block, block_k=block)
 
-    binary = compile_launch(kernels, monkeypatch, "sparse_attention_kernel", capability, call)
+    binary = compile_launch([kernels], monkeypatch, "sparse_attention_kernel", capability, call)
     assert len(binary.asm["cubin"]) > 0
     assert binary.metadata.shared <= SHARED_MEMORY[capability]
     assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in binary.asm["ptx"], "no tensor cores in it"
@@ -383,6 +268,6 @@ def test_small_kernels_compile(name, capability, kernels, monkeypatch, tmp_path)
             shapes = (1, 1, 8), (1, 1, 8, 8), (1, 1, 1), (1, 1, 1, 100)
             kernels.sparse_attention(x, x, x, *(torch.zeros(shape, dtype=torch.int32) for shape in shapes))
 
-    binary = compile_launch(kernels, monkeypatch, name, capability, call)
+    binary = compile_launch([kernels], monkeypatch, name, capability, call)
     used = resources(binary, tmp_path)
     assert len(binary.asm["cubin"]) > 0 and (used is None or used["stack"] == 0), used

@@ -27,7 +27,6 @@ range: an id outside the keys is skipped or clamped before any address is formed
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from typing import NamedTuple
@@ -36,7 +35,8 @@ import torch
 import triton
 import triton.language as tl
 
-LN2 = math.log(2)
+from ._common import LN2, Limits, device_limits, load_rows, on, split_head_dim
+
 COLUMNS = 64  # single keys are gathered in groups of this many
 COVERED_WORDS = 32  # a program of the covered-columns pass writes this many words of 32 columns
 
@@ -68,21 +68,6 @@ def _span(ids, stride, count, first, end):
 
 
 @triton.jit
-def _load(base, rows, stride, row_mask, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    """base[rows, FIRST : FIRST + SIZE], zero past D and, if MASKED, where `row_mask` is false."""
-    dims = FIRST + tl.arange(0, SIZE)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + dims[None, :]
-    if MASKED and FIRST + SIZE > D:
-        return tl.load(pointers, mask=row_mask[:, None] & (dims < D)[None, :], other=0.0)
-    elif MASKED:
-        return tl.load(pointers, mask=row_mask[:, None], other=0.0)
-    elif FIRST + SIZE > D:
-        return tl.load(pointers, mask=(dims < D)[None, :], other=0.0)
-    else:
-        return tl.load(pointers)
-
-
-@triton.jit
 def _attend(
     q0,
     q1,
@@ -105,10 +90,10 @@ def _attend(
     PRECISION: tl.constexpr,
 ):
     """One tile of keys of the online softmax. `present` [BLOCK_N] guards the loads, `allowed` the scores."""
-    k0 = _load(k_base, keys, stride_k, present, 0, D0, D, MASKED)
+    k0 = load_rows(k_base, keys, stride_k, present, 0, D0, D, MASKED)
     scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
     if D1 > 0:
-        k1 = _load(k_base, keys, stride_k, present, D0, D1, D, MASKED)
+        k1 = load_rows(k_base, keys, stride_k, present, D0, D1, D, MASKED)
         scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION)
     if MASKED:
         scores = tl.where(allowed, scores * qk_scale, float("-inf"))
@@ -123,11 +108,11 @@ def _attend(
         weights = tl.exp2(scores * qk_scale - new_max[:, None])
         shrink = tl.exp2(row_max - new_max)
     row_sum = row_sum * shrink + tl.sum(weights, 1)
-    v0 = _load(v_base, keys, stride_v, present, 0, D0, D, MASKED)
+    v0 = load_rows(v_base, keys, stride_v, present, 0, D0, D, MASKED)
     weights = weights.to(v0.dtype)
     acc0 = tl.dot(weights, v0, acc0 * shrink[:, None], input_precision=PRECISION)
     if D1 > 0:
-        v1 = _load(v_base, keys, stride_v, present, D0, D1, D, MASKED)
+        v1 = load_rows(v_base, keys, stride_v, present, D0, D1, D, MASKED)
         acc1 = tl.dot(weights, v1, acc1 * shrink[:, None], input_precision=PRECISION)
     return acc0, acc1, new_max, row_sum
 
@@ -248,10 +233,10 @@ def sparse_attention_kernel(
     step_v = stride_vn.to(tl.int64) * UNIT
     step_i = stride_it.to(tl.int64)
     step_c = stride_cc.to(tl.int64)
-    q0 = _load(q_base, queries, step_q, is_query, 0, D0, D, True)
+    q0 = load_rows(q_base, queries, step_q, is_query, 0, D0, D, True)
     acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
     if D1 > 0:
-        q1 = _load(q_base, queries, step_q, is_query, D0, D1, D, True)
+        q1 = load_rows(q_base, queries, step_q, is_query, D0, D1, D, True)
         acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
     else:
         q1 = q0
@@ -475,14 +460,6 @@ def merge_attention_kernel(
 # --- choice of configuration -----------------------------------------------------------------------------------------
 
 
-class Limits(NamedTuple):
-    """Of a device: shared memory a block may have and L2, in bytes, and whether its tensor cores are Hopper's."""
-
-    shared_memory: int
-    l2: int
-    wgmma: bool
-
-
 class Config(NamedTuple):
     """What a launch is compiled for, beside dtypes: chosen from shapes, so that no call ever tunes."""
 
@@ -492,16 +469,6 @@ class Config(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
-
-
-def split_head_dim(d: int) -> tuple[int, int]:
-    """(D0, D1), powers of two from 16 with D0 + D1 >= d; D1 is 0 where one part wastes no more than two."""
-    whole = max(16, 1 << (d - 1).bit_length())
-    low = whole // 2
-    if low < 16 or d <= low:
-        return whole, 0
-    rest = max(16, 1 << (d - low - 1).bit_length())
-    return (low, rest) if low + rest < whole else (whole, 0)
 
 
 @functools.lru_cache
@@ -526,20 +493,6 @@ def choose_config(d: int, nq: int, block_q: int, block_k: int, itemsize: int, li
     held = block_m * width * itemsize
     num_stages = max(1, min(3, (limits.shared_memory - held - 4096) // stage))
     return Config(d0, d1, block_m, block_n, num_warps, num_stages)
-
-
-@functools.lru_cache
-def device_limits(device: torch.device) -> Limits:
-    if device.type != "cuda":
-        return Limits(160 * 1024, 40 * 1024 * 1024, False)
-    properties = torch.cuda.get_device_properties(device)
-    shared_memory = getattr(properties, "shared_memory_per_block_optin", 0) or 48 * 1024
-    l2 = getattr(properties, "L2_cache_size", 0) or 4 * 1024 * 1024
-    return Limits(shared_memory, l2, properties.major == 9)
-
-
-def _on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 # --- launchers -------------------------------------------------------------------------------------------------------
@@ -588,7 +541,7 @@ def sparse_attention(
         words = triton.cdiv(column_index.shape[-1], 32)
         covered = block_count.new_empty(index_batch, index_heads, index_rows, words)
         covered_strides = (0 if index_batch == 1 else covered.stride(0), covered.stride(1), words)
-        with _on(q.device):
+        with on(q.device):
             covered_columns_kernel[(index_batch * index_heads * index_rows, triton.cdiv(words, COVERED_WORDS))](
                 block_count,
                 block_index,
@@ -615,7 +568,7 @@ def sparse_attention(
     tiles = triton.cdiv(nq, config.block_m)
     streams = batch * kv_heads
     section = min(streams, max(1, limits.l2 // 2 // max(1, 2 * nk * d * q.element_size())))
-    with _on(q.device):
+    with on(q.device):
         sparse_attention_kernel[(tiles * batch * heads,)](
             q,
             k,
@@ -679,7 +632,7 @@ def merge_attention(
         return out, lse
     block_d = triton.next_power_of_2(max(d, 1))
     block_m = max(1, 4096 // block_d)
-    with _on(out_a.device):
+    with on(out_a.device):
         merge_attention_kernel[(triton.cdiv(rows, block_m),)](
             out_a,
             lse_a,
