@@ -50,7 +50,7 @@ def cpu_tier(request: pytest.FixtureRequest):
 
 @pytest.fixture
 def interpreter(monkeypatch: pytest.MonkeyPatch):
-    """Triton's interpreter, with what version 3.6 lacks: scalars under numpy 2.4, and bfloat16 arithmetic."""
+    """Triton's interpreter, with what it lacks: scalars under numpy 2.4, bfloat16 arithmetic, and some speed."""
     import numpy
     import triton.language as tl
     from triton.runtime import interpreter
@@ -70,6 +70,22 @@ def interpreter(monkeypatch: pytest.MonkeyPatch):
     def dot(self, a, b, d, *rest):
         return create_dot(self, widened(a), widened(b), d, *rest)
 
+    # Every call of a nested function patches the whole language again, which is most of the time a test takes.
+    patch_language, restore, done = interpreter._patch_lang, interpreter._LangPatchScope.restore, set()
+
+    def patch_once(function):
+        modules = frozenset(id(x) for x in function.__globals__.values() if x is tl or x is tl.core)
+        if modules in done:
+            return interpreter._LangPatchScope()
+        done.add(modules)
+        return patch_language(function)
+
+    def restored(scope):
+        done.clear()
+        restore(scope)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+    monkeypatch.setattr(interpreter._LangPatchScope, "restore", restored)
     convert = interpreter._convert_float
 
     def rounded(data, source, target, mode):

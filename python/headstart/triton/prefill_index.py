@@ -392,10 +392,18 @@ def last_query_lse_kernel(
     tl.store(lse + (tl.program_id(2).to(tl.int64) * splits + split) * last_q + row, result, mask=row < last_q)
 
 
+@triton.jit
+def _nearest_band(offset, first_key, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The band of the last of BLOCK_N keys for a query that stands `offset` past key 0; negative for later keys."""
+    block = first_key // BLOCK_K
+    # Within a block the numerator stays positive, where division rounds down.
+    return (offset - (first_key - block * BLOCK_K) - BLOCK_N + 1 + BLOCK_K) // BLOCK_K - 1 - block
+
+
 @triton.jit(
     do_not_specialize=[
         "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn",
-        "heads", "group", "nq", "nk", "last_q", "splits", "query_tiles", "blocks", "edge",
+        "heads", "group", "nq", "nk", "last_q", "splits", "query_tiles", "key_tiles", "edge",
     ],
     do_not_specialize_on_alignment=["kv_start", "lse", "vertical", "partial"],
 )  # fmt: skip
@@ -420,7 +428,7 @@ def last_query_sums_kernel(
     last_q,
     splits,
     query_tiles,
-    blocks,
+    key_tiles,
     edge,
     D: tl.constexpr,
     D0: tl.constexpr,
@@ -430,13 +438,14 @@ def last_query_sums_kernel(
     WIDTH: tl.constexpr,
     BANDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     HAS_KV_START: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sums of one key block: `vertical` [stream, nk], and `partial` [stream, query tile, BANDS, block], the masses of
-    the BANDS bands that a tile of queries can meet in it, from the nearest on."""
-    block = tl.program_id(0)
+    """Sums over BLOCK_N keys: `vertical` [stream, nk], and `partial` [stream, query tile, BANDS, key tile], the masses
+    of the BANDS bands that a tile of queries can meet among them, from the nearest on."""
+    key_tile = tl.program_id(0)
     stream = tl.program_id(1).to(tl.int64)
     batch = stream // heads
     head = stream % heads
@@ -447,13 +456,13 @@ def last_query_sums_kernel(
     step_k = stride_kn.to(tl.int64) * UNIT
     q += batch * stride_qb * UNIT + head * stride_qh * UNIT
     step_q = stride_qn.to(tl.int64) * UNIT
-    keys = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    keys = key_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     real = (keys >= start) & (keys < nk)
     k0 = load_rows(k, keys, step_k, real, 0, D0, D, True)
     k1 = k0
     if D1 > 0:
         k1 = load_rows(k, keys, step_k, real, D0, D1, D, True)
-    column = tl.zeros([BLOCK_K], tl.float32)
+    column = tl.zeros([BLOCK_N], tl.float32)
     split = tl.arange(0, BLOCK_S)
     for tile in tl.range(0, query_tiles):
         row, q0, q1 = _last_queries(q, step_q, tile * BLOCK_M, last_q, nq, D0, D1, D, BLOCK_M)
@@ -471,41 +480,45 @@ def last_query_sums_kernel(
         column += tl.sum(weights, 0)
         # From `offset` before the end of its block, a diagonal covers WIDTH positions; a band takes its share of them.
         offset = (nk - last_q + edge + row)[:, None] - keys[None, :]
-        nearest = (nk - last_q + edge + tile * BLOCK_M + 1) // BLOCK_K - 1 - block
-        at = partial + ((stream * query_tiles + tile) * BANDS) * blocks + block
+        nearest = _nearest_band(nk - last_q + edge + tile * BLOCK_M, key_tile * BLOCK_N, BLOCK_N, BLOCK_K)
+        at = partial + ((stream * query_tiles + tile) * BANDS) * key_tiles + key_tile
         for i in tl.static_range(0, BANDS):
             low = (nearest + i) * BLOCK_K
             inside = tl.minimum(offset + WIDTH, low + BLOCK_K) - tl.maximum(offset, low)
             shared = weights * tl.maximum(inside, 0).to(tl.float32)
-            tl.store(at + i * blocks, tl.sum(tl.sum(shared, 1), 0) * (1.0 / WIDTH))
+            tl.store(at + i * key_tiles, tl.sum(tl.sum(shared, 1), 0) * (1.0 / WIDTH))
     tl.store(vertical + stream * nk + keys, column, mask=keys < nk)
 
 
-@triton.jit(do_not_specialize=["nk", "last_q", "query_tiles", "blocks", "bands", "edge"])
+@triton.jit(do_not_specialize=["nk", "last_q", "query_tiles", "key_tiles", "bands", "edge"])
 def band_mass_kernel(
     partial,
     mass,
     nk,
     last_q,
     query_tiles,
-    blocks,
+    key_tiles,
     bands,
     edge,
     BLOCK_K: tl.constexpr,
     BANDS: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """mass [stream, bands]: a tile of queries meets each next block one band nearer, so a band is its i-th in one block."""
+    """mass [stream, bands]. A tile of queries meets each next block one band nearer: a band is i-th in one block."""
     band = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     stream = tl.program_id(1).to(tl.int64)
     total = tl.zeros([CHUNK], tl.float32)
-    for tile in tl.range(0, query_tiles):
-        nearest = (nk - last_q + edge + tile * BLOCK_M + 1) // BLOCK_K - 1
+    PARTS: tl.constexpr = BLOCK_K // BLOCK_N
+    for step in tl.range(0, query_tiles * PARTS):
+        tile = step // PARTS
+        part = step % PARTS
+        nearest = _nearest_band(nk - last_q + edge + tile * BLOCK_M, part * BLOCK_N, BLOCK_N, BLOCK_K)
         for i in tl.static_range(0, BANDS):
-            block = nearest + i - band
-            at = ((stream * query_tiles + tile) * BANDS + i) * blocks + block
-            total += tl.load(partial + at, mask=(block >= 0) & (block < blocks), other=0.0)
+            key_tile = (nearest + i - band) * PARTS + part
+            at = ((stream * query_tiles + tile) * BANDS + i) * key_tiles + key_tile
+            total += tl.load(partial + at, mask=(key_tile >= 0) & (key_tile < key_tiles), other=0.0)
     tl.store(mass + stream * bands + band, total, mask=band < bands)
 
 
@@ -760,25 +773,25 @@ def _last_query_sums(q, k, last_q, kv_start, scale, block_q, block_k):
     """Sums of the last queries' softmax: of columns [B, Hq, 1, Nk], and of bands [B, Hq, 1, bands]."""
     batch, heads, nq, d = q.shape
     kv_heads, nk = k.shape[1:3]
-    blocks = ceil_div(nk, block_k)
     bands = nk // block_k + 2 + block_q // block_k
     d0, d1 = split_head_dim(d)
     block_m = min(64 if q.element_size() == 2 else 32, max(16, triton.next_power_of_2(last_q)))
     query_tiles = ceil_div(last_q, block_m)
     block_n = 64 if q.element_size() == 2 else 32
-    tiles_a_split = ceil_div(ceil_div(nk, block_n), SPLITS)
-    splits = ceil_div(nk, block_n * tiles_a_split)
+    key_tiles = ceil_div(nk, block_n)
+    tiles_a_split = max(4, ceil_div(key_tiles, SPLITS))
+    splits = ceil_div(key_tiles, tiles_a_split)
     width = max(block_q, block_k)
-    tile_bands = (block_m + 2 * block_k + width - 4) // block_k + 1
+    tile_bands = (block_m + block_n + block_k + width - 4) // block_k + 1
     e = edge(nq, nk, block_q, block_k)
     lse = q.new_empty((batch, heads, splits, last_q), dtype=torch.float32)
     vertical = q.new_empty((batch, heads, 1, nk), dtype=torch.float32)
-    partial = q.new_empty((batch, heads, query_tiles, tile_bands, blocks), dtype=torch.float32)
+    partial = q.new_empty((batch, heads, query_tiles, tile_bands, key_tiles), dtype=torch.float32)
     mass = q.new_empty((batch, heads, 1, bands), dtype=torch.float32)
     unit = _unit(q, k)
     scale = (1 / math.sqrt(d) if scale is None else scale) / LN2
     sizes = heads, heads // kv_heads, nq, nk, last_q, splits
-    options = dict(D=d, D0=d0, D1=d1, UNIT=unit, BLOCK_M=block_m)
+    options = dict(D=d, D0=d0, D1=d1, UNIT=unit, BLOCK_M=block_m, BLOCK_N=block_n)
     options |= dict(HAS_KV_START=kv_start is not None, PRECISION=_precision(q))
     with on(q.device):
         last_query_lse_kernel[(splits, query_tiles, batch * heads)](
@@ -790,12 +803,11 @@ def _last_query_sums(q, k, last_q, kv_start, scale, block_q, block_k):
             *_strides(unit, q, k),
             *sizes,
             tiles_a_split,
-            BLOCK_N=block_n,
             **options,
             num_warps=4,
             num_stages=2,
         )
-        last_query_sums_kernel[(blocks, batch * heads)](
+        last_query_sums_kernel[(key_tiles, batch * heads)](
             q,
             k,
             kv_start if kv_start is not None else lse,
@@ -806,14 +818,14 @@ def _last_query_sums(q, k, last_q, kv_start, scale, block_q, block_k):
             *_strides(unit, q, k),
             *sizes,
             query_tiles,
-            blocks,
+            key_tiles,
             e,
             BLOCK_K=block_k,
             WIDTH=width,
             BANDS=tile_bands,
             BLOCK_S=triton.next_power_of_2(splits),
             **options,
-            num_warps=4 if q.element_size() == 2 and d <= 128 else 8,
+            num_warps=8,
             num_stages=2,
         )
         band_mass_kernel[(ceil_div(bands, 128), batch * heads)](
@@ -822,12 +834,13 @@ def _last_query_sums(q, k, last_q, kv_start, scale, block_q, block_k):
             nk,
             last_q,
             query_tiles,
-            blocks,
+            key_tiles,
             bands,
             e,
             BLOCK_K=block_k,
             BANDS=tile_bands,
             BLOCK_M=block_m,
+            BLOCK_N=block_n,
             CHUNK=128,
             num_warps=4,
         )
