@@ -55,21 +55,28 @@ class Recorder:
         return launch
 
 
+def record(monkeypatch, *modules) -> dict[str, Recorder]:
+    """Lets the kernels of these modules record their launches instead of running."""
+    recorders = {}
+    for module in modules:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            recorders[name] = Recorder(getattr(module, name))
+            monkeypatch.setattr(module, name, recorders[name])
+    return recorders
+
+
 def compile_launch(modules, monkeypatch, name: str, capability: int, call):
     """Compiles kernel `name` of one of `modules` as `call` last launches it on a device of this capability."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    recorders = {}
     with monkeypatch.context() as patch:
+        recorders = record(patch, *modules)
         for module in modules:
             if hasattr(module, "device_limits"):
                 limits = module.Limits(SHARED_MEMORY[capability], 2**25, capability == 90)
                 patch.setattr(module, "device_limits", lambda device, limits=limits: limits)
-            for other in [other for other in vars(module) if other.endswith("_kernel")]:
-                recorders[other] = Recorder(getattr(module, other))
-                patch.setattr(module, other, recorders[other])
         call()
     kernel = recorders[name].kernel
     args, constants = recorders[name].args, dict(recorders[name].options)

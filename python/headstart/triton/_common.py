@@ -1,4 +1,4 @@
-"""What the Triton kernels of several operators share: a tile load, the cut of a head dim, a device's limits."""
+"""What the Triton kernels of several operators share: tile loads, the step of attention, a device's limits."""
 
 from __future__ import annotations
 
@@ -31,12 +31,63 @@ def load_rows(
         return tl.load(pointers)
 
 
+@triton.jit
+def attend(
+    q0,
+    q1,
+    acc0,
+    acc1,
+    row_max,
+    row_sum,
+    k_base,
+    v_base,
+    stride_k,
+    stride_v,
+    keys,
+    present,
+    allowed,
+    qk_scale,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of keys of the online softmax. `present` [BLOCK_N] guards the loads, `allowed` the scores."""
+    k0 = load_rows(k_base, keys, stride_k, present, 0, D0, D, MASKED)
+    scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
+    if D1 > 0:
+        k1 = load_rows(k_base, keys, stride_k, present, D0, D1, D, MASKED)
+        scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION)
+    if MASKED:
+        scores = tl.where(allowed, scores * qk_scale, float("-inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        # A row that has seen nothing yet: any finite reference keeps -inf - -inf out of the exponent.
+        reference = tl.where(new_max == float("-inf"), 0.0, new_max)
+        weights = tl.exp2(scores - reference[:, None])
+        shrink = tl.exp2(row_max - reference)
+    else:
+        # qk_scale >= 0, so the maximum may be scaled after it is taken, and the scores in one FMA.
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * qk_scale)
+        weights = tl.exp2(scores * qk_scale - new_max[:, None])
+        shrink = tl.exp2(row_max - new_max)
+    row_sum = row_sum * shrink + tl.sum(weights, 1)
+    v0 = load_rows(v_base, keys, stride_v, present, 0, D0, D, MASKED)
+    weights = weights.to(v0.dtype)
+    acc0 = tl.dot(weights, v0, acc0 * shrink[:, None], input_precision=PRECISION)
+    if D1 > 0:
+        v1 = load_rows(v_base, keys, stride_v, present, D0, D1, D, MASKED)
+        acc1 = tl.dot(weights, v1, acc1 * shrink[:, None], input_precision=PRECISION)
+    return acc0, acc1, new_max, row_sum
+
+
 class Limits(NamedTuple):
-    """Of a device: shared memory a block may have and L2, in bytes, and whether its tensor cores are Hopper's."""
+    """Of a device: shared memory a block may have and L2, in bytes; whether its tensor cores are Hopper's; its SMs."""
 
     shared_memory: int
     l2: int
     wgmma: bool
+    processors: int = 108
 
 
 def split_head_dim(d: int) -> tuple[int, int]:
@@ -56,7 +107,7 @@ def device_limits(device: torch.device) -> Limits:
     properties = torch.cuda.get_device_properties(device)
     shared_memory = getattr(properties, "shared_memory_per_block_optin", 0) or 48 * 1024
     l2 = getattr(properties, "L2_cache_size", 0) or 4 * 1024 * 1024
-    return Limits(shared_memory, l2, properties.major == 9)
+    return Limits(shared_memory, l2, properties.major == 9, properties.multi_processor_count)
 
 
 def on(device: torch.device):
