@@ -286,7 +286,7 @@ MULTIPLY = ("strided_score_kernel", "pooled_score_kernel", "last_query_lse_kerne
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_compile(name, capability, d, monkeypatch, tmp_path, record_property, capsys):
-    from headstart.triton import block_select, prefill_index
+    from headstart.triton import block_select, prefill_index, vertical_slash
 
     if d != 128 and name not in (*MULTIPLY, "pool_mean_kernel"):
         pytest.skip("the same for every head dim")
@@ -296,7 +296,7 @@ def test_kernels_compile(name, capability, d, monkeypatch, tmp_path, record_prop
     def call():
         _library.triton_kernels[builder](q, k, *ARGUMENTS[builder])
 
-    binary = compile_launch([prefill_index, block_select], monkeypatch, name, capability, call)
+    binary = compile_launch([prefill_index, vertical_slash, block_select], monkeypatch, name, capability, call)
     assert binary.metadata.shared <= SHARED_MEMORY[capability]
     if name in MULTIPLY:
         assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in binary.asm["ptx"], "no tensor cores in it"

@@ -263,7 +263,7 @@ def test_a_window_as_long_as_the_keys_is_none(kernels, monkeypatch):
     if INTERPRETED:
         pytest.skip("about the launch alone")
     q, index = torch.empty(1, 1, 70, 64), random_index((1, 1, 2), 2, 0.5, 70, 0, 1)
-    launches = record(monkeypatch, kernels)
+    launches = record(monkeypatch, *modules(kernels))
     for window, expected in ((None, False), (69, True), (70, False), (2**40, False)):
         kernels.sparse_attention(q, q, q, *index, window=window)
         assert launches["sparse_attention_kernel"].options["HAS_WINDOW"] is expected
@@ -353,7 +353,7 @@ def test_the_order_of_programs_changes_no_result(kernels, interpreter, poisoned,
 def test_only_long_rows_are_sorted(kernels, monkeypatch):
     if INTERPRETED:
         pytest.skip("about the launch alone")
-    launches = record(monkeypatch, kernels)
+    launches = record(monkeypatch, *modules(kernels))
     for nq, nk, causal, expected in ((512, 512, True, False), (512, 8192, True, True), (512, 8192, False, True),
                                      (64, 8192, True, False), (512, 2048, True, False)):  # fmt: skip
         q, k = torch.empty(1, 1, nq, 64, dtype=torch.float16), torch.empty(1, 1, nk, 64, dtype=torch.float16)

@@ -9,8 +9,9 @@ Three patterns of MInference 1.0 (Jiang et al., 2024, arXiv 2407.02490, section 
   to hold a given share of the attention mass, so that every row gets the density it needs.
 
 All heads are built in one call, with no host synchronisation; output shapes depend on the budgets alone. All are
-causal, bottom-right aligned. Kernels: `csrc/cpu/prefill_index.cpp`, `triton/prefill_index.py`; the maths:
-`reference/prefill_index.py`, which also serves A-shape everywhere, being arithmetic on positions alone.
+causal, bottom-right aligned. Kernels: `csrc/cpu/prefill_index.cpp`, `triton/prefill_index.py`,
+`triton/vertical_slash.py`; the maths: `reference/prefill_index.py`, which also serves A-shape everywhere, that being
+arithmetic on positions alone.
 """
 
 from __future__ import annotations
@@ -281,7 +282,7 @@ def _vertical_slash_impl(q, k, vertical_size, slash_size, **given):
 
 
 def _vertical_slash_triton(q, k, vertical_size, slash_size, **given):
-    from ..triton import prefill_index as kernels
+    from ..triton import vertical_slash as kernels
 
     return kernels.vertical_slash_index(
         q, k, vertical_size, slash_size, **_vertical_slash_options(q, k, vertical_size, slash_size, given)

@@ -100,6 +100,20 @@ def split_head_dim(d: int) -> tuple[int, int]:
     return (low, rest) if low + rest < whole else (whole, 0)
 
 
+def stride_unit(*tensors: torch.Tensor) -> int:
+    """8 where every stride of these [B, H, N, D] is a multiple of 8 elements, else 1."""
+    return 8 if all(s % 8 == 0 for x in tensors for s in x.stride()[:3]) else 1
+
+
+def token_strides(unit: int, *tensors: torch.Tensor) -> list[int]:
+    """Batch, head and token strides, in units of `unit` elements."""
+    return [s // unit for x in tensors for s in x.stride()[:3]]
+
+
+def precision(x: torch.Tensor) -> str:
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
 @functools.lru_cache
 def device_limits(device: torch.device) -> Limits:
     if device.type != "cuda":

@@ -8,15 +8,18 @@ softmax in base 2; nothing of size Nq × Nk exists.
     K, V   │ lead   │ whole  │      │ whole  │ tail   │    │ gathered rows │   shared memory, `num_stages` deep
            └────────┴────────┴─ ─ ─ ┴────────┴────────┘    └─┴─┴─┴─ ─ ─┴─┘
             crosses   no mask at all          crosses        masked: a key that a block of
-            kv_start                          the diagonal   the row covers counts once
-                                              or the end
+            kv_start, or                      the diagonal   the row covers counts once
+            the window's                      or the end
+            lower edge
     registers, the whole time:  Q [BLOCK_M, D]   acc [BLOCK_M, D] fp32   row_max, row_sum [BLOCK_M] fp32
     registers, a tile at a time:  S = Q Kᵀ [BLOCK_M, BLOCK_N] fp32 → P in the input's dtype → acc += P V
 
 Floor, for a row of n selected keys (blocks and columns): 4 · BLOCK_M · n · D tensor-core operations, BLOCK_M · n
 exponentials, and 2 · n · D elements of K and V read once from L2. Query heads of one KV head run side by side, and
 KV heads in sections whose keys and values fit in L2, so that DRAM sees K and V about once per section and query row
-sweep. Rows run last to first: under causality the last are the longest, and long rows must not start at the end.
+sweep. Rows run last to first: under causality the last are the longest, and long rows must not start at the end. Where
+even the first row may be long, a device-side sort orders them by their counts (`longest_first`). Few queries over long
+lists take `sparse_attention_decode.py`, which splits a list among programs.
 
 A head dim that is not a power of two is cut in two power-of-two parts where that wastes less (80 = 64 + 16,
 96 = 64 + 32, 192 = 128 + 64), and padded where it does not.
@@ -36,7 +39,18 @@ import triton
 import triton.language as tl
 
 from . import sparse_attention_decode as decode
-from ._common import LN2, Limits, attend, device_limits, load_rows, on, split_head_dim
+from ._common import (
+    LN2,
+    Limits,
+    attend,
+    device_limits,
+    load_rows,
+    on,
+    precision,
+    split_head_dim,
+    stride_unit,
+    token_strides,
+)
 from .block_lists import longest_first, make_lists, place, span
 
 COLUMNS = 64  # single keys are gathered in groups of this many
@@ -393,8 +407,8 @@ def sparse_attention(
     window = None if window is None or window >= nk else window
     lists = make_lists(block_count, block_index, column_count, column_index, block_k)
     group, index_group = heads // kv_heads, heads // block_count.shape[1]
-    unit = 8 if all(s % 8 == 0 for x in (q, k, v) for s in x.stride()[:3]) else 1
-    strides = [s // unit for x in (q, k, v) for s in x.stride()[:3]]
+    unit = stride_unit(q, k, v)
+    strides = token_strides(unit, q, k, v)
 
     # Of few queries, the heads that read one list of the same keys share a tile, and its list may be split.
     splits = 1
@@ -409,7 +423,7 @@ def sparse_attention(
     options = dict(D=d, D0=config.d0, D1=config.d1, UNIT=unit, BLOCK_K=block_k, BLOCK_N=config.block_n)
     options |= dict(BLOCK_C=min(COLUMNS, config.block_n), CAUSAL=causal, HAS_KV_START=kv_start is not None)
     options |= dict(HAS_COLUMNS=lists.has_columns, HAS_COVERED=lists.has_covered, HAS_WINDOW=window is not None)
-    options |= dict(PRECISION="ieee" if q.dtype == torch.float32 else "tf32")
+    options |= dict(PRECISION=precision(q))
     if splits > 1:
         chosen = dict(pack=pack, index_group=index_group, splits=splits, config=config, options=options)
         decode.split_attention(q, k, v, out, lse, lists, kv_start, scale, strides, window, **chosen)

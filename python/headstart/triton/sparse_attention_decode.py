@@ -228,10 +228,10 @@ def merge_splits_kernel(
     dims = tl.arange(0, BLOCK_D)
     merged = tl.zeros([BLOCK_D], tl.float32)
     for first in tl.range(0, splits, CHUNK):
-        split = first + tl.arange(0, CHUNK)
-        at = split.to(tl.int64) * rows + row
-        weight = tl.exp2(tl.load(part_lse + at, mask=split < splits, other=float("-inf")) - top) * inverse
-        inside = (split < splits)[:, None] & (dims < D)[None, :]
+        some = first + tl.arange(0, CHUNK)
+        at = some.to(tl.int64) * rows + row
+        weight = tl.exp2(tl.load(part_lse + at, mask=some < splits, other=float("-inf")) - top) * inverse
+        inside = (some < splits)[:, None] & (dims < D)[None, :]
         values = tl.load(part_out + at[:, None] * D + dims[None, :], mask=inside, other=0.0)
         merged += tl.sum(values * weight[:, None], 0)
     tl.store(out + row * D + dims, merged.to(out.dtype.element_ty), mask=dims < D)
