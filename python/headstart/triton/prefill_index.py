@@ -1,4 +1,4 @@
-"""Triton kernels of the index builders `adaptive_block_index` and `block_topk_index`. (Their sibling: `vertical_slash.py`.)
+"""Triton kernels of the index builders `adaptive_block_index` and `block_topk_index` (see also `vertical_slash.py`).
 
 Each builder turns queries and keys into one score or mass for each entry of each row; `block_select.py` then lists the
 best. Nothing of size Nq × Nk exists, all heads run at once, and nothing waits for the GPU.
