@@ -403,8 +403,10 @@ def test_sparse_attention_compiles(
     capability, d, block, columns, window, kernels, monkeypatch, tmp_path, record_property, capsys
 ):
     def call():
-        q, k = torch.empty(1, 4, 512, d, dtype=torch.bfloat16), torch.empty(1, 2, 512, d, dtype=torch.bfloat16)
-        index = [torch.zeros(shape, dtype=torch.int32) for shape in ((1, 1, 512 // block), (1, 1, 512 // block, 8))]
+        nk, capacity = (512, 8) if window is None else (16384, 128)  # rows long enough to be sorted
+        q, k = (torch.empty(1, heads, n, d, dtype=torch.bfloat16) for heads, n in ((4, 512), (2, nk)))
+        rows = 512 // block
+        index = [torch.zeros(shape, dtype=torch.int32) for shape in ((1, 1, rows), (1, 1, rows, capacity))]
         index += [torch.zeros(shape, dtype=torch.int32) for shape in ((1, 1, 1), (1, 1, 1, 100)) if columns]
         kernels.sparse_attention(q, k, k, *index, block_q=block, block_k=block, window=window)
 

@@ -38,7 +38,13 @@ def surrounded(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return x[:, :, 64 : 64 + n]
 
 
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 
 
