@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import headstart
-from headstart import BlockIndex
+import shapes
+import test_prefill_index as truth
+from headstart import BlockIndex, _library
 from headstart.reference import sparse_attention as reference
 from tolerances import assert_close
 
@@ -144,6 +146,50 @@ def test_offsets_past_two_to_the_31():
     assert torch.equal(out[-1:], alone) and torch.equal(lse[-1:], alone_lse) and alone.isfinite().all()
 
 
+# --- windows, uneven rows, few queries -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nq, nk", [(300, 300), (130, 5000), (1, 3000), (7, 3000)])
+@pytest.mark.parametrize("window", [1, 100, 1000])
+@pytest.mark.parametrize("block", [64, 128])
+def test_window(block, window, nq, nk):
+    from headstart.triton import sparse_attention as kernels
+
+    q, k, v = tokens(1, 8, nq, 128, torch.float16), *(tokens(1, 2, nk, 128, torch.float16) for _ in range(2))
+    index = random_index(1, 2, nq, nk, share=0.6, columns=min(nk, 200), block_q=block, block_k=block)
+    lists = index.block_count, index.block_index, index.column_count, index.column_index
+    out, lse = kernels.sparse_attention(q, k, v, *lists, block_q=block, block_k=block, window=window)
+    mask = index.to("cpu").to_mask(nq, nk).repeat_interleave(4, 1)
+    mask &= torch.arange(nk) > torch.arange(nk - nq, nk)[:, None] - window
+
+    def dense(q, k, v):
+        k, v = k.repeat_interleave(4, 1), v.repeat_interleave(4, 1)
+        scores = (q @ k.mT / math.sqrt(128)).masked_fill(~mask, -math.inf)
+        return scores.softmax(-1).nan_to_num(0.0) @ v, scores.logsumexp(-1)
+
+    given = [x.cpu() for x in (q, k, v)]
+    exact, exact_lse = dense(*(x.double() for x in given))
+    plain, plain_lse = dense(*given)
+    assert_close(out.cpu(), exact, plain, "out")
+    assert_close(lse.cpu(), exact_lse, plain_lse.float(), "lse")
+
+
+@pytest.mark.parametrize("heads_index", [1, 2, 8])
+@pytest.mark.parametrize("nq", [1, 3, 17, 32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_queries_over_long_lists(dtype, nq, heads_index):
+    q, k, v = tokens(2, 8, nq, 128, dtype), *(tokens(2, 2, 9000, 128, dtype) for _ in range(2))
+    compare(q, k, v, random_index(2, heads_index, nq, 9000, columns=900, column_rows=1))
+
+
+def test_a_chunk_with_one_dense_head():
+    # Rows long enough to be sorted: one head lists all, the others little.
+    q, k, v = tokens(1, 8, 512, 64, torch.float16), *(tokens(1, 2, 6000, 64, torch.float16) for _ in range(2))
+    lists = torch.rand(1, 8, 8, 94) < 0.05
+    lists[:, 3] = True
+    compare(q, k, v, BlockIndex(*reference.compact(lists)).to("cuda"))
+
+
 # --- merge -----------------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +237,7 @@ def test_bad_input_is_named():
 
 # --- index builders --------------------------------------------------------------------------------------------------
 
+OPERATORS = ("vertical_slash_index", "block_topk_index", "adaptive_block_index")
 BUILDERS = {
     "vertical_slash": lambda q, k: headstart.vertical_slash_index(q, k, 60, 256),
     "block_topk": lambda q, k: headstart.block_topk_index(q, k, 4),
@@ -212,6 +259,53 @@ def test_index_builders(builder, n):
             rising = (ids[..., 1:] > ids[..., :-1]) | ~used[..., 1:]
             assert rising.all() and (ids[used] >= 0).all()
     assert float((got.to_mask(n, n).cpu() != want).double().mean()) < 0.01
+
+
+@pytest.fixture
+def built_on_the_gpu(monkeypatch):
+    """`headstart.*_index` of CPU tensors are built on the GPU and brought back."""
+    from headstart.ops import prefill_index as ops
+
+    def moved(run):
+        def call(*args, **options):
+            args = [x.cuda() if isinstance(x, torch.Tensor) else x for x in args]
+            options = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in options.items()}
+            return tuple(x.cpu() for x in run(*args, **options))
+
+        return call
+
+    for name in OPERATORS:
+        assert _library.has_kernel(name, "CUDA")
+        monkeypatch.setattr(ops, f"_{name}", moved(getattr(ops, f"_{name}")))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", shapes.BUILDERS + [shapes.Shape(1, 4, 2, 1000, 3000, d) for d in (40, 128, 256)],
+                         ids=str)  # fmt: skip
+def test_index_builders_choose_the_best(shape, dtype, built_on_the_gpu):
+    q, k, _ = shape.qkv(dtype)
+    truth.check_vertical_slash(shape, q, k)
+    truth.check_topk(shape, q, k)
+    truth.check_adaptive(shape, 4 * q, k)
+    truth.check_adaptive(shape, 4 * q, k, stride=16, max_blocks=2, head_threshold=torch.rand(shape.heads_q))
+
+
+@pytest.mark.parametrize("entries, capacity", [(50, 9), (2048, 300), (2048, 2048), (131072, 1000)])
+def test_selection_among_ties(entries, capacity):
+    from headstart.reference.prefill_index import keep_best
+    from headstart.triton.block_select import select
+
+    scores = (torch.randint(-9, 9, (2, 3, 1, entries)) * 0.5).masked_fill(torch.rand(2, 3, 1, entries) < 0.1, -math.inf)
+    got = select(scores.cuda(), capacity, nq=entries, nk=entries, block_q=entries, block_k=1)
+    expected = reference.compact(keep_best(scores, capacity), capacity)
+    assert torch.equal(got[0].cpu(), expected[0]) and torch.equal(got[1].cpu(), expected[1])
+
+
+@pytest.mark.parametrize("builder", BUILDERS.values(), ids=BUILDERS.keys())
+def test_index_builders_repeat_themselves(builder):
+    q, k = tokens(1, 4, 2000, 128, torch.bfloat16), tokens(1, 2, 2000, 128, torch.bfloat16)
+    first = builder(q, k)
+    assert all(truth.same(builder(q, k), first) for _ in range(5))
 
 
 def test_a_shape_index():
@@ -258,6 +352,30 @@ def test_compiles_whole_with_dynamic_shapes(builder):
         q, k, v = torch.randn(3, 1, 4, n, 64, dtype=torch.float16, device="cuda").unbind()
         for got, want in zip(compiled(q, k, v), step(q, k, v)):
             torch.testing.assert_close(got, want, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("builder", BUILDERS.values(), ids=BUILDERS.keys())
+def test_index_builders_in_a_cuda_graph(builder):
+    q, k, v = (torch.randn(1, 4, 700, 64, dtype=torch.float16, device="cuda") for _ in range(3))
+
+    def step():
+        index = builder(q, k)
+        return (*truth.tensors(index), *headstart.sparse_attention(q, k, v, index))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles outside the capture
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):
+        for x in (q, k, v):
+            x.normal_()
+        graph.replay()
+        for got, want in zip(captured, step()):
+            assert torch.equal(got, want)
 
 
 def test_cuda_graph():

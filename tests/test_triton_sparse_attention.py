@@ -8,20 +8,24 @@ sm_90. To see the interpreted cases one by one: ``TRITON_INTERPRET=1 pytest test
 from __future__ import annotations
 
 import math
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="triton is not installed")
+from tolerances import assert_close
+from triton_testing import (
+    INTERPRETED,
+    SHARED_MEMORY,
+    compile_launch,
+    compiled,
+    interpreted,
+    record,
+    resources,
+    run_in_the_interpreter,
+    surrounded,
+)
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter, in a process of its own")
-compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+pytest.importorskip("triton", reason="triton is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -33,69 +37,10 @@ def kernels():
 
 @compiled
 def test_in_the_interpreter():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert re.search(r"\d+ passed", done.stdout), done.stdout[-2000:]
+    run_in_the_interpreter(__file__)
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def interpreter(monkeypatch: pytest.MonkeyPatch):
-    """Triton's interpreter, with what version 3.6 lacks: scalars under numpy 2.4, and bfloat16 arithmetic."""
-    import numpy
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-    create_dot = interpreter.InterpreterBuilder.create_dot
-
-    def patched(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    def widened(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return interpreter.TensorHandle((x.data.astype(numpy.uint32) << 16).view(numpy.float32), tl.float32)
-
-    def dot(self, a, b, d, *rest):
-        return create_dot(self, widened(a), widened(b), d, *rest)
-
-    convert = interpreter._convert_float
-
-    def rounded(data, source, target, mode):
-        if (source, target) != (tl.float32, tl.bfloat16):
-            return convert(data, source, target, mode)
-        nearest = torch.from_numpy(numpy.array(data, numpy.float32)).bfloat16()
-        return nearest.view(torch.int16).numpy().view(numpy.uint16)
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounded)
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
-
-
-@pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch):
-    """Memory that kernels are to write starts as NaN, or as all ones."""
-    new_empty = torch.Tensor.new_empty
-
-    def filled(self, *args, **kwargs):
-        fresh = new_empty(self, *args, **kwargs)
-        return fresh.fill_(math.nan if fresh.dtype.is_floating_point else -1)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
-
-
-def surrounded(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Random [B, H, N, D] with NaN before and after the tokens of each head, so that a read outside them shows."""
-    b, h, n, d = shape
-    x = torch.full((b, h, n + 192, d), math.nan).to(dtype)
-    x[:, :, 64 : 64 + n] = torch.randn(b, h, n, d).to(dtype)
-    return x[:, :, 64 : 64 + n]
 
 
 def random_index(shape: tuple[int, int, int], blocks: int, share: float, nk: int, columns: int, column_rows: int):
@@ -110,7 +55,6 @@ def random_index(shape: tuple[int, int, int], blocks: int, share: float, nk: int
 
 def compare(kernels, q, k, v, index, kv_start=None, **options):
     from headstart.reference import sparse_attention as reference
-    from tolerances import assert_close
 
     out, lse = kernels.sparse_attention(q, k, v, *index, kv_start, **options)
     wide = [x.double() for x in (q, k, v)]
@@ -248,7 +192,6 @@ def test_bad_input_is_named():
 @pytest.mark.parametrize("d", [64, 80, 7])
 def test_merge_attention_agrees_with_the_reference(d, dtype, kernels, interpreter, poisoned):
     from headstart.reference import sparse_attention as reference
-    from tolerances import assert_close
 
     out_a, out_b = surrounded(2, 3, 33, d, dtype=dtype), torch.randn(2, 33, 3, d).to(dtype).transpose(1, 2)
     lse_a, lse_b = torch.randn(2, 3, 33) * 20, torch.randn(3, 33, 2).permute(2, 0, 1) * 20
@@ -260,6 +203,163 @@ def test_merge_attention_agrees_with_the_reference(d, dtype, kernels, interprete
     assert_close(out, exact, plain, "out")
     assert_close(lse, exact_lse, plain_lse, "lse")
     assert (out[0, 0, 3:5] == 0).all() and (lse[0, 0, 3:5] == -math.inf).all()
+
+
+# --- windows, uneven rows, few queries -------------------------------------------------------------------------------
+
+
+def dense(q, k, v, index, kv_start, window, *, causal=True, scale=None, block_q=64, block_k=64):
+    """Attention through a dense mask, in q's dtype."""
+    from headstart.reference import sparse_attention as reference
+
+    nq, nk, heads = q.shape[2], k.shape[2], q.shape[1]
+    sizes = dict(nq=nq, nk=nk, causal=causal, block_q=block_q, block_k=block_k)
+    mask = reference.index_to_mask(*index, kv_start, **sizes)
+    mask = mask.repeat_interleave(heads // mask.shape[1], 1)
+    if window is not None:
+        mask = mask & (torch.arange(nk) > torch.arange(nk - nq, nk)[:, None] - window)
+    k, v = (x.nan_to_num(0.0).repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+    scores = (q @ k.mT).mul(q.shape[-1] ** -0.5 if scale is None else scale).masked_fill(~mask, -math.inf)
+    return scores.softmax(-1).nan_to_num(0.0) @ v, scores.logsumexp(-1)
+
+
+def compare_dense(kernels, c, window=None):
+    c = dict(b=1, bi=None, hq=2, hkv=1, hi=1, d=64, dtype=torch.float16, share=0.6, columns=0, column_rows=1) | c
+    c = dict(kv_start=None, causal=True, scale=None, block_q=64, block_k=64) | c
+    rows, blocks = -(-c["nq"] // c["block_q"]), -(-c["nk"] // c["block_k"])
+    q = surrounded(c["b"], c["hq"], c["nq"], c["d"], dtype=c["dtype"])
+    k, v = (surrounded(c["b"], c["hkv"], c["nk"], c["d"], dtype=c["dtype"]) for _ in range(2))
+    if window is not None:  # what lies before the first query's window is never read
+        k[:, :, : max(0, c["nk"] - c["nq"] - window + 1)] = math.nan
+        v[:, :, : max(0, c["nk"] - c["nq"] - window + 1)] = math.nan
+    index = random_index((c["b"], c["hi"], rows), blocks, c["share"], c["nk"], c["columns"], c["column_rows"] or rows)
+    kv_start = None if c["kv_start"] is None else torch.tensor(c["kv_start"], dtype=torch.int32)
+    options = {name: c[name] for name in ("causal", "scale", "block_q", "block_k")}
+    out, lse = kernels.sparse_attention(q, k, v, *index, kv_start, **options, **({"window": window} if window else {}))
+    exact, exact_lse = dense(*(x.double() for x in (q, k, v)), index, kv_start, window, **options)
+    plain, plain_lse = dense(q, k, v, index, kv_start, window, **options)
+    assert_close(out, exact, plain, "out")
+    assert_close(lse, exact_lse, plain_lse.float(), "lse")
+    return q, k, v, index, out, lse
+
+
+WINDOWS = {
+    "blocks": dict(nq=200, nk=200),
+    "tall query blocks": dict(nq=200, nk=330, block_q=128, share=1.0),
+    "large blocks, columns": dict(nq=140, nk=400, block_q=128, block_k=128, columns=90),
+    "left padding": dict(b=2, nq=130, nk=200, kv_start=(90, 0), columns=60),
+    "not causal": dict(nq=100, nk=150, causal=False, columns=60, dtype=torch.float32),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("case", WINDOWS.values(), ids=WINDOWS.keys())
+@pytest.mark.parametrize("window", [1, 50, 64, 129, 10**9])
+def test_window(window, case, kernels, interpreter, poisoned):
+    compare_dense(kernels, case, window)
+
+
+def test_a_window_as_long_as_the_keys_is_none(kernels, monkeypatch):
+    if INTERPRETED:
+        pytest.skip("about the launch alone")
+    q, index = torch.empty(1, 1, 70, 64), random_index((1, 1, 2), 2, 0.5, 70, 0, 1)
+    launches = record(monkeypatch, *modules(kernels))
+    for window, expected in ((None, False), (69, True), (70, False), (2**40, False)):
+        kernels.sparse_attention(q, q, q, *index, window=window)
+        assert launches["sparse_attention_kernel"].options["HAS_WINDOW"] is expected
+
+
+FEW = {
+    "grouped heads share a tile": dict(hq=4, hkv=2, nq=1, nk=700, hi=2),
+    "one list for all heads": dict(b=2, hq=4, hkv=2, nq=1, nk=500, columns=90),
+    "a list for each head": dict(hq=4, hkv=2, hi=4, nq=1, nk=500, columns=90),
+    "columns alone": dict(nq=1, nk=900, share=0.0, columns=300),
+    "drafted tokens": dict(hq=6, hkv=2, nq=5, nk=600, columns=50, scale=-0.3),
+    "left padding, bfloat16": dict(b=2, nq=3, nk=600, kv_start=(599, 130), columns=50, dtype=torch.bfloat16),
+    "large blocks, head dim 80": dict(nq=2, nk=900, d=80, block_q=128, block_k=128, columns=50),
+    "not causal, float32": dict(nq=4, nk=600, d=24, causal=False, columns=50, dtype=torch.float32),
+    "nothing listed": dict(nq=2, nk=600, share=0.0),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("case", FEW.values(), ids=FEW.keys())
+@pytest.mark.parametrize("window", [None, 300])
+def test_few_queries_split_a_long_list(window, case, kernels, interpreter, poisoned, monkeypatch):
+    monkeypatch.setattr(kernels.decode, "SPLIT_KEYS", 100)
+    splits = []
+    split_attention = kernels.decode.split_attention
+
+    def counted(*args, **options):
+        splits.append(options["splits"])
+        split_attention(*args, **options)
+
+    monkeypatch.setattr(kernels.decode, "split_attention", counted)
+    *_, out, lse = compare_dense(kernels, case, window)
+    assert splits and splits[0] > 1
+    if case == FEW["nothing listed"]:
+        assert (out == 0).all() and (lse == -math.inf).all()
+
+
+def test_splits_fill_the_device_and_no_more(kernels):
+    choose = kernels.decode.choose_splits
+    assert choose(8, 131072, 132) == 33 and choose(32, 131072, 132) == 9  # 264 and 288 programs for 132 SMs
+    assert choose(8, 1000, 132) == 3 and choose(8, 100, 132) == 1  # none shorter than 256 keys
+    assert choose(512, 131072, 132) == 1 and choose(1, 10**6, 132) == kernels.decode.MAX_SPLITS
+
+
+@interpreted
+@pytest.mark.parametrize("section", [1, 3])
+@pytest.mark.parametrize("causal", [True, False])
+def test_programs_start_longest_first(causal, section, kernels, interpreter, monkeypatch):
+    from headstart.triton import block_lists
+
+    monkeypatch.setattr(block_lists, "LONG_ROW", 1)
+    kv_heads, group, tiles, nq, nk = 3, 2, 5, 300, 900
+    count, ids, column_count, columns = random_index((1, 6, tiles), 15, 0.5, nk, 300, tiles)
+    lists = block_lists.Lists((count, ids, column_count, columns, count), (), (15, 900), True, False)
+    lists = lists._replace(strides=(0, *count.stride()[1:], *[0] * 4, 0, *column_count.stride()[1:]))
+    shape = dict(nq=nq, nk=nk, tiles=tiles, streams=3, section=section, kv_heads=3, group=group, index_group=1)
+    order = block_lists.longest_first(lists, **shape, block_q=64, block_k=64, block_m=64, causal=causal)
+    seen = (torch.arange(1, tiles + 1) * 64).clamp(max=nq) + nk - nq
+    length = count[0].minimum((seen + 63) // 64) if causal else count[0]
+    length = length + column_count[0] // 64
+    places = []  # of each program: its section, and its length, by counting through the grid
+    for first in range(0, kv_heads, section):
+        heads = range(first * group, min(first + section, kv_heads) * group)
+        places += [(first, int(length[head, tile])) for tile in reversed(range(tiles)) for head in heads]
+    started = [places[i] for i in order.tolist()]
+    assert sorted(order.tolist()) == list(range(len(places)))
+    assert started == sorted(places, key=lambda x: (x[0], -x[1]))
+    ties = [[i for i in order.tolist() if places[i] == place] for place in set(places)]
+    assert all(same == sorted(same) for same in ties), "equal rows keep the plain order"
+
+
+@interpreted
+def test_the_order_of_programs_changes_no_result(kernels, interpreter, poisoned, monkeypatch):
+    from headstart.triton import block_lists
+
+    case = dict(b=2, hq=4, hkv=2, hi=4, nq=150, nk=300, columns=70, column_rows=None)
+    q, k, v, index, out, lse = compare_dense(kernels, case)
+    monkeypatch.setattr(block_lists, "LONG_ROW", 1)
+    order = []
+    longest_first = block_lists.longest_first
+    monkeypatch.setattr(kernels, "longest_first", lambda *a, **o: order.append(longest_first(*a, **o)) or order[0])
+    sorted_out, sorted_lse = kernels.sparse_attention(q, k, v, *index)
+    assert order[0].tolist() != sorted(order[0].tolist())
+    assert torch.equal(sorted_out, out) and torch.equal(sorted_lse, lse)
+
+
+def test_only_long_rows_are_sorted(kernels, monkeypatch):
+    if INTERPRETED:
+        pytest.skip("about the launch alone")
+    launches = record(monkeypatch, *modules(kernels))
+    for nq, nk, causal, expected in ((512, 512, True, False), (512, 8192, True, True), (512, 8192, False, True),
+                                     (64, 8192, True, False), (512, 2048, True, False)):  # fmt: skip
+        q, k = torch.empty(1, 1, nq, 64, dtype=torch.float16), torch.empty(1, 1, nk, 64, dtype=torch.float16)
+        lists = torch.zeros(1, 1, nq // 64, dtype=torch.int32), torch.zeros(1, 1, nq // 64, 128, dtype=torch.int32)
+        kernels.sparse_attention(q, k, k, *lists, causal=causal)
+        assert launches["sparse_attention_kernel"].options["HAS_ORDER"] is expected, (nq, nk, causal)
 
 
 # --- choice of configuration -----------------------------------------------------------------------------------------
@@ -286,80 +386,31 @@ def test_every_configuration_fits_its_device(kernels):
 
 # --- machine code ----------------------------------------------------------------------------------------------------
 
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
-KERNELS = ("sparse_attention_kernel", "covered_columns_kernel", "merge_attention_kernel")
 
+def modules(kernels):
+    from headstart.triton import block_lists
 
-class Recorder:
-    """Stands in for a kernel and keeps what it would have been launched with."""
-
-    def __getitem__(self, grid):
-        def launch(*args, **options):
-            self.args, self.options = args, options
-
-        return launch
-
-
-def compile_launch(kernels, monkeypatch, name: str, capability: int, call):
-    """Compiles kernel `name` as `call` would launch it on a device of this capability."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    kernel = getattr(kernels, name)
-    recorders = {other: Recorder() for other in KERNELS}
-    with monkeypatch.context() as patch:
-        limits = kernels.Limits(SHARED_MEMORY[capability], 2**25, capability == 90)
-        patch.setattr(kernels, "device_limits", lambda device: limits)
-        for other, recorder in recorders.items():
-            patch.setattr(kernels, other, recorder)
-        call()
-    args, constants = recorders[name].args, dict(recorders[name].options)
-    options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
-    signature, attributes = {}, {}
-    for position, (argument, value) in enumerate(zip(kernel.arg_names, args)):
-        if isinstance(value, torch.Tensor):
-            signature[argument] = POINTERS[value.dtype]
-            attributes[(position,)] = [["tt.divisibility", 16]]
-        else:
-            signature[argument] = "fp32" if isinstance(value, float) else "i32"
-    signature |= dict.fromkeys(constants, "constexpr")
-    constants = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def resources(binary, folder: Path) -> dict[str, int] | None:
-    """Registers and stack (spills) of a thread, from the cubin; None where triton brings no cuobjdump."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
-        return None
-    path = folder / "kernel.cubin"
-    path.write_bytes(binary.asm["cubin"])
-    text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    return {"registers": int(found[1]), "stack": int(found[2]), "shared": binary.metadata.shared}
+    return kernels, block_lists, kernels.decode
 
 
 @compiled
 @pytest.mark.parametrize(
-    "capability, d, block, columns",
-    [(80, 64, 64, True), (80, 128, 64, False), (80, 256, 64, False)]
-    + [(90, 64, 64, False), (90, 128, 128, True), (90, 256, 64, False)],
+    "capability, d, block, columns, window",
+    [(80, 64, 64, True, None), (80, 128, 64, False, None), (80, 256, 64, False, None), (80, 128, 128, True, 99)]
+    + [(90, 64, 64, False, None), (90, 128, 128, True, None), (90, 256, 64, False, None), (90, 128, 128, True, 99)],
 )
 def test_sparse_attention_compiles(
-    capability, d, block, columns, kernels, monkeypatch, tmp_path, record_property, capsys
+    capability, d, block, columns, window, kernels, monkeypatch, tmp_path, record_property, capsys
 ):
     def call():
-        q, k = torch.empty(1, 4, 512, d, dtype=torch.bfloat16), torch.empty(1, 2, 512, d, dtype=torch.bfloat16)
-        index = [torch.zeros(shape, dtype=torch.int32) for shape in ((1, 1, 512 // block), (1, 1, 512 // block, 8))]
+        nk, capacity = (512, 8) if window is None else (16384, 128)  # rows long enough to be sorted
+        q, k = (torch.empty(1, heads, n, d, dtype=torch.bfloat16) for heads, n in ((4, 512), (2, nk)))
+        rows = 512 // block
+        index = [torch.zeros(shape, dtype=torch.int32) for shape in ((1, 1, rows), (1, 1, rows, capacity))]
         index += [torch.zeros(shape, dtype=torch.int32) for shape in ((1, 1, 1), (1, 1, 1, 100)) if columns]
-        kernels.sparse_attention(q, k, k, *index, block_q=block, block_k=block)
+        kernels.sparse_attention(q, k, k, *index, block_q=block, block_k=block, window=window)
 
-    binary = compile_launch(kernels, monkeypatch, "sparse_attention_kernel", capability, call)
+    binary = compile_launch(modules(kernels), monkeypatch, "sparse_attention_kernel", capability, call)
     assert len(binary.asm["cubin"]) > 0
     assert binary.metadata.shared <= SHARED_MEMORY[capability]
     assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in binary.asm["ptx"], "no tensor cores in it"
@@ -367,22 +418,41 @@ def test_sparse_attention_compiles(
     if used is not None:
         record_property("resources", str(used))
         with capsys.disabled():
-            print(f"\nsm_{capability} D={d} block={block} columns={columns}: {used}", end=" ")
+            print(f"\nsm_{capability} D={d} block={block} columns={columns} window={window}: {used}", end=" ")
         assert used["stack"] <= 64, f"spills: {used}"
 
 
 @compiled
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("name", ["covered_columns_kernel", "merge_attention_kernel"])
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_split_attention_compiles(d, capability, kernels, monkeypatch, tmp_path, capsys):
+    def call():
+        q, k = torch.empty(1, 8, 1, d, dtype=torch.bfloat16), torch.empty(1, 2, 8192, d, dtype=torch.bfloat16)
+        shapes = (1, 2, 1), (1, 2, 1, 64), (1, 2, 1), (1, 2, 1, 1000)
+        kernels.sparse_attention(q, k, k, *(torch.zeros(shape, dtype=torch.int32) for shape in shapes))
+
+    for name in ("split_attention_kernel", "merge_splits_kernel"):
+        binary = compile_launch(modules(kernels), monkeypatch, name, capability, call)
+        used = resources(binary, tmp_path)
+        assert binary.metadata.shared <= SHARED_MEMORY[capability]
+        assert name.startswith("merge") or "mma.sync" in binary.asm["ptx"], "no tensor cores in it"
+        assert used is None or used["stack"] == 0, used
+        with capsys.disabled():
+            print(f"\nsm_{capability} {name} D={d}: {used}", end=" ")
+
+
+@compiled
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", ["covered_columns_kernel", "row_work_kernel", "merge_attention_kernel"])
 def test_small_kernels_compile(name, capability, kernels, monkeypatch, tmp_path):
     def call():
-        x = torch.empty(1, 4, 512, 128, dtype=torch.bfloat16)
+        x, k = (torch.empty(1, 4, n, 128, dtype=torch.bfloat16) for n in (512, 8192))
         if name == "merge_attention_kernel":
             kernels.merge_attention(x, x[..., 0].float(), x, x[..., 0].float())
         else:
-            shapes = (1, 1, 8), (1, 1, 8, 8), (1, 1, 1), (1, 1, 1, 100)
-            kernels.sparse_attention(x, x, x, *(torch.zeros(shape, dtype=torch.int32) for shape in shapes))
+            shapes = (1, 1, 8), (1, 1, 8, 128), (1, 1, 1), (1, 1, 1, 100)
+            kernels.sparse_attention(x, k, k, *(torch.zeros(shape, dtype=torch.int32) for shape in shapes))
 
-    binary = compile_launch(kernels, monkeypatch, name, capability, call)
+    binary = compile_launch(modules(kernels), monkeypatch, name, capability, call)
     used = resources(binary, tmp_path)
     assert len(binary.asm["cubin"]) > 0 and (used is None or used["stack"] == 0), used

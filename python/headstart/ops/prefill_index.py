@@ -9,7 +9,9 @@ Three patterns of MInference 1.0 (Jiang et al., 2024, arXiv 2407.02490, section 
   to hold a given share of the attention mass, so that every row gets the density it needs.
 
 All heads are built in one call, with no host synchronisation; output shapes depend on the budgets alone. All are
-causal, bottom-right aligned. Kernels: `csrc/cpu/prefill_index.cpp`; the maths: `reference/prefill_index.py`.
+causal, bottom-right aligned. Kernels: `csrc/cpu/prefill_index.cpp`, `triton/prefill_index.py`,
+`triton/vertical_slash.py`; the maths: `reference/prefill_index.py`, which also serves A-shape everywhere, that being
+arithmetic on positions alone.
 """
 
 from __future__ import annotations
@@ -288,6 +290,14 @@ def _vertical_slash_impl(q, k, vertical_size, slash_size, **given):
     return reference.vertical_slash_index(q, k, vertical_size, slash_size, **options)
 
 
+def _vertical_slash_triton(q, k, vertical_size, slash_size, **given):
+    from ..triton import vertical_slash as kernels
+
+    return kernels.vertical_slash_index(
+        q, k, vertical_size, slash_size, **_vertical_slash_options(q, k, vertical_size, slash_size, given)
+    )
+
+
 def _vertical_slash_fake(q, k, vertical_size, slash_size, **given):
     options = _vertical_slash_options(q, k, vertical_size, slash_size, given)
     blocks = -(-slash_size // options["block_k"])
@@ -318,6 +328,12 @@ def _block_topk_impl(q, k, top_k, **given):
     return reference.block_topk_index(q, k, top_k, **_block_topk_options(q, k, top_k, given))
 
 
+def _block_topk_triton(q, k, top_k, **given):
+    from ..triton import prefill_index as kernels
+
+    return kernels.block_topk_index(q, k, top_k, **_block_topk_options(q, k, top_k, given))
+
+
 def _block_topk_fake(q, k, top_k, **given):
     options = _block_topk_options(q, k, top_k, given)
     return _empty_blocks(q, k, top_k, options["block_q"], options["block_k"])
@@ -344,6 +360,12 @@ def _adaptive_options(q, k, threshold, given):
 def _adaptive_impl(q, k, threshold=0.95, **given):
     options = _adaptive_options(q, k, threshold, given)
     return reference.adaptive_block_index(q, k, threshold, **options)
+
+
+def _adaptive_triton(q, k, threshold=0.95, **given):
+    from ..triton import prefill_index as kernels
+
+    return kernels.adaptive_block_index(q, k, threshold, **_adaptive_options(q, k, threshold, given))
 
 
 def _adaptive_fake(q, k, threshold=0.95, **given):
@@ -373,6 +395,7 @@ _vertical_slash_index = _library.define(
     "-> (Tensor block_count, Tensor block_index, Tensor column_count, Tensor column_index)",
     reference=_vertical_slash_impl,
     fake=_vertical_slash_fake,
+    triton=_vertical_slash_triton,
 )
 _block_topk_index = _library.define(
     "block_topk_index",
@@ -380,6 +403,7 @@ _block_topk_index = _library.define(
     "int block_k=64) -> (Tensor block_count, Tensor block_index)",
     reference=_block_topk_impl,
     fake=_block_topk_fake,
+    triton=_block_topk_triton,
 )
 _adaptive_block_index = _library.define(
     "adaptive_block_index",
@@ -388,4 +412,5 @@ _adaptive_block_index = _library.define(
     "Tensor? head_threshold=None, int samples=0) -> (Tensor block_count, Tensor block_index)",
     reference=_adaptive_impl,
     fake=_adaptive_fake,
+    triton=_adaptive_triton,
 )

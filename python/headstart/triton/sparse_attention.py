@@ -8,15 +8,18 @@ softmax in base 2; nothing of size Nq × Nk exists.
     K, V   │ lead   │ whole  │      │ whole  │ tail   │    │ gathered rows │   shared memory, `num_stages` deep
            └────────┴────────┴─ ─ ─ ┴────────┴────────┘    └─┴─┴─┴─ ─ ─┴─┘
             crosses   no mask at all          crosses        masked: a key that a block of
-            kv_start                          the diagonal   the row covers counts once
-                                              or the end
+            kv_start, or                      the diagonal   the row covers counts once
+            the window's                      or the end
+            lower edge
     registers, the whole time:  Q [BLOCK_M, D]   acc [BLOCK_M, D] fp32   row_max, row_sum [BLOCK_M] fp32
     registers, a tile at a time:  S = Q Kᵀ [BLOCK_M, BLOCK_N] fp32 → P in the input's dtype → acc += P V
 
 Floor, for a row of n selected keys (blocks and columns): 4 · BLOCK_M · n · D tensor-core operations, BLOCK_M · n
 exponentials, and 2 · n · D elements of K and V read once from L2. Query heads of one KV head run side by side, and
 KV heads in sections whose keys and values fit in L2, so that DRAM sees K and V about once per section and query row
-sweep. Rows run last to first: under causality the last are the longest, and long rows must not start at the end.
+sweep. Rows run last to first: under causality the last are the longest, and long rows must not start at the end. Where
+even the first row may be long, a device-side sort orders them by their counts (`longest_first`). Few queries over long
+lists take `sparse_attention_decode.py`, which splits a list among programs.
 
 A head dim that is not a power of two is cut in two power-of-two parts where that wastes less (80 = 64 + 16,
 96 = 64 + 32, 192 = 128 + 64), and padded where it does not.
@@ -27,7 +30,6 @@ range: an id outside the keys is skipped or clamped before any address is formed
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 from typing import NamedTuple
@@ -36,100 +38,25 @@ import torch
 import triton
 import triton.language as tl
 
-LN2 = math.log(2)
+from . import sparse_attention_decode as decode
+from ._common import (
+    LN2,
+    Limits,
+    attend,
+    device_limits,
+    load_rows,
+    on,
+    precision,
+    split_head_dim,
+    stride_unit,
+    token_strides,
+)
+from .block_lists import longest_first, make_lists, place, span
+
 COLUMNS = 64  # single keys are gathered in groups of this many
-COVERED_WORDS = 32  # a program of the covered-columns pass writes this many words of 32 columns
 
 
 # --- device code -----------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _lower_bound(ids, stride, low, high, value):
-    """The first position in [low, high) whose id is at least `value`, or `high`. (All strides here are int64.)"""
-    while low < high:
-        middle = low + (high - low) // 2
-        below = tl.load(ids + middle * stride) < value
-        low = tl.where(below, middle + 1, low)
-        high = tl.where(below, high, middle)
-    return low
-
-
-@triton.jit
-def _span(ids, stride, count, first, end):
-    """Positions [begin, finish) of the ids in [first, end). Lists built for this row need no search: two loads."""
-    some = count > 0
-    lowest = tl.load(ids, mask=some, other=0)
-    highest = tl.load(ids + (tl.maximum(count, 1) - 1) * stride, mask=some, other=0)
-    count = tl.maximum(count, 0)
-    begin = _lower_bound(ids, stride, count * 0, tl.where(lowest < first, count, 0), first)
-    finish = _lower_bound(ids, stride, tl.where(highest < end, count, begin), count, end)
-    return begin, finish
-
-
-@triton.jit
-def _load(base, rows, stride, row_mask, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr):
-    """base[rows, FIRST : FIRST + SIZE], zero past D and, if MASKED, where `row_mask` is false."""
-    dims = FIRST + tl.arange(0, SIZE)
-    pointers = base + rows.to(tl.int64)[:, None] * stride + dims[None, :]
-    if MASKED and FIRST + SIZE > D:
-        return tl.load(pointers, mask=row_mask[:, None] & (dims < D)[None, :], other=0.0)
-    elif MASKED:
-        return tl.load(pointers, mask=row_mask[:, None], other=0.0)
-    elif FIRST + SIZE > D:
-        return tl.load(pointers, mask=(dims < D)[None, :], other=0.0)
-    else:
-        return tl.load(pointers)
-
-
-@triton.jit
-def _attend(
-    q0,
-    q1,
-    acc0,
-    acc1,
-    row_max,
-    row_sum,
-    k_base,
-    v_base,
-    stride_k,
-    stride_v,
-    keys,
-    present,
-    allowed,
-    qk_scale,
-    D: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One tile of keys of the online softmax. `present` [BLOCK_N] guards the loads, `allowed` the scores."""
-    k0 = _load(k_base, keys, stride_k, present, 0, D0, D, MASKED)
-    scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
-    if D1 > 0:
-        k1 = _load(k_base, keys, stride_k, present, D0, D1, D, MASKED)
-        scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION)
-    if MASKED:
-        scores = tl.where(allowed, scores * qk_scale, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
-        # A row that has seen nothing yet: any finite reference keeps -inf - -inf out of the exponent.
-        reference = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(scores - reference[:, None])
-        shrink = tl.exp2(row_max - reference)
-    else:
-        # qk_scale >= 0, so the maximum may be scaled after it is taken, and the scores in one FMA.
-        new_max = tl.maximum(row_max, tl.max(scores, 1) * qk_scale)
-        weights = tl.exp2(scores * qk_scale - new_max[:, None])
-        shrink = tl.exp2(row_max - new_max)
-    row_sum = row_sum * shrink + tl.sum(weights, 1)
-    v0 = _load(v_base, keys, stride_v, present, 0, D0, D, MASKED)
-    weights = weights.to(v0.dtype)
-    acc0 = tl.dot(weights, v0, acc0 * shrink[:, None], input_precision=PRECISION)
-    if D1 > 0:
-        v1 = _load(v_base, keys, stride_v, present, D0, D1, D, MASKED)
-        acc1 = tl.dot(weights, v1, acc1 * shrink[:, None], input_precision=PRECISION)
-    return acc0, acc1, new_max, row_sum
 
 
 @triton.jit(
@@ -138,11 +65,11 @@ def _attend(
         "stride_vb", "stride_vh", "stride_vn", "stride_nb", "stride_nh", "stride_nr",
         "stride_ib", "stride_ih", "stride_ir", "stride_it", "stride_cnb", "stride_cnh", "stride_cnr",
         "stride_cb", "stride_ch", "stride_cr", "stride_cc", "stride_wb", "stride_wh",
-        "covered_words", "nq", "nk", "block_capacity", "column_capacity", "tiles", "streams",
+        "covered_words", "block_capacity", "column_capacity", "nq", "nk", "window", "tiles", "streams",
         "section", "kv_heads", "group", "index_group",
     ],
     do_not_specialize_on_alignment=[
-        "block_count", "block_index", "column_count", "column_index", "covered", "kv_start", "lse",
+        "block_count", "block_index", "column_count", "column_index", "covered", "kv_start", "order", "lse",
     ],
 )  # fmt: skip
 def sparse_attention_kernel(
@@ -157,6 +84,7 @@ def sparse_attention_kernel(
     column_index,
     covered,
     kv_start,
+    order,
     qk_scale,
     # Strides of q, k, v are in units of UNIT elements: a factor the compiler can see, for 16-byte loads.
     stride_qb,
@@ -185,10 +113,11 @@ def sparse_attention_kernel(
     stride_wb,
     stride_wh,
     covered_words,
-    nq,
-    nk,
     block_capacity,
     column_capacity,
+    nq,
+    nk,
+    window,
     tiles,
     streams,
     section,
@@ -207,21 +136,18 @@ def sparse_attention_kernel(
     CAUSAL: tl.constexpr,
     HAS_COLUMNS: tl.constexpr,
     HAS_KV_START: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
     HAS_COVERED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # Programs in order: section of KV heads, query tile (last first), KV head, query head of its group.
     program = tl.program_id(0)
-    per_section = section * group * tiles
-    this_section = program // per_section
-    place = program - this_section * per_section
-    lanes = tl.minimum(section, streams - this_section * section) * group
-    tile = tiles - 1 - place // lanes
-    lane = place % lanes
-    stream = this_section * section + lane // group
+    if HAS_ORDER:
+        program = tl.load(order + program).to(tl.int32)
+    stream, lane, tile = place(program, section, group, tiles, streams)
     batch = (stream // kv_heads).to(tl.int64)
     kv_head = (stream % kv_heads).to(tl.int64)
-    head = kv_head * group + lane % group
+    head = kv_head * group + lane
     index_head = head // index_group
     heads = (kv_heads * group).to(tl.int64)
 
@@ -233,12 +159,17 @@ def sparse_attention_kernel(
     start = 0
     if HAS_KV_START:
         start = tl.maximum(tl.load(kv_start + batch), 0)
-    # Some query of the tile sees keys below `limit`; all of them see the keys from `start` to `whole_limit`.
+    # Some query of the tile sees keys from `start` to `limit`; all of them see `whole_start` to `whole_limit`.
+    last_position = tl.minimum(first + BLOCK_M, nq) - 1 + (nk - nq)
     limit = nk
     whole_limit = nk
     if CAUSAL:
-        limit = tl.minimum(first + BLOCK_M, nq) + (nk - nq)
+        limit = last_position + 1
         whole_limit = first + 1 + (nk - nq)
+    whole_start = start
+    if HAS_WINDOW:
+        whole_start = tl.maximum(start, last_position - window + 1)
+        start = tl.maximum(start, first + (nk - nq) - window + 1)
 
     q_base = q + batch * stride_qb * UNIT + head * stride_qh * UNIT
     k_base = k + batch * stride_kb * UNIT + kv_head * stride_kh * UNIT
@@ -248,10 +179,10 @@ def sparse_attention_kernel(
     step_v = stride_vn.to(tl.int64) * UNIT
     step_i = stride_it.to(tl.int64)
     step_c = stride_cc.to(tl.int64)
-    q0 = _load(q_base, queries, step_q, is_query, 0, D0, D, True)
+    q0 = load_rows(q_base, queries, step_q, is_query, 0, D0, D, True)
     acc0 = tl.zeros([BLOCK_M, D0], tl.float32)
     if D1 > 0:
-        q1 = _load(q_base, queries, step_q, is_query, D0, D1, D, True)
+        q1 = load_rows(q_base, queries, step_q, is_query, D0, D1, D, True)
         acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
     else:
         q1 = q0
@@ -268,7 +199,7 @@ def sparse_attention_kernel(
     count = tl.load(block_count + batch * stride_nb + index_head * stride_nh + block_row * stride_nr)
     count = tl.minimum(count, block_capacity)
     blocks_end = (limit + BLOCK_K - 1) // BLOCK_K
-    begin, end = _span(ids, step_i, count, start // BLOCK_K, blocks_end)
+    begin, end = span(ids, step_i, count, start // BLOCK_K, blocks_end)
     # At most three listed blocks cross the diagonal or the end of the keys, and they are the last.
     last = end - 4 + tl.arange(0, 4)
     last_ids = tl.load(ids + last * step_i, mask=last >= begin, other=0)
@@ -276,10 +207,11 @@ def sparse_attention_kernel(
     whole_blocks = whole_limit // BLOCK_K
     whole_end = tl.where(whole_blocks > 0, whole_end, begin)
     lead = begin * 0
-    if HAS_KV_START:
-        some = begin < whole_end
-        lowest = tl.load(ids + begin * step_i, mask=some, other=0)
-        lead = (some & (lowest * BLOCK_K < start)).to(tl.int32)
+    if HAS_KV_START or HAS_WINDOW:
+        # One block crosses kv_start; the window's lower edge moves by a tile of queries, over three at most.
+        leading = begin + tl.arange(0, 4)
+        leading_ids = tl.load(ids + leading * step_i, mask=leading < whole_end, other=0)
+        lead = tl.sum(((leading < whole_end) & (leading_ids * BLOCK_K < whole_start)).to(tl.int32), 0)
     SUB: tl.constexpr = BLOCK_K // BLOCK_N
     inner = tl.arange(0, BLOCK_N)
     for i in tl.range((begin + lead) * SUB, whole_end * SUB):
@@ -287,13 +219,13 @@ def sparse_attention_kernel(
         block = tl.load(ids + i // SUB * step_i)
         block = tl.minimum(tl.maximum(block, 0), whole_blocks - 1).to(tl.int64)
         origin = block * BLOCK_K + (i % SUB) * BLOCK_N
-        acc0, acc1, row_max, row_sum = _attend(
+        acc0, acc1, row_max, row_sum = attend(
             q0, q1, acc0, acc1, row_max, row_sum, k_base + origin * step_k, v_base + origin * step_v, step_k, step_v,
             inner, True, True, qk_scale, D, D0, D1, False, PRECISION,
         )  # fmt: skip
     for i in tl.range(0, (lead + end - whole_end) * SUB):
         entry = i // SUB
-        entry = tl.where(entry < lead, begin, whole_end + entry - lead)
+        entry = tl.where(entry < lead, begin + entry, whole_end + entry - lead)
         block = tl.load(ids + entry * step_i)
         block = tl.where((block >= 0) & (block < blocks_end), block, blocks_end)
         keys = block * BLOCK_K + (i % SUB) * BLOCK_N + inner
@@ -301,7 +233,9 @@ def sparse_attention_kernel(
         allowed = present[None, :]
         if CAUSAL:
             allowed = allowed & (keys[None, :] <= positions[:, None])
-        acc0, acc1, row_max, row_sum = _attend(
+        if HAS_WINDOW:
+            allowed = allowed & (keys[None, :] > positions[:, None] - window)
+        acc0, acc1, row_max, row_sum = attend(
             q0, q1, acc0, acc1, row_max, row_sum, k_base, v_base, step_k, step_v,
             keys, present, allowed, qk_scale, D, D0, D1, True, PRECISION,
         )  # fmt: skip
@@ -312,7 +246,7 @@ def sparse_attention_kernel(
         column_n = tl.load(column_count + batch * stride_cnb + index_head * stride_cnh + block_row * stride_cnr)
         column_n = tl.minimum(column_n, column_capacity)
         covered_row = covered + (batch * stride_wb + index_head * stride_wh + block_row * covered_words)
-        column_begin, column_end = _span(columns, step_c, column_n, start, limit)
+        column_begin, column_end = span(columns, step_c, column_n, start, limit)
         for i in tl.range(column_begin, column_end, BLOCK_C):
             entries = i + tl.arange(0, BLOCK_C)
             keys = tl.load(columns + entries * step_c, mask=entries < column_end, other=-1)
@@ -324,7 +258,9 @@ def sparse_attention_kernel(
             allowed = allowed[None, :]
             if CAUSAL:
                 allowed = allowed & (keys[None, :] <= positions[:, None])
-            acc0, acc1, row_max, row_sum = _attend(
+            if HAS_WINDOW:
+                allowed = allowed & (keys[None, :] > positions[:, None] - window)
+            acc0, acc1, row_max, row_sum = attend(
                 q0, q1, acc0, acc1, row_max, row_sum, k_base, v_base, step_k, step_v,
                 keys, present, allowed, qk_scale, D, D0, D1, True, PRECISION,
             )  # fmt: skip
@@ -348,76 +284,6 @@ def sparse_attention_kernel(
             (acc1 * inverse[:, None]).to(out.dtype.element_ty),
             mask=is_query[:, None] & (dims1 < D)[None, :],
         )
-
-
-@triton.jit(
-    do_not_specialize=[
-        "stride_nb", "stride_nh", "stride_nr", "stride_ib", "stride_ih", "stride_ir", "stride_it",
-        "stride_cnb", "stride_cnh", "stride_cnr", "stride_cb", "stride_ch", "stride_cr", "stride_cc",
-        "block_capacity", "column_capacity", "index_heads", "rows", "words", "steps",
-    ],
-    do_not_specialize_on_alignment=["block_count", "block_index", "column_count", "column_index", "covered"],
-)  # fmt: skip
-def covered_columns_kernel(
-    block_count,
-    block_index,
-    column_count,
-    column_index,
-    covered,
-    stride_nb,
-    stride_nh,
-    stride_nr,
-    stride_ib,
-    stride_ih,
-    stride_ir,
-    stride_it,
-    stride_cnb,
-    stride_cnh,
-    stride_cnr,
-    stride_cb,
-    stride_ch,
-    stride_cr,
-    stride_cc,
-    block_capacity,
-    column_capacity,
-    index_heads,
-    rows,
-    words,
-    steps,
-    BLOCK_K: tl.constexpr,
-    WORDS: tl.constexpr,
-):
-    """One bit for each listed column of each row: whether a listed block holds it. A binary search by each lane.
-
-    It stands apart because a chain of dependent loads inside the attention loop keeps that loop from being pipelined
-    (compiled for sm_90 the two together spilled 3 KB a thread), and because query heads may share an index head.
-    """
-    program = tl.program_id(0)
-    row = (program % rows).to(tl.int64)
-    head = (program // rows % index_heads).to(tl.int64)
-    batch = (program // rows // index_heads).to(tl.int64)
-    ids = block_index + batch * stride_ib + head * stride_ih + row * stride_ir
-    columns = column_index + batch * stride_cb + head * stride_ch + row * stride_cr
-    count = tl.minimum(tl.load(block_count + batch * stride_nb + head * stride_nh + row * stride_nr), block_capacity)
-    columns_here = tl.load(column_count + batch * stride_cnb + head * stride_cnh + row * stride_cnr)
-    columns_here = tl.minimum(columns_here, column_capacity)
-    step_i = stride_it.to(tl.int64)
-    step_c = stride_cc.to(tl.int64)
-    entries = tl.program_id(1) * (WORDS * 32) + tl.arange(0, WORDS * 32)
-    wanted = tl.load(columns + entries * step_c, mask=entries < columns_here, other=0) // BLOCK_K
-    found = tl.zeros_like(wanted)
-    last = tl.full(wanted.shape, -1, tl.int32)
-    for i in tl.range(0, steps):
-        candidate = found + (1 << (steps - 1 - i))
-        inside = candidate <= count
-        entry = tl.load(ids + (candidate - 1) * step_i, mask=inside, other=0)
-        accept = inside & (entry <= wanted)
-        found = tl.where(accept, candidate, found)
-        last = tl.where(accept, entry, last)
-    bits = tl.reshape(((found > 0) & (last == wanted)).to(tl.int32), (WORDS, 32))
-    packed = tl.sum(bits << tl.arange(0, 32)[None, :], 1)
-    at = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
-    tl.store(covered + program.to(tl.int64) * words + at, packed, mask=at < words)
 
 
 @triton.jit(do_not_specialize=["heads", "queries", "rows"])
@@ -475,14 +341,6 @@ def merge_attention_kernel(
 # --- choice of configuration -----------------------------------------------------------------------------------------
 
 
-class Limits(NamedTuple):
-    """Of a device: shared memory a block may have and L2, in bytes, and whether its tensor cores are Hopper's."""
-
-    shared_memory: int
-    l2: int
-    wgmma: bool
-
-
 class Config(NamedTuple):
     """What a launch is compiled for, beside dtypes: chosen from shapes, so that no call ever tunes."""
 
@@ -492,16 +350,6 @@ class Config(NamedTuple):
     block_n: int
     num_warps: int
     num_stages: int
-
-
-def split_head_dim(d: int) -> tuple[int, int]:
-    """(D0, D1), powers of two from 16 with D0 + D1 >= d; D1 is 0 where one part wastes no more than two."""
-    whole = max(16, 1 << (d - 1).bit_length())
-    low = whole // 2
-    if low < 16 or d <= low:
-        return whole, 0
-    rest = max(16, 1 << (d - low - 1).bit_length())
-    return (low, rest) if low + rest < whole else (whole, 0)
 
 
 @functools.lru_cache
@@ -528,20 +376,6 @@ def choose_config(d: int, nq: int, block_q: int, block_k: int, itemsize: int, li
     return Config(d0, d1, block_m, block_n, num_warps, num_stages)
 
 
-@functools.lru_cache
-def device_limits(device: torch.device) -> Limits:
-    if device.type != "cuda":
-        return Limits(160 * 1024, 40 * 1024 * 1024, False)
-    properties = torch.cuda.get_device_properties(device)
-    shared_memory = getattr(properties, "shared_memory_per_block_optin", 0) or 48 * 1024
-    l2 = getattr(properties, "L2_cache_size", 0) or 4 * 1024 * 1024
-    return Limits(shared_memory, l2, properties.major == 9)
-
-
-def _on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
@@ -559,6 +393,7 @@ def sparse_attention(
     scale: float | None = None,
     block_q: int = 64,
     block_k: int = 64,
+    window: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`torch.ops.headstart.sparse_attention` on Triton; see `ops/sparse_attention.py` for the contract."""
     batch, heads, nq, d = q.shape
@@ -568,99 +403,77 @@ def sparse_attention(
     if out.numel() == 0:
         return out, lse
     limits = device_limits(q.device)
-    config = choose_config(d, nq, block_q, block_k, q.element_size(), limits)
-    scale = 1 / math.sqrt(d) if scale is None else scale
+    scale = (1 / math.sqrt(d) if scale is None else scale) / LN2
+    window = None if window is None or window >= nk else window
+    lists = make_lists(block_count, block_index, column_count, column_index, block_k)
+    group, index_group = heads // kv_heads, heads // block_count.shape[1]
+    unit = stride_unit(q, k, v)
+    strides = token_strides(unit, q, k, v)
 
-    unit = 8 if all(s % 8 == 0 for x in (q, k, v) for s in x.stride()[:3]) else 1
-    qkv_strides = [s // unit for x in (q, k, v) for s in x.stride()[:3]]
-    has_columns = column_count is not None and column_index.shape[-1] > 0
-    if not has_columns:
-        column_count, column_index = block_count, block_index
-
-    def strides(x: torch.Tensor) -> list[int]:
-        """Batch, head and row strides of an index tensor, 0 where one entry serves all."""
-        return [0 if n == 1 else s for n, s in zip(x.shape[:3], x.stride()[:3], strict=True)]
-
-    has_covered = has_columns and block_index.shape[-1] > 0
-    covered, covered_strides = block_count, (0, 0, 0)
-    if has_covered:
-        index_batch, index_heads, index_rows = block_count.shape
-        words = triton.cdiv(column_index.shape[-1], 32)
-        covered = block_count.new_empty(index_batch, index_heads, index_rows, words)
-        covered_strides = (0 if index_batch == 1 else covered.stride(0), covered.stride(1), words)
-        with _on(q.device):
-            covered_columns_kernel[(index_batch * index_heads * index_rows, triton.cdiv(words, COVERED_WORDS))](
-                block_count,
-                block_index,
-                column_count,
-                column_index,
-                covered,
-                *strides(block_count),
-                *strides(block_index),
-                block_index.stride(-1),
-                *strides(column_count),
-                *strides(column_index),
-                column_index.stride(-1),
-                block_index.shape[-1],
-                column_index.shape[-1],
-                index_heads,
-                index_rows,
-                words,
-                block_index.shape[-1].bit_length(),
-                BLOCK_K=block_k,
-                WORDS=COVERED_WORDS,
-                num_warps=4,
-            )
+    # Of few queries, the heads that read one list of the same keys share a tile, and its list may be split.
+    splits = 1
+    if nq <= decode.MAX_ROWS:
+        pack = group if index_group % group == 0 and group * nq <= decode.MAX_ROWS else 1
+        splits = decode.choose_splits(batch * heads // pack, lists.keys(block_k), limits.processors)
+    if splits > 1:
+        limits = limits._replace(wgmma=False)  # which needs tiles of 64 rows
+        config = choose_config(d, pack * nq, block_q, block_k, q.element_size(), limits)
+    else:
+        config = choose_config(d, nq, block_q, block_k, q.element_size(), limits)
+    options = dict(D=d, D0=config.d0, D1=config.d1, UNIT=unit, BLOCK_K=block_k, BLOCK_N=config.block_n)
+    options |= dict(BLOCK_C=min(COLUMNS, config.block_n), CAUSAL=causal, HAS_KV_START=kv_start is not None)
+    options |= dict(HAS_COLUMNS=lists.has_columns, HAS_COVERED=lists.has_covered, HAS_WINDOW=window is not None)
+    options |= dict(PRECISION=precision(q))
+    if splits > 1:
+        chosen = dict(pack=pack, index_group=index_group, splits=splits, config=config, options=options)
+        decode.split_attention(q, k, v, out, lse, lists, kv_start, scale, strides, window, **chosen)
+        return out, lse
 
     tiles = triton.cdiv(nq, config.block_m)
     streams = batch * kv_heads
     section = min(streams, max(1, limits.l2 // 2 // max(1, 2 * nk * d * q.element_size())))
-    with _on(q.device):
+    order = longest_first(
+        lists,
+        nq=nq,
+        nk=nk,
+        tiles=tiles,
+        streams=streams,
+        section=section,
+        kv_heads=kv_heads,
+        group=group,
+        index_group=index_group,
+        block_q=block_q,
+        block_k=block_k,
+        block_m=config.block_m,
+        causal=causal,
+    )
+    with on(q.device):
         sparse_attention_kernel[(tiles * batch * heads,)](
             q,
             k,
             v,
             out,
             lse,
-            block_count,
-            block_index,
-            column_count,
-            column_index,
-            covered,
+            *lists.tensors,
             kv_start if kv_start is not None else block_count,
-            scale / LN2,
-            *qkv_strides,
-            *strides(block_count),
-            *strides(block_index),
-            block_index.stride(-1),
-            *strides(column_count),
-            *strides(column_index),
-            column_index.stride(-1),
-            *covered_strides,
+            order if order is not None else block_count,
+            scale,
+            *strides,
+            *lists.strides,
+            *lists.capacities,
             nq,
             nk,
-            block_index.shape[-1],
-            column_index.shape[-1],
+            window or 0,
             tiles,
             streams,
             section,
             kv_heads,
-            heads // kv_heads,
-            heads // block_count.shape[1],
-            D=d,
-            D0=config.d0,
-            D1=config.d1,
-            UNIT=unit,
+            group,
+            index_group,
+            **options,
             BLOCK_Q=block_q,
-            BLOCK_K=block_k,
             BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_C=min(COLUMNS, config.block_n),
-            CAUSAL=causal,
-            HAS_COLUMNS=has_columns,
-            HAS_KV_START=kv_start is not None,
-            HAS_COVERED=has_covered,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            HAS_ORDER=order is not None,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
@@ -679,7 +492,7 @@ def merge_attention(
         return out, lse
     block_d = triton.next_power_of_2(max(d, 1))
     block_m = max(1, 4096 // block_d)
-    with _on(out_a.device):
+    with on(out_a.device):
         merge_attention_kernel[(triton.cdiv(rows, block_m),)](
             out_a,
             lse_a,

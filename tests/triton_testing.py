@@ -1,0 +1,114 @@
+"""How Triton kernels are tested without a GPU: through the interpreter, and by compiling them for a GPU that is absent.
+
+The interpreter must be chosen before triton is imported, so a test file runs itself again with TRITON_INTERPRET=1. To
+see the interpreted cases one by one: ``TRITON_INTERPRET=1 pytest tests/test_triton_<stem>.py``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter, in a process of its own")
+compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+
+def run_in_the_interpreter(file: str):
+    """Runs the interpreted tests of a file, in a process of their own."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert re.search(r"\d+ passed", done.stdout), done.stdout[-2000:]
+
+
+def surrounded(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Random [B, H, N, D] with NaN before and after the tokens of each head, so that a read outside them shows."""
+    b, h, n, d = shape
+    x = torch.full((b, h, n + 192, d), math.nan).to(dtype)
+    x[:, :, 64 : 64 + n] = torch.randn(b, h, n, d).to(dtype)
+    return x[:, :, 64 : 64 + n]
+
+
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+
+
+class Recorder:
+    """Stands in for a kernel and keeps what it would have been launched with."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            self.args, self.options = args, options
+
+        return launch
+
+
+def record(monkeypatch, *modules) -> dict[str, Recorder]:
+    """Lets the kernels of these modules record their launches instead of running."""
+    recorders = {}
+    for module in modules:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            recorders[name] = Recorder(getattr(module, name))
+            monkeypatch.setattr(module, name, recorders[name])
+    return recorders
+
+
+def compile_launch(modules, monkeypatch, name: str, capability: int, call):
+    """Compiles kernel `name` of one of `modules` as `call` last launches it on a device of this capability."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    with monkeypatch.context() as patch:
+        recorders = record(patch, *modules)
+        for module in modules:
+            if hasattr(module, "device_limits"):
+                limits = module.Limits(SHARED_MEMORY[capability], 2**25, capability == 90)
+                patch.setattr(module, "device_limits", lambda device, limits=limits: limits)
+        call()
+    kernel = recorders[name].kernel
+    args, constants = recorders[name].args, dict(recorders[name].options)
+    options = {key: constants.pop(key) for key in ("num_warps", "num_stages") if key in constants}
+    signature, attributes = {}, {}
+    for position, (argument, value) in enumerate(zip(kernel.arg_names, args)):
+        if isinstance(value, torch.Tensor):
+            signature[argument] = POINTERS[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[argument] = "fp32" if isinstance(value, float) else "i32"
+    signature |= dict.fromkeys(constants, "constexpr")
+    constants = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def resources(binary, folder: Path) -> dict[str, int] | None:
+    """Registers and stack (spills) of a thread, from the cubin; None where triton brings no cuobjdump."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        return None
+    path = folder / "kernel.cubin"
+    path.write_bytes(binary.asm["cubin"])
+    text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return {"registers": int(found[1]), "stack": int(found[2]), "shared": binary.metadata.shared}
