@@ -284,9 +284,13 @@ def pooled_score_kernel(
     mean_q += stream * rows * D
     mean_k += kv_stream * blocks * D
     result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for first in tl.static_range(0, D, DEPTH):
-        a = load_rows(mean_q, row, D, is_row, first, DEPTH, D, True)
-        b = load_rows(mean_k, block, D, is_block, first, DEPTH, D, True)
+    for first in tl.range(0, D, DEPTH):
+        dims = first + tl.arange(0, DEPTH)
+        inside = (dims < D)[None, :]
+        a = tl.load(mean_q + row.to(tl.int64)[:, None] * D + dims[None, :], mask=is_row[:, None] & inside, other=0.0)
+        b = tl.load(
+            mean_k + block.to(tl.int64)[:, None] * D + dims[None, :], mask=is_block[:, None] & inside, other=0.0
+        )
         result = tl.dot(a, tl.trans(b), result, input_precision="tf32x3")
     at = scores + (stream * rows + row)[:, None] * blocks + block[None, :]
     tl.store(at, result, mask=is_row[:, None] & is_block[None, :])
@@ -414,7 +418,7 @@ def block_topk_index(q, k, top_k, *, sink, local, kv_start, block_q, block_k):
             DEPTH=32,
             BLOCK_M=64,
             BLOCK_N=64,
-            num_warps=4,
+            num_warps=8,
         )
     geometry = dict(nq=nq, nk=nk, block_q=block_q, block_k=block_k, sink=sink, local=local, kv_start=kv_start)
     return select(scores, min(top_k, blocks), **geometry)
