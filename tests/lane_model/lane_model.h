@@ -2,8 +2,8 @@
 //
 // Every thread of a block is a coroutine on a stack of its own. It runs until it meets the others: at __syncthreads
 // with its block, at a shuffle, ballot, ldmatrix or mma with the 32 lanes of its warp, whose registers are then
-// exchanged as the PTX ISA says. Threads run in ascending or descending order, one as far as it gets before the next
-// starts, so a forgotten barrier shows as a wrong result in one of the two orders. An asynchronous copy arrives when its
+// exchanged as the PTX ISA says. Warps run in ascending or descending order, one as far as it gets before the next
+// starts, and so do its lanes; so a forgotten barrier shows as a wrong result in one of the two orders. An asynchronous copy arrives when its
 // thread waits for it, no sooner. Shared memory starts as NaN, and writes behind its end are found.
 //
 // Not modelled: time, bank conflicts, the order of memory between warps that do not meet, rounding of tensor cores
@@ -146,15 +146,20 @@ inline void run_block(int count) {
     warps[t / kLanes].arrived = 0;
   }
   for (;;) {
-    bool ran = false, done = true;
+    bool ran = false, again = false, done = true;
     for (int i = 0; i < count; ++i) {
       const int t = descending ? count - 1 - i : i;
       if (threads[t].state == State::kReady) {
         resume(t);
         if (failure != nullptr) return;
-        ran = true;
+        ran = again = true;
       }
       done &= threads[t].state == State::kDone;
+      if (i % kLanes == kLanes - 1 && again) {  // the whole warp, until it waits for others
+        i -= kLanes;
+        again = false;
+        done = false;
+      }
     }
     if (done) return;
     if (ran) continue;
