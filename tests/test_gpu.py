@@ -336,6 +336,101 @@ def test_no_operator_waits_for_the_gpu(builder):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.fixture
+def judge(monkeypatch):
+    """The judge of the CPU's builders; what it calls runs on the GPU, on tokens between NaN tokens."""
+    import test_prefill_index
+
+    def on_gpu(build):
+        def call(q, k, *args, **kwargs):
+            moved = [torch.full((*x.shape[:2], x.shape[2] + 2, x.shape[3]), math.nan).to(x) for x in (q, k)]
+            for to, x in zip(moved, (q, k)):
+                to[:, :, 1:-1] = x
+            kwargs = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in kwargs.items()}
+            return build(*(x.cuda()[:, :, 1:-1] for x in moved), *args, **kwargs).to("cpu")
+
+        return call
+
+    for name in ("vertical_slash_index", "block_topk_index", "adaptive_block_index"):
+        monkeypatch.setattr(headstart, name, on_gpu(getattr(headstart, name)))
+    return test_prefill_index
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", shapes.BUILDERS, ids=str)
+def test_index_builders_by_the_judge(judge, shape, dtype):
+    q, k, _ = shape.qkv(dtype)
+    judge.check_vertical_slash(shape, q, k)
+    judge.check_vertical_slash(shape, q, k, vertical=100, slash=400, last_q=150, max_blocks=2, max_columns=11)
+    judge.check_topk(shape, q, k)
+    judge.check_adaptive(shape, 4 * q, k)
+    judge.check_adaptive(shape, 4 * q, k, stride=32, max_blocks=2)
+
+
+@pytest.mark.parametrize("d", [8, 72, 128, 256])
+@pytest.mark.parametrize("stride", [4, 16])
+def test_index_builders_over_many_tiles(judge, stride, d):
+    shape = shapes.Shape(1, 4, 2, 1100, 2300, d, kv_start=(90,))
+    q, k, _ = shape.qkv(torch.bfloat16)
+    judge.check_vertical_slash(shape, q, k, vertical=1100, slash=700)
+    judge.check_topk(shape, q, k, top_k=9)
+    judge.check_adaptive(shape, 4 * q, k, stride=stride)
+
+
+@pytest.mark.parametrize("name", ["test_equal_scores_choose_the_lower_id", "test_nan_and_inf_give_a_valid_index"])
+@pytest.mark.parametrize("builder", ["vertical_slash", "block_topk", "adaptive"])
+def test_index_builders_on_odd_values(judge, builder, name):
+    build = judge.BUILDERS[builder]
+    for more in (("q",), ("k",)) if "nan" in name else ((),):
+        getattr(judge, name)(None, build, *more)
+
+
+def as_mask(count: torch.Tensor, ids: torch.Tensor, limit: int) -> torch.Tensor:
+    used = torch.arange(ids.shape[-1]) < count.unsqueeze(-1)
+    mask = torch.zeros(*count.shape, limit + 1, dtype=torch.bool)
+    return mask.scatter_(-1, torch.where(used, ids, limit).long(), True)[..., :limit]
+
+
+@pytest.mark.parametrize("builder", BUILDERS.values(), ids=BUILDERS.keys())
+@pytest.mark.parametrize("n", [4096, 32768])
+def test_index_builders_at_length(builder, n):
+    q, k = torch.randn(1, 4, n, 64, device="cuda"), torch.randn(1, 2, n, 64, device="cuda")
+    got, again = builder(q, k), builder(q, k)
+    want = builder(q.cpu(), k.cpu())
+    for count, ids in (("block_count", "block_index"), ("column_count", "column_index")):
+        lists = [(getattr(x, count), getattr(x, ids)) for x in (got, again, want)]
+        if lists[0][0] is not None:
+            assert all(torch.equal(a, b) for a, b in zip(*lists[:2])), "the same input gives another index"
+            # A near tie between two scores may fall either way.
+            chosen = [
+                as_mask(a.cpu(), b.cpu(), n if ids == "column_index" else n // 64) for a, b in (lists[0], lists[2])
+            ]
+            assert float((chosen[0] != chosen[1]).sum() / chosen[1].sum()) < 0.005
+
+
+@pytest.mark.parametrize("builder", BUILDERS.values(), ids=BUILDERS.keys())
+def test_index_builders_in_a_cuda_graph(builder):
+    q, k = (torch.randn(1, h, 700, 64, dtype=torch.bfloat16, device="cuda") for h in (4, 2))
+
+    def step():
+        index = builder(q, k)
+        return [x for x in (index.block_count, index.block_index, index.column_index) if x is not None]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):
+        q.normal_()
+        k.normal_()
+        graph.replay()
+        assert all(torch.equal(got, want) for got, want in zip(captured, step()))
+
+
 # --- torch.compile and CUDA graphs -----------------------------------------------------------------------------------
 
 

@@ -4,24 +4,9 @@
 // fills the arguments; `tiers.cpp` picks the table for this CPU.
 #pragma once
 
-#include <cstdint>
+#include "../arguments.h"
 
 namespace headstart {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-enum class Dtype : int { kFloat32, kFloat16, kBFloat16 };
-
-// [batch][head][token][dim], dim contiguous.
-struct Tensor4 {
-  const void* data;
-  int64_t batch, head, token;
-};
 
 // Runs body(context, worker) once for every worker in [0, workers), on several threads where there are some.
 struct Parallel {
@@ -63,34 +48,6 @@ struct MergeAttentionArgs {
   void* out;
   float* lse;
   int64_t batch, heads, tokens, head_dim;
-};
-
-// What all index builders share. The outputs are contiguous: block_count [B, Hq, R], block_index [B, Hq, R, T].
-struct PrefillIndexArgs {
-  Dtype dtype;
-  Tensor4 q, k;
-  const int32_t* kv_start;
-  int64_t batch, heads_q, heads_kv, nq, nk, head_dim;
-  int block_q, block_k;
-  int64_t sink, local;
-  float scale;
-  int32_t* block_count;
-  int32_t* block_index;
-  int64_t block_capacity;
-};
-
-struct VerticalSlashArgs : PrefillIndexArgs {
-  int64_t last_q;
-  int32_t* column_count;  // [B, Hq]
-  int32_t* column_index;  // [B, Hq, column_capacity]
-  int64_t column_capacity;
-};
-
-struct AdaptiveArgs : PrefillIndexArgs {
-  float threshold;
-  const float* head_threshold;  // [Hq] or null
-  int stride;
-  int64_t samples;  // queries of a row whose scores are computed exactly
 };
 
 struct Kernels {

@@ -6,49 +6,13 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <tuple>
-
-#include "../checks.h"
+#include "../prefill_index.h"
 #include "kernels.h"
 
 #define HEADSTART_NAMESPACE headstart
 
 namespace headstart {
 namespace {
-
-using OptionalTensor = std::optional<Tensor>;
-using Pair = std::tuple<Tensor, Tensor>;
-
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return Dtype::kFloat32;
-    case ScalarType::Half:
-      return Dtype::kFloat16;
-    default:
-      return Dtype::kBFloat16;
-  }
-}
-
-Tensor4 view(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
-
-const int32_t* ints(const OptionalTensor& x) {
-  return x.has_value() ? static_cast<const int32_t*>(x->const_data_ptr()) : nullptr;
-}
-
-// At least one element behind the pointer, so that empty tensors need no special case below.
-Tensor dense(const Tensor& x) { return torch::stable::contiguous(x); }
-
-OptionalTensor dense(const OptionalTensor& x) {
-  if (!x.has_value()) return x;
-  return torch::stable::contiguous(*x);
-}
-
-Tensor new_ints(const Tensor& like, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_empty(like, shape, ScalarType::Int);
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 const Parallel& threads() {
   static thread_local Parallel parallel{};
@@ -230,129 +194,17 @@ Pair merge_attention(const Tensor out_a, const Tensor lse_a, const Tensor out_b,
   return {out, lse};
 }
 
-// --- index builders ----------------------------------------------------------------------------------------------
-
-struct Builder {
-  Checks check;
-  const Tensor& q;
-  OptionalTensor start;
-  Tensor block_count, block_index;
-
-  Builder(const char* op, const Tensor& q, const Tensor& k, int64_t capacity, int64_t sink, int64_t local,
-          const OptionalTensor& kv_start, int64_t block_q, int64_t block_k, PrefillIndexArgs& args)
-      : check(op), q(q) {
-    check.query_key(q, k, true);
-    check.expect(q.size(2) > 0, "q", "at least one query", 0);
-    check.expect(sink >= 0, "sink", "a number of tokens, at least 0", sink);
-    check.expect(local >= 0, "local", "a number of tokens, at least 0", local);
-    check.block_size("block_q", block_q);
-    check.block_size("block_k", block_k);
-    check.kv_start(kv_start, q);
-    start = dense(kv_start);
-    const int64_t nq = q.size(2), nk = k.size(2);
-    args.dtype = dtype_of(q);
-    args.q = view(q);
-    args.k = view(k);
-    args.kv_start = ints(start);
-    args.batch = q.size(0);
-    args.heads_q = q.size(1);
-    args.heads_kv = k.size(1);
-    args.nq = nq;
-    args.nk = nk;
-    args.head_dim = q.size(3);
-    args.block_q = static_cast<int>(block_q);
-    args.block_k = static_cast<int>(block_k);
-    args.sink = sink;
-    args.local = local;
-    args.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(q.size(3))));
-    args.block_capacity = std::min(capacity, ceil_div(nk, block_k));
+struct CpuKernels {
+  static void vertical_slash_index(const VerticalSlashArgs& args, const Tensor&) {
+    kernels().vertical_slash_index(args, threads());
   }
-
-  void set_scale(const std::optional<double>& scale, PrefillIndexArgs& args) {
-    if (!scale.has_value()) return;
-    check.finite("scale", *scale);
-    args.scale = static_cast<float>(*scale);
+  static void block_topk_index(const PrefillIndexArgs& args, const Tensor&) {
+    kernels().block_topk_index(args, threads());
   }
-
-  void positive(const char* argument, int64_t value) { check.expect(value >= 1, argument, "at least 1", value); }
-
-  // The cap, or `otherwise` if there is none.
-  int64_t capped(const char* argument, const std::optional<int64_t>& cap, int64_t otherwise) {
-    if (cap.has_value()) positive(argument, *cap);
-    return cap.has_value() ? std::min(*cap, otherwise) : otherwise;
-  }
-
-  void allocate(PrefillIndexArgs& args) {
-    const int64_t rows = ceil_div(args.nq, args.block_q);
-    block_count = new_ints(q, {args.batch, args.heads_q, rows});
-    block_index = new_ints(q, {args.batch, args.heads_q, rows, args.block_capacity});
-    args.block_count = static_cast<int32_t*>(block_count.mutable_data_ptr());
-    args.block_index = static_cast<int32_t*>(block_index.mutable_data_ptr());
+  static void adaptive_block_index(const AdaptiveArgs& args, const Tensor&) {
+    kernels().adaptive_block_index(args, threads());
   }
 };
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> vertical_slash_index(
-    const Tensor q, const Tensor k, int64_t vertical_size, int64_t slash_size, int64_t last_q, int64_t sink,
-    int64_t local, const OptionalTensor kv_start, const std::optional<double> scale, int64_t block_q, int64_t block_k,
-    const std::optional<int64_t> max_blocks, const std::optional<int64_t> max_columns) {
-  VerticalSlashArgs args{};
-  Builder build("vertical_slash_index", q, k, INT64_MAX, sink, local, kv_start, block_q, block_k, args);
-  build.set_scale(scale, args);
-  build.positive("vertical_size", vertical_size);
-  build.positive("slash_size", slash_size);
-  build.positive("last_q", last_q);
-  const int64_t bands = build.capped("max_blocks", max_blocks, ceil_div(slash_size, block_k));
-  args.block_capacity = std::min(bands, args.block_capacity);
-  args.column_capacity = std::min(build.capped("max_columns", max_columns, vertical_size), args.nk);
-  args.last_q = last_q;
-  build.allocate(args);
-  Tensor column_count = new_ints(q, {args.batch, args.heads_q, 1});
-  Tensor column_index = new_ints(q, {args.batch, args.heads_q, 1, args.column_capacity});
-  args.column_count = static_cast<int32_t*>(column_count.mutable_data_ptr());
-  args.column_index = static_cast<int32_t*>(column_index.mutable_data_ptr());
-  kernels().vertical_slash_index(args, threads());
-  return {build.block_count, build.block_index, column_count, column_index};
-}
-
-Pair block_topk_index(const Tensor q, const Tensor k, int64_t top_k, int64_t sink, int64_t local,
-                      const OptionalTensor kv_start, int64_t block_q, int64_t block_k) {
-  PrefillIndexArgs args{};
-  Builder build("block_topk_index", q, k, top_k, sink, local, kv_start, block_q, block_k, args);
-  build.positive("top_k", top_k);
-  build.allocate(args);
-  kernels().block_topk_index(args, threads());
-  return {build.block_count, build.block_index};
-}
-
-Pair adaptive_block_index(const Tensor q, const Tensor k, double threshold, int64_t stride, int64_t sink, int64_t local,
-                          const OptionalTensor kv_start, const std::optional<double> scale, int64_t block_q,
-                          int64_t block_k, const std::optional<int64_t> max_blocks, const OptionalTensor head_threshold,
-                          int64_t samples) {
-  AdaptiveArgs args{};
-  Builder build("adaptive_block_index", q, k, INT64_MAX, sink, local, kv_start, block_q, block_k, args);
-  build.set_scale(scale, args);
-  build.check.expect(threshold > 0 && threshold <= 1, "threshold", "a share of the mass, above 0 and up to 1",
-                     threshold);
-  build.check.expect(stride == 4 || stride == 8 || stride == 16 || stride == 32, "stride", "4, 8, 16 or 32", stride);
-  build.check.expect(samples >= 0 && samples <= 64, "samples", "a number of queries from 0 to 64", samples);
-  args.block_capacity = build.capped("max_blocks", max_blocks, args.block_capacity);
-  OptionalTensor thresholds;
-  if (head_threshold.has_value()) {
-    build.check.tensor("head_threshold", *head_threshold, {ScalarType::Float}, {args.heads_q}, &q);
-    thresholds = dense(head_threshold);
-    args.head_threshold = static_cast<const float*>(thresholds->const_data_ptr());
-    for (int64_t h = 0; h < args.heads_q; ++h) {
-      const float t = args.head_threshold[h];
-      build.check.expect(t > 0 && t <= 1, "head_threshold", "shares of the mass, above 0 and up to 1", t);
-    }
-  }
-  args.threshold = static_cast<float>(threshold);
-  args.stride = static_cast<int>(stride);
-  args.samples = samples;
-  build.allocate(args);
-  kernels().adaptive_block_index(args, threads());
-  return {build.block_count, build.block_index};
-}
 
 }  // namespace
 }  // namespace headstart
@@ -360,7 +212,7 @@ Pair adaptive_block_index(const Tensor q, const Tensor k, double threshold, int6
 STABLE_TORCH_LIBRARY_IMPL(HEADSTART_NAMESPACE, CPU, m) {
   m.impl("sparse_attention", TORCH_BOX(&headstart::sparse_attention));
   m.impl("merge_attention", TORCH_BOX(&headstart::merge_attention));
-  m.impl("vertical_slash_index", TORCH_BOX(&headstart::vertical_slash_index));
-  m.impl("block_topk_index", TORCH_BOX(&headstart::block_topk_index));
-  m.impl("adaptive_block_index", TORCH_BOX(&headstart::adaptive_block_index));
+  m.impl("vertical_slash_index", TORCH_BOX(&headstart::vertical_slash_index<headstart::CpuKernels>));
+  m.impl("block_topk_index", TORCH_BOX(&headstart::block_topk_index<headstart::CpuKernels>));
+  m.impl("adaptive_block_index", TORCH_BOX(&headstart::adaptive_block_index<headstart::CpuKernels>));
 }

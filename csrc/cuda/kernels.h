@@ -6,12 +6,12 @@
 
 #include <cstdint>
 
+#include "../arguments.h"
+
 struct CUstream_st;
 
 namespace headstart {
 namespace cuda {
-
-enum class Dtype : int { kFloat32, kFloat16, kBFloat16 };
 
 struct Strides3 {
   int64_t batch, head, token;
@@ -30,6 +30,15 @@ struct MergeArgs {
 };
 
 const char* merge_attention(const MergeArgs& args, CUstream_st* stream);
+
+// Index builders need a workspace, of at least that many bytes on the current device, aligned to 256. Which blocks of
+// threads there are depends on the device, so both functions of a pair are called with the same one current.
+int64_t vertical_slash_workspace(const VerticalSlashArgs& args);
+int64_t block_topk_workspace(const PrefillIndexArgs& args);
+int64_t adaptive_workspace(const AdaptiveArgs& args);
+const char* vertical_slash_index(const VerticalSlashArgs& args, void* workspace, CUstream_st* stream);
+const char* block_topk_index(const PrefillIndexArgs& args, void* workspace, CUstream_st* stream);
+const char* adaptive_block_index(const AdaptiveArgs& args, void* workspace, CUstream_st* stream);
 
 }  // namespace cuda
 }  // namespace headstart

@@ -10,26 +10,14 @@
 
 #include <stdexcept>
 #include <string>
-#include <tuple>
 
-#include "../checks.h"
+#include "../prefill_index.h"
 #include "kernels.h"
 
 #define HEADSTART_NAMESPACE headstart
 
 namespace headstart {
 namespace {
-
-cuda::Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      return cuda::Dtype::kFloat32;
-    case ScalarType::Half:
-      return cuda::Dtype::kFloat16;
-    default:
-      return cuda::Dtype::kBFloat16;
-  }
-}
 
 // A dimension of one never steps, whatever its stride says.
 cuda::Strides3 strides(const Tensor& x) {
@@ -79,9 +67,33 @@ std::tuple<Tensor, Tensor> merge_attention(Tensor out_a, Tensor lse_a, Tensor ou
   return {out, lse};
 }
 
+// Calls launcher(args, workspace, stream) on q's device and its current stream.
+template <typename Args>
+void launch(const char* op, const Args& args, const Tensor& q, int64_t (*workspace_bytes)(const Args&),
+            const char* (*launcher)(const Args&, void*, CUstream_st*)) {
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  Tensor workspace = torch::stable::new_empty(q, {workspace_bytes(args)}, ScalarType::Byte);
+  expect_launched(op, launcher(args, workspace.mutable_data_ptr(), current_stream(q)));
+}
+
+struct CudaKernels {
+  static void vertical_slash_index(const VerticalSlashArgs& args, const Tensor& q) {
+    launch("vertical_slash_index", args, q, cuda::vertical_slash_workspace, cuda::vertical_slash_index);
+  }
+  static void block_topk_index(const PrefillIndexArgs& args, const Tensor& q) {
+    launch("block_topk_index", args, q, cuda::block_topk_workspace, cuda::block_topk_index);
+  }
+  static void adaptive_block_index(const AdaptiveArgs& args, const Tensor& q) {
+    launch("adaptive_block_index", args, q, cuda::adaptive_workspace, cuda::adaptive_block_index);
+  }
+};
+
 }  // namespace
 }  // namespace headstart
 
 STABLE_TORCH_LIBRARY_IMPL(HEADSTART_NAMESPACE, CUDA, m) {
   m.impl("merge_attention", TORCH_BOX(&headstart::merge_attention));
+  m.impl("vertical_slash_index", TORCH_BOX(&headstart::vertical_slash_index<headstart::CudaKernels>));
+  m.impl("block_topk_index", TORCH_BOX(&headstart::block_topk_index<headstart::CudaKernels>));
+  m.impl("adaptive_block_index", TORCH_BOX(&headstart::adaptive_block_index<headstart::CudaKernels>));
 }

@@ -36,7 +36,15 @@ CPU_KERNELS = frozenset(
         "adaptive_block_index",
     }
 )
-CUDA_KERNELS = frozenset({"sparse_attention", "merge_attention"})
+CUDA_KERNELS = frozenset(
+    {
+        "sparse_attention",
+        "merge_attention",
+        "vertical_slash_index",
+        "block_topk_index",
+        "adaptive_block_index",
+    }
+)
 
 
 def define(

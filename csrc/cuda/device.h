@@ -1,0 +1,109 @@
+// What kernels need beyond CUDA C++: the PTX instructions of tensor cores and asynchronous copies, and launching.
+//
+// With HEADSTART_LANE_MODEL these names, and those of CUDA that kernels use, come from tests/lane_model/lane_model.h,
+// which runs a kernel on a CPU, lane by lane.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../arguments.h"
+#include "../layouts/mma.h"
+
+#ifdef HEADSTART_LANE_MODEL
+#include "lane_model.h"
+#else
+
+#include <cuda_fp16.h>
+
+#include <type_traits>
+
+namespace headstart {
+namespace cuda {
+
+__device__ __forceinline__ unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char bytes[];
+  return bytes;
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* at) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(at));
+}
+
+// Four 8 × 8 matrices of 16-bit elements; layouts/mma.h says who gives and gets what.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// c += a · b
+template <typename T>
+__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, Float16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// 16 bytes from global to shared memory; zeros, and nothing read, if not `valid`.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most `kPending` of this thread's committed groups are unfinished.
+template <int kPending>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+__device__ __forceinline__ float to_float(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
+
+// --- host ---------------------------------------------------------------------------------------------------------
+
+inline const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+
+// Null, or what CUDA says of the launch.
+template <typename... Args>
+const char* launch(void (*kernel)(Args...), int64_t blocks, int threads, int shared_bytes, CUstream_st* stream,
+                   const std::common_type_t<Args>&... args) {
+  constexpr int kAlwaysAllowed = 48 << 10;
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > kAlwaysAllowed) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  }
+  if (error == cudaSuccess) kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(args...);
+  const cudaError_t last = cudaGetLastError();
+  return message(error == cudaSuccess ? last : error);
+}
+
+inline const char* zero(void* at, int64_t bytes, CUstream_st* stream) {
+  return message(cudaMemsetAsync(at, 0, static_cast<size_t>(bytes), stream));
+}
+
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+}  // namespace cuda
+}  // namespace headstart
+
+#endif
