@@ -450,7 +450,7 @@ def test_compiles_whole_with_dynamic_shapes(builder):
 
 
 @pytest.mark.parametrize("builder", BUILDERS.values(), ids=BUILDERS.keys())
-def test_index_builders_in_a_cuda_graph(builder):
+def test_prefill_in_a_cuda_graph(builder):
     q, k, v = (torch.randn(1, 4, 700, 64, dtype=torch.float16, device="cuda") for _ in range(3))
 
     def step():

@@ -112,6 +112,22 @@ def test_the_model_is_left_as_it_was(model, texts):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_layers_with_a_window_keep_it(texts):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=128, hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)
+    config = transformers.Qwen2Config(
+        **sizes, num_hidden_layers=3, use_sliding_window=True, sliding_window=128, max_window_layers=1
+    )
+    config._attn_implementation = "sdpa"
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    windowed = [layer.self_attn.sliding_window is not None for layer in model.model.layers]
+    assert windowed == [False, True, True]
+    plan = search(model, {"one": texts["one"]})
+    assert [len(layer) for layer in plan.layers] == [4, 0, 0]
+    headstart.patch(model, plan)
+    assert model(texts["one"][None, :64]).logits.isfinite().all()
+
+
 def test_default_candidates_are_matched_in_cost():
     found = candidates(8192)
     assert len(found) == len(set(found)) and {p.name for p in found} == set(PATTERN_NAMES)

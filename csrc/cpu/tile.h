@@ -28,59 +28,19 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Memory that a thread's last calls used, kept for its next: fresh pages cost more than packing keys into them.
-class Reserve {
- public:
-  struct Block {
-    void* data;
-    int64_t bytes;
-  };
-
-  ~Reserve() {
-    for (int i = 0; i < count_; ++i) release(blocks_[i]);
-  }
-
-  Block take(int64_t bytes) {
-    for (int i = 0; i < count_; ++i) {
-      if (blocks_[i].bytes >= bytes && blocks_[i].bytes <= 2 * bytes) {
-        const Block found = blocks_[i];
-        blocks_[i] = blocks_[--count_];
-        held_ -= found.bytes;
-        return found;
-      }
-    }
-    return {::operator new(static_cast<size_t>(bytes), std::align_val_t(64)), bytes};
-  }
-
-  void give(Block block) {
-    if (count_ == kMostBlocks || held_ + block.bytes > kMostBytes) return release(block);
-    blocks_[count_++] = block;
-    held_ += block.bytes;
-  }
-
- private:
-  static void release(Block block) { ::operator delete(block.data, std::align_val_t(64)); }
-  static constexpr int kMostBlocks = 64;
-  static constexpr int64_t kMostBytes = int64_t{64} << 20;
-  Block blocks_[kMostBlocks];
-  int count_ = 0;
-  int64_t held_ = 0;
-};
-
-thread_local Reserve reserve;
-
 // A 64-byte aligned, uninitialised array of a plain type. Allocate outside of parallel regions: it may throw.
 template <typename T>
 class Buffer {
  public:
-  explicit Buffer(int64_t size) : block_(reserve.take(round_up((size + 64) * static_cast<int64_t>(sizeof(T)), 4096))) {}
-  ~Buffer() { reserve.give(block_); }
+  explicit Buffer(int64_t size)
+      : data_(::operator new(static_cast<size_t>(size + 64) * sizeof(T), std::align_val_t(64))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  operator T*() { return static_cast<T*>(block_.data); }
+  operator T*() { return static_cast<T*>(data_); }
 
  private:
-  Reserve::Block block_;
+  void* data_;
 };
 
 // One T per worker, all made from the same arguments.

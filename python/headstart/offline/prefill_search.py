@@ -32,7 +32,7 @@ import torch
 from .._environment import environment
 from .._files import write_whole
 from ..ops.sparse_attention import sparse_attention
-from .prefill_plan import HeadPattern, PrefillPlan, fingerprint, full_index, pattern_index
+from .prefill_plan import HeadPattern, PrefillPlan, fingerprint, full_index, pattern_index, window_index
 
 FORMAT = "headstart.prefill_search"
 VERSION = 1
@@ -106,6 +106,8 @@ def search_prefill_plan(
             there, and another budget for the same search takes no new measurement.
         advance: called after every layer of every window, `windows · len(texts) · layers` times.
 
+    Layers with a sliding window shorter than `tokens` have their pattern already and are left out of the plan.
+
     Returns:
         A `PrefillPlan` tied to the model, with every head's error and density, and `provenance`.
 
@@ -142,20 +144,19 @@ def search_prefill_plan(
         for start in starts[name]:
             _measure_window(model, ids[start : start + tokens], f"{name}@{start}", patterns, record, advance)
 
-    error, share, cost = record.totals(patterns)
+    searched, error, share, cost = record.totals(patterns)
     choice = choose(error, cost, share, max_error=max_error, density=density)
-    layers = tuple(
-        {
+    layers = [{} for _ in range(identity["model"]["num_hidden_layers"])]
+    for row, layer in enumerate(searched):
+        layers[layer] = {
             head: HeadPattern.of(
                 patterns[c].name,
                 **dict(patterns[c].params),
-                error=error[layer, c, head].sqrt().item(),
-                density=share[layer, c, head].item(),
+                error=error[row, c, head].sqrt().item(),
+                density=share[row, c, head].item(),
             )
-            for head, c in enumerate(heads)
+            for head, c in enumerate(choice[row].tolist())
         }
-        for layer, heads in enumerate(choice.tolist())
-    )
     picked = [x.gather(1, choice[:, None]).squeeze(1) for x in (error, share, cost)]
     provenance = {
         "machine": environment(),
@@ -163,11 +164,11 @@ def search_prefill_plan(
         "tokens": tokens,
         "seed": seed,
         "budget": {"max_error": max_error} if density is None else {"density": density},
-        "error": (picked[0].sum() / len(layers)).sqrt().item(),
+        "error": (picked[0].sum() / len(searched)).sqrt().item(),
         "density": picked[1].mean().item(),
         "cost": picked[2].mean().item(),
     }
-    return PrefillPlan(HeadPattern.of("adaptive"), layers, identity["model"], provenance)
+    return PrefillPlan(HeadPattern.of("adaptive"), tuple(layers), identity["model"], provenance)
 
 
 def choose(
@@ -226,7 +227,12 @@ def _measure_window(model, ids, window, patterns, record, advance) -> None:
     for name, module in names.items():
         if hasattr(module, "layer_idx") and hasattr(module, "is_causal"):
             layers[module.layer_idx] = (module, names[name.rpartition(".")[0]])
-    if all(record.has(window, layer) for layer in layers):
+    _expect(len(layers) > 0, "model", "one whose attention goes through AttentionInterface", type(model).__name__)
+    nk = len(ids)
+    windows = {layer: getattr(module, "sliding_window", None) or nk for layer, (module, _) in layers.items()}
+    wanted = [layer for layer, size in windows.items() if size >= nk]
+    _expect(len(wanted) > 0, "tokens", f"at most {max(windows.values())}, as all layers have a sliding window", nk)
+    if all(record.has(window, layer) for layer in wanted):
         for _ in layers:
             advance()
         return
@@ -236,11 +242,14 @@ def _measure_window(model, ids, window, patterns, record, advance) -> None:
         stream = arguments[0] if arguments else keywords["hidden_states"]
         residual[module] = stream[0].float().square().sum(-1)
 
-    def attend(module, query, key, value, attention_mask, scaling=None, sliding_window=None, **_):
-        nk = key.shape[2]
-        dense, _ = sparse_attention(query, key, value, full_index(nk, nk, query.device), scale=scaling)
+    def attend(module, query, key, value, attention_mask, scaling=None, **_):
         layer = module.layer_idx
-        if not record.has(window, layer):
+        if layer not in wanted:
+            index = window_index(nk, nk, windows[layer], query.device)
+            dense, _ = sparse_attention(query, key, value, index, scale=scaling, window=windows[layer])
+        else:
+            dense, _ = sparse_attention(query, key, value, full_index(nk, nk, query.device), scale=scaling)
+        if layer in wanted and not record.has(window, layer):
             stream = residual[layers[layer][1]]
             record.add(window, layer, _measure_layer(module, query, key, value, scaling, dense, stream, patterns))
         residual.clear()
@@ -349,8 +358,10 @@ class _Record:
         content = json.dumps(self.identity | {"measured": layers})
         write_whole(self.path, lambda partial: partial.write_text(content, encoding="utf-8"))
 
-    def totals(self, patterns: Sequence[HeadPattern]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Means over the windows of squared error, density and cost, float64 [layers, candidates, heads]."""
+    def totals(self, patterns: Sequence[HeadPattern]) -> tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The layers, and means over the windows of squared error, density and cost, float64 [layers, candidates,
+        heads]."""
+        searched = sorted(next(iter(self.measured.values())))
         windows = [[x for _, x in sorted(layers.items())] for layers in self.measured.values()]
         error, share, index_seconds, seconds = (
             torch.stack([torch.stack([getattr(x, name) for x in layers]) for layers in windows]).mean(0)
@@ -363,7 +374,7 @@ class _Record:
             if pattern.name in ("dense", "a_shape"):
                 overhead[c] = 0.0
         overhead = (overhead / COST_STEP).round() * COST_STEP
-        return error, share, share + overhead[None, :, None]
+        return searched, error, share, share + overhead[None, :, None]
 
 
 def _to_json(x: Measured) -> dict[str, Any]:

@@ -10,8 +10,8 @@ Three patterns of MInference 1.0 (Jiang et al., 2024, arXiv 2407.02490, section 
 
 All heads are built in one call, with no host synchronisation; output shapes depend on the budgets alone. All are
 causal, bottom-right aligned. Kernels: `csrc/cpu/prefill_index.cpp`, `csrc/cuda/prefill_index_*.cu`,
-`triton/prefill_index.py`, `triton/vertical_slash.py`; the maths: `reference/prefill_index.py`, which also serves A-shape everywhere, that being
-arithmetic on positions alone.
+`triton/prefill_index.py`, `triton/vertical_slash.py`; the maths: `reference/prefill_index.py`, which serves A-shape
+everywhere, that being arithmetic on positions alone.
 """
 
 from __future__ import annotations
