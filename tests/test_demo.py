@@ -19,7 +19,7 @@ from headstart.engine.linear import upcast_pays  # noqa: E402
 def test_the_demo_measures_prints_and_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(attention, "SHORT_PROMPT", 64)
     report = tmp_path / "new" / "report"
-    content = demo.run(tokens=320, report=report, patterns=["dense", "adaptive"])
+    content = demo.run(tokens=320, report=report, patterns=["dense", "adaptive", demo.SEARCHED])
 
     assert json.loads((report / "report.json").read_text()) == content
     assert (report / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -28,17 +28,20 @@ def test_the_demo_measures_prints_and_writes(tmp_path, monkeypatch, capsys):
     assert content["environment"]["torch"] == torch.__version__
 
     linears = [demo.LINEARS] if upcast_pays(torch.bfloat16) else []
-    assert [row["name"] for row in content["rows"]] == [demo.BASELINE, *linears, "dense", "adaptive"]
-    baseline, *_, dense, adaptive = content["rows"]
+    assert [row["name"] for row in content["rows"]] == [demo.BASELINE, *linears, "dense", "adaptive", demo.SEARCHED]
+    baseline, *_, dense, adaptive, searched = content["rows"]
     assert baseline["loss"] < 4  # nats: a model that reads English
     assert abs(dense["loss_difference"]) < 0.05 and dense["density"] == 1 and dense["agreement"] > 0.9
     assert 0.2 < adaptive["density"] <= 1 and abs(adaptive["loss_difference"]) < 0.5
+    assert 0.05 < searched["density"] <= 1 and abs(searched["loss_difference"]) < 0.5
+    for name, losses in content["other_losses"].items():
+        assert name in (demo.BASELINE, demo.SEARCHED) and 0 < losses["source code"] < 4
     for row in content["rows"]:
         assert row["seconds"] > 0 and row["speedup"] == pytest.approx(baseline["seconds"] / row["seconds"])
 
     printed = capsys.readouterr().out
     assert printed.rstrip().endswith(content["conclusion"])
-    assert content["conclusion"].startswith("adaptive reads 320 tokens")
+    assert content["conclusion"].startswith("searched plan reads 320 tokens")
 
 
 @pytest.mark.parametrize(

