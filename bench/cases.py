@@ -211,7 +211,12 @@ def flex_work(spec: Spec, q, k, v, work: Work, selected: torch.Tensor) -> Work:
     )
 
 
-INDEX_NAMES = ("a_shape", "vertical_slash", "block_topk", "adaptive stride 8", "adaptive stride 16")
+ADAPTIVE = {  # the engine's default comes last
+    "adaptive stride 8": dict(threshold=0.95, stride=8, samples=0),
+    "adaptive stride 16": dict(threshold=0.95, stride=16, samples=0),
+    "adaptive stride 16, 4 samples": dict(threshold=0.93, stride=16, samples=4),
+}
+INDEX_NAMES = ("a_shape", "vertical_slash", "block_topk", *ADAPTIVE)
 
 
 def prefill_index(spec: Spec) -> list[Work]:
@@ -234,10 +239,10 @@ def prefill_index(spec: Spec) -> list[Work]:
         ),
         *(
             (
-                lambda stride=stride: headstart.adaptive_block_index(q, k, 0.95, stride),
-                lambda stride=stride: index_reference.adaptive_block_index(q, k, 0.95, stride=stride, **adaptive),
+                lambda options=options: headstart.adaptive_block_index(q, k, **options),
+                lambda options=options: index_reference.adaptive_block_index(q, k, **options, **adaptive),
             )
-            for stride in (8, 16)
+            for options in ADAPTIVE.values()
         ),
     )
     works = [every_block(spec, q, k, v)]
