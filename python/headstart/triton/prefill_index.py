@@ -461,8 +461,8 @@ def adaptive_block_index(
 
 
 def _antidiagonal_mass(q, k, stride, kv_start, scale, block_q, block_k, sampled):
-    """The sum of `reference.antidiagonal_shares` over a row's groups, or their maximum if `sampled`, written only where a
-    row sees the block."""
+    """The sum of `reference.antidiagonal_shares` over a row's groups, or their maximum if `sampled`; written only where
+    a row sees the block."""
     batch, heads, nq, d = q.shape
     kv_heads, nk = k.shape[1:3]
     rows, blocks = ceil_div(nq, block_q), ceil_div(nk, block_k)
@@ -572,7 +572,7 @@ def _join_sampled_shares(mass, q, k, samples, kv_start, scale, block_q, block_k)
             BLOCK_N=64 if q.element_size() == 2 else 32,
             HAS_KV_START=kv_start is not None,
             PRECISION=precision(q),
-            num_warps=4,
+            num_warps=4 if q.element_size() == 2 or slots < 64 else 8,
             num_stages=2,
         )
 
