@@ -242,6 +242,7 @@ BUILDERS = {
     "vertical_slash": lambda q, k: headstart.vertical_slash_index(q, k, 60, 256),
     "block_topk": lambda q, k: headstart.block_topk_index(q, k, 4),
     "adaptive": lambda q, k: headstart.adaptive_block_index(q, k, threshold=0.9, stride=8),
+    "adaptive, sampled": lambda q, k: headstart.adaptive_block_index(q, k, threshold=0.9, stride=16, samples=4),
 }
 
 
@@ -288,6 +289,8 @@ def test_index_builders_choose_the_best(shape, dtype, built_on_the_gpu):
     truth.check_topk(shape, q, k)
     truth.check_adaptive(shape, 4 * q, k)
     truth.check_adaptive(shape, 4 * q, k, stride=16, max_blocks=2, head_threshold=torch.rand(shape.heads_q))
+    for samples in (1, 4, 33):
+        truth.check_adaptive(shape, 4 * q, k, samples=samples)
 
 
 @pytest.mark.parametrize("entries, capacity", [(50, 9), (2048, 300), (2048, 2048), (131072, 1000)])

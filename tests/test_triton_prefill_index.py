@@ -74,6 +74,7 @@ SHAPES = {
     "left padding, a chunk": (Shape(2, 1, 1, 60, 200, 16, kv_start=(64, 180)), FLOAT32),
     "head dim 256": (Shape(1, 1, 1, 70, 130, 256), FLOAT16),
 }
+SAMPLES = (4, 4, 3, 5, 16, 4, 2, 33, 4, 7, 8)  # for each of the shapes
 by_case = pytest.mark.parametrize("shape, dtype", SHAPES.values(), ids=SHAPES.keys())
 PLAIN = Shape(1, 1, 1, 200, 300, 24)
 PADDED = Shape(1, 1, 1, 130, 210, 24, kv_start=(70,))
@@ -144,6 +145,63 @@ def test_adaptive_options(options, shape, builders):
 
 
 @interpreted
+@pytest.mark.parametrize("shape, dtype, samples", [(*case, n) for case, n in zip(SHAPES.values(), SAMPLES)],
+                         ids=[f"{name}, {n} samples" for name, n in zip(SHAPES, SAMPLES)])  # fmt: skip
+def test_adaptive_sampled(shape, dtype, samples, builders):
+    q, k = inputs(shape, dtype)
+    truth.check_adaptive(shape, 4 * q, k, samples=samples)
+
+
+@interpreted
+@by_options(
+    (
+        dict(samples=1, stride=32, threshold=0.9),
+        dict(samples=4, stride=16, threshold=0.7, sink=0, local=0),
+        dict(samples=5, stride=4, threshold=0.5, max_blocks=3),
+        dict(samples=64, threshold=0.8, scale=-0.3),
+        dict(samples=3, scale=-3.0),
+        dict(samples=4, scale=-3.0, threshold=0.6, sink=0, local=0),
+        dict(samples=4, scale=0.0, threshold=0.7, sink=0, local=0),
+        dict(samples=2, scale=0.0, threshold=0.7),
+    )
+)
+def test_adaptive_sampled_options(options, shape, builders):
+    q, k = inputs(shape, FLOAT32)
+    truth.check_adaptive(shape, 4 * q, k, **options)
+
+
+@interpreted
+def test_a_sampled_query_finds_what_groups_blur(builders):
+    """One key that one sampled query attends alone: its group's mean over 16 other keys hardly meets it."""
+    shape = Shape(1, 1, 1, 256, 1024, 64)
+    q, k = inputs(shape)
+    q[:, :, 207] = 8 * k[:, :, 333].sign()  # the first of four samples of the last row
+    assert shares(q, k, shape, 4)[0, 0, 3, 0, 333 // 64] > 0.99
+    given = dict(sink=0, local=0, stride=16)
+    index = headstart.adaptive_block_index(q, k, 0.1, samples=4, **given)
+    assert index.block_index[0, 0, 3, : int(index.block_count[0, 0, 3])].tolist() == [5]
+    truth.check_adaptive(shape, q, k, 0.1, samples=4, **given)
+
+
+def shares(q, k, shape: Shape, samples: int) -> torch.Tensor:
+    given = dict(kv_start=shape.start(), scale=shape.head_dim**-0.5, block_q=shape.block_q, block_k=shape.block_k)
+    return reference.sampled_shares(q, k, samples, **given)
+
+
+@interpreted
+@pytest.mark.parametrize("samples", (3, 64))
+def test_sampled_shares_alone(samples, kernels):
+    """Joined to a mass of nothing, the kernel leaves the reference's shares; where a row sees no block, the mass."""
+    shape = Shape(2, 2, 1, 200, 300, 24, block_k=128, kv_start=(0, 230))
+    q, k = inputs(shape, FLOAT32)
+    mass = torch.full((2, 2, shape.rows, shape.blocks), -1.0)
+    kernels[0]._join_sampled_shares(mass, q, k, samples, shape.start(), None, shape.block_q, shape.block_k)
+    seen = truth.any_in_block(truth.visible_keys(shape), shape).expand_as(mass)
+    assert (mass[~seen] == -1).all()
+    torch.testing.assert_close(mass[seen], shares(q, k, shape, samples).amax(-2)[seen], atol=2e-6, rtol=2e-5)
+
+
+@interpreted
 def test_adaptive_threshold_per_head(builders):
     shape = Shape(1, 2, 1, 60, 210, 32, kv_start=(20,))
     q, k = inputs(shape)
@@ -169,6 +227,7 @@ def test_logits_of_150(builders):
     assert columns[0, 0, 0].tolist() == list(range(60, 100))
     truth.check_adaptive(shape, q, k, scale=8 * scale, stride=8)
     truth.check_adaptive(shape, -q, k, scale=8 * scale, stride=8)
+    truth.check_adaptive(shape, q, k, scale=scale, samples=32)
 
 
 @interpreted
@@ -267,6 +326,7 @@ def test_share_of_masses_that_tie(entries, share, room, kernels):
 KERNELS = {
     "strided_score_kernel": "adaptive_block_index",
     "block_mass_kernel": "adaptive_block_index",
+    "sampled_share_kernel": "adaptive_block_index",
     "select_kernel": "adaptive_block_index",
     "pool_mean_kernel": "block_topk_index",
     "pooled_score_kernel": "block_topk_index",
@@ -276,7 +336,14 @@ KERNELS = {
     "spread_bands_kernel": "vertical_slash_index",
 }
 ARGUMENTS = {"adaptive_block_index": (0.9,), "block_topk_index": (100,), "vertical_slash_index": (1000, 6096)}
-MULTIPLY = ("strided_score_kernel", "pooled_score_kernel", "last_query_lse_kernel", "last_query_sums_kernel")
+OPTIONS = {"sampled_share_kernel": dict(samples=4)}
+MULTIPLY = (
+    "strided_score_kernel",
+    "sampled_share_kernel",
+    "pooled_score_kernel",
+    "last_query_lse_kernel",
+    "last_query_sums_kernel",
+)
 
 
 @compiled
@@ -292,7 +359,7 @@ def test_kernels_compile(name, capability, d, monkeypatch, tmp_path, record_prop
     q, k = torch.empty(1, 4, 8192, d, dtype=BFLOAT16), torch.empty(1, 2, 8192, d, dtype=BFLOAT16)
 
     def call():
-        _library.triton_kernels[builder](q, k, *ARGUMENTS[builder])
+        _library.triton_kernels[builder](q, k, *ARGUMENTS[builder], **OPTIONS.get(name, {}))
 
     binary = compile_launch([prefill_index, vertical_slash, block_select], monkeypatch, name, capability, call)
     assert binary.metadata.shared <= SHARED_MEMORY[capability]

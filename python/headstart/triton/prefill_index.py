@@ -13,7 +13,15 @@ best. Nothing of size Nq × Nk exists, all heads run at once, and nothing waits 
                       │ tile │ tile │ skip                     ▼
                       └──────┴──────┴──────┴─ ─           tile_max [G, tiles], partial [G, T]
                     block_mass_kernel      brings a row's query groups to one maximum and sum → mass [R, T]
+                    sampled_share_kernel   with samples: joins the exact shares of some queries of every row
                     select                 as many blocks as hold the share
+
+                    sampled_share_kernel   one program, 64 queries: the samples of neighbouring rows, gathered
+
+                        keys, 64 a tile
+          row r     ┌──────┬──────┬─ ─                    pass 1: online softmax → maximum and sum of each query
+          row r + 1 │ S    │ S    │      walked twice     pass 2: S again → shares of a key block, the row's largest
+          row r + … └──────┴──────┴─ ─                            → maximum with mass [R, T], in place
 
     top-k           pool_mean_kernel       a block of tokens → its mean
                     pooled_score_kernel    means · means, 64 × 64 a program → scores [R, T]
@@ -23,6 +31,8 @@ Floor. Adaptive: 1 / stride of dense causal attention's Q Kᵀ, one exponential 
 written and read once, 4 · G · T bytes a head, in a workspace that heads take in turns. (A second pass over the scores,
 in their place, would double the multiplications: at 128K tokens, stride 16 and D 128, 137 GFLOP a head; the sums are
 67 MB at most.)
+n samples a row of block_q queries: n / (2 · block_q) of dense attention's Q Kᵀ, twice, and two exponentials a score; K
+from L2 twice for every 64 of them. Their scores stay in registers.
 Top-k: reads Q and K once.
 
 No kernel adds with atomics: every sum has one order, so equal inputs give equal indices.
@@ -173,6 +183,7 @@ def block_mass_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
+    SAMPLED: tl.constexpr,
     HAS_KV_START: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -204,7 +215,134 @@ def block_mass_kernel(
         maxima = tl.load(tile_max + at * tiles_k + block // TILE_BLOCKS, mask=inside, other=float("-inf"))
         weights = tl.exp2(maxima - top) * tl.load(partial + at * blocks + block, mask=inside, other=0.0)
         ids = first + tl.arange(0, CHUNK)
-        tl.store(mass + ids, tl.sum(weights * inverse, 0), mask=ids < end)
+        # With sampled queries to come, the largest share of a group; without, the sum of the groups' shares.
+        shares = tl.max(weights * inverse, 0) if SAMPLED else tl.sum(weights * inverse, 0)
+        tl.store(mass + ids, shares, mask=ids < end)
+
+
+@triton.jit
+def _sampled_scores(
+    q0,
+    q1,
+    k,
+    step_k,
+    keys,
+    position,
+    start,
+    nk,
+    scale,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores [BLOCK_M, BLOCK_N] in base 2, -inf where a query does not see a key."""
+    real = (keys >= start) & (keys < nk)
+    scores = tl.dot(q0, tl.trans(load_rows(k, keys, step_k, real, 0, D0, D, True)), input_precision=PRECISION)
+    if D1 > 0:
+        k1 = load_rows(k, keys, step_k, real, D0, D1, D, True)
+        scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION)
+    # After scaling: a negative scale would make +inf of -inf.
+    return tl.where((keys[None, :] <= position[:, None]) & real[None, :], scores * scale, float("-inf"))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_qb", "stride_qh", "stride_qn", "stride_kb", "stride_kh", "stride_kn",
+        "heads", "group", "nq", "nk", "rows", "blocks", "samples",
+    ],
+    do_not_specialize_on_alignment=["kv_start", "mass"],
+)  # fmt: skip
+def sampled_share_kernel(
+    q,
+    k,
+    kv_start,
+    mass,
+    scale,
+    stride_qb,
+    stride_qh,
+    stride_qn,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    heads,
+    group,
+    nq,
+    nk,
+    rows,
+    blocks,
+    samples,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_KV_START: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """mass = max(mass, shares of the sampled queries), for ROWS rows of SLOTS queries, of which `samples` are used."""
+    # The last rows see the most keys: they begin first. Heads run side by side, and find K in L2.
+    first_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
+    stream = tl.program_id(0).to(tl.int64)
+    batch = stream // heads
+    head = stream % heads
+    start = 0
+    if HAS_KV_START:
+        start = tl.maximum(tl.load(kv_start + batch), 0)
+    lane = tl.arange(0, ROWS * SLOTS)
+    slot = lane % SLOTS
+    query = tl.minimum((first_row + lane // SLOTS) * BLOCK_Q + (slot + 1) * BLOCK_Q // samples, nq) - 1
+    is_query = (slot < samples) & (first_row + lane // SLOTS < rows)
+    # -1: the others see no key.
+    position = tl.where(is_query, query + nk - nq, -1)
+    q += batch * stride_qb * UNIT + head * stride_qh * UNIT
+    step_q = stride_qn.to(tl.int64) * UNIT
+    k += batch * stride_kb * UNIT + head // group * stride_kh * UNIT
+    step_k = stride_kn.to(tl.int64) * UNIT
+    q0 = load_rows(q, query, step_q, is_query, 0, D0, D, True)
+    q1 = q0
+    if D1 > 0:
+        q1 = load_rows(q, query, step_q, is_query, D0, D1, D, True)
+    PARTS: tl.constexpr = BLOCK_K // BLOCK_N
+    last = tl.minimum((first_row + ROWS) * BLOCK_Q, nq) - 1 + nk - nq
+    begin = start // BLOCK_K * PARTS
+    end = (last // BLOCK_K + 1) * PARTS
+
+    top = tl.full([ROWS * SLOTS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS * SLOTS], tl.float32)
+    for tile in tl.range(begin, end):
+        keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        scores = _sampled_scores(q0, q1, k, step_k, keys, position, start, nk, scale, D, D0, D1, PRECISION)
+        new_top = tl.maximum(top, tl.max(scores, 1))
+        # A query that has seen nothing yet: any finite reference keeps -inf - -inf out of the exponent.
+        reference = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2(top - reference) + tl.sum(tl.exp2(scores - reference[:, None]), 1)
+        top = new_top
+    top = tl.where(top == float("-inf"), 0.0, top)
+    inverse = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
+
+    row = first_row + tl.arange(0, ROWS)
+    row_last = tl.minimum((row + 1) * BLOCK_Q, nq) - 1 + nk - nq
+    mass += (stream * rows + row) * blocks
+    share = tl.zeros([ROWS * SLOTS], tl.float32)
+    for tile in tl.range(begin, end):
+        keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        scores = _sampled_scores(q0, q1, k, step_k, keys, position, start, nk, scale, D, D0, D1, PRECISION)
+        here = tl.sum(tl.exp2(scores - top[:, None]), 1)
+        if PARTS > 1:
+            share = tl.where(tile % PARTS == 0, 0.0, share) + here
+        else:
+            share = here
+        block = tile // PARTS
+        largest = tl.max(tl.reshape(share * inverse, (ROWS, SLOTS)), 1)
+        # Where a row sees nothing of a block, block_mass_kernel has left nothing to join.
+        whole = (row < rows) & (block * BLOCK_K <= row_last) & (row_last >= start) & (tile % PARTS == PARTS - 1)
+        before = tl.load(mass + block, mask=whole, other=0.0)
+        tl.store(mass + block, tl.maximum(before, largest), mask=whole)
 
 
 # --- block top-k -----------------------------------------------------------------------------------------------------
@@ -300,11 +438,13 @@ def pooled_score_kernel(
 
 
 def adaptive_block_index(
-    q, k, threshold, *, stride, sink, local, kv_start, scale, block_q, block_k, max_blocks, head_threshold
+    q, k, threshold, *, stride, sink, local, kv_start, scale, block_q, block_k, max_blocks, head_threshold, samples
 ):
     """`torch.ops.headstart.adaptive_block_index` on Triton; see `ops/prefill_index.py` for the contract."""
     blocks = ceil_div(k.shape[2], block_k)
-    mass = _antidiagonal_mass(q, k, stride, kv_start, scale, block_q, block_k)
+    mass = _antidiagonal_mass(q, k, stride, kv_start, scale, block_q, block_k, samples > 0)
+    if samples > 0:
+        _join_sampled_shares(mass, q, k, samples, kv_start, scale, block_q, block_k)
     return select(
         mass,
         blocks if max_blocks is None else min(max_blocks, blocks),
@@ -320,8 +460,9 @@ def adaptive_block_index(
     )
 
 
-def _antidiagonal_mass(q, k, stride, kv_start, scale, block_q, block_k):
-    """`reference.antidiagonal_mass`, written only where a row sees the block."""
+def _antidiagonal_mass(q, k, stride, kv_start, scale, block_q, block_k, sampled):
+    """The sum of `reference.antidiagonal_shares` over a row's groups, or their maximum if `sampled`; written only where
+    a row sees the block."""
     batch, heads, nq, d = q.shape
     kv_heads, nk = k.shape[1:3]
     rows, blocks = ceil_div(nq, block_q), ceil_div(nk, block_k)
@@ -387,10 +528,53 @@ def _antidiagonal_mass(q, k, stride, kv_start, scale, block_q, block_k):
                 BLOCK_Q=block_q,
                 BLOCK_K=block_k,
                 CHUNK=min(2048 // groups, max(16, triton.next_power_of_2(blocks))),
+                SAMPLED=sampled,
                 HAS_KV_START=kv_start is not None,
                 num_warps=4,
             )
     return mass
+
+
+def _join_sampled_shares(mass, q, k, samples, kv_start, scale, block_q, block_k):
+    """The maximum of `mass` and `reference.sampled_shares`, in place."""
+    batch, heads, nq, d = q.shape
+    nk = k.shape[2]
+    rows, blocks = mass.shape[2:]
+    d0, d1 = split_head_dim(d)
+    slots = triton.next_power_of_2(samples)
+    # A row's samples stay in one program: no two ever write one mass.
+    most = max(slots, 64 if q.element_size() == 2 else 32)
+    tile_rows = min(most, max(16, slots * triton.next_power_of_2(rows))) // slots
+    unit = stride_unit(q, k)
+    with on(q.device):
+        sampled_share_kernel[(batch * heads, ceil_div(rows, tile_rows))](
+            q,
+            k,
+            kv_start if kv_start is not None else mass,
+            mass,
+            (1 / math.sqrt(d) if scale is None else scale) / LN2,
+            *token_strides(unit, q, k),
+            heads,
+            heads // k.shape[1],
+            nq,
+            nk,
+            rows,
+            blocks,
+            samples,
+            D=d,
+            D0=d0,
+            D1=d1,
+            UNIT=unit,
+            BLOCK_Q=block_q,
+            BLOCK_K=block_k,
+            SLOTS=slots,
+            ROWS=tile_rows,
+            BLOCK_N=64 if q.element_size() == 2 else 32,
+            HAS_KV_START=kv_start is not None,
+            PRECISION=precision(q),
+            num_warps=4 if q.element_size() == 2 or slots < 64 else 8,
+            num_stages=2,
+        )
 
 
 def block_topk_index(q, k, top_k, *, sink, local, kv_start, block_q, block_k):
