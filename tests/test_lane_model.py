@@ -57,7 +57,12 @@ class VerticalSlashArgs(PrefillIndexArgs):
 
 
 class AdaptiveArgs(PrefillIndexArgs):
-    _fields_ = [("threshold", ctypes.c_float), ("head_threshold", ctypes.c_void_p), ("stride", ctypes.c_int)]
+    _fields_ = [
+        ("threshold", ctypes.c_float),
+        ("head_threshold", ctypes.c_void_p),
+        ("stride", ctypes.c_int),
+        ("samples", ctypes.c_int64),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +131,11 @@ class Builders:
 
     def adaptive_block_index(
         self, q, k, threshold=0.95, stride=8, *, sink=1, local=1, kv_start=None, scale=None, block_q=64, block_k=64,
-        max_blocks=None, head_threshold=None
+        max_blocks=None, head_threshold=None, samples=0
     ):  # fmt: skip
         args = AdaptiveArgs()
         out = self._start(args, q, k, max_blocks or 2**40, sink, local, kv_start, scale, block_q, block_k)
-        args.threshold, args.stride = threshold, stride
+        args.threshold, args.stride, args.samples = threshold, stride, samples
         thresholds = None if head_threshold is None else head_threshold.contiguous()
         args.head_threshold = None if thresholds is None else thresholds.data_ptr()
         return self._run("adaptive_block_index", args, out, block_q, block_k)
@@ -199,6 +204,11 @@ def test_vertical_slash_options(builders, options):
         dict(stride=32, threshold=0.6, sink=100, local=70),
         dict(max_blocks=1, sink=70, local=70),
         dict(scale=-0.1, threshold=0.7),
+        dict(samples=1, stride=32, threshold=0.9),
+        dict(samples=4, stride=16, threshold=0.7, sink=0, local=0),
+        dict(samples=5, stride=4, threshold=0.5, max_blocks=3),
+        dict(samples=64, stride=8, threshold=0.8, scale=-0.3),
+        dict(samples=4, scale=0.0, threshold=0.7, sink=0, local=0),
     ),
     ids=str,
 )
@@ -215,6 +225,15 @@ def test_adaptive_over_several_tiles_and_jobs(builders, stride):
     judge.check_adaptive(shape, 4 * q, k, stride=stride, max_blocks=12)
 
 
+@pytest.mark.parametrize("samples, dtype, descending", ((5, torch.float16, 1), (64, torch.float32, 0)), ids=str)
+def test_sampled_adaptive_over_several_tiles_and_jobs(builders, samples, dtype, descending):
+    builders.library.descending(bool(descending))
+    large = Shape(1, 1, 1, 300, 700, 24, block_q=128, block_k=128, kv_start=(170,))
+    for shape in (Shape(1, 2, 1, 600, 1300, 8, kv_start=(90,)), large):
+        q, k, _ = shape.qkv(dtype)
+        judge.check_adaptive(shape, 4 * q, k, stride=4, samples=samples, sink=0, local=0)
+
+
 @pytest.mark.parametrize("head_dim", (8, 72, 136, 256))
 @judge.by_dtype
 def test_head_dims(builders, head_dim, dtype):
@@ -223,6 +242,7 @@ def test_head_dims(builders, head_dim, dtype):
     judge.check_vertical_slash(shape, q, k)
     judge.check_topk(shape, q, k, top_k=1, sink=0, local=0)
     judge.check_adaptive(shape, 4 * q, k, sink=0, local=0)
+    judge.check_adaptive(shape, 4 * q, k, sink=0, local=0, samples=4)
 
 
 def test_many_keys(builders):

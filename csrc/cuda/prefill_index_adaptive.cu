@@ -12,9 +12,19 @@
 //      then a warp a row:  mass[block] = Σ over the row's query groups of  part · exp2(maximum then - at last) / sum
 //                          cut by mass (select.h), forced blocks first, ids compacted in order
 //
+// With samples, mass[block] is the largest of the groups' parts, and then as large as any of the exact shares of some
+// queries of the row. 64 sampled queries at a time, of as many of the job's rows as that holds:
+//
+//        256 keys a tile                       tokens as they are, gathered rows against plain ones: D deep.
+//      ┌────────┬────────┬────────┬────────┐   To scratch goes, for each query and run of 64 keys,
+//      │ warp 0 │ warp 1 │ warp 2 │ warp 3 │ ×2     lse = maximum + log2 Σ exp2(score - maximum)
+//      └────────┴────────┴────────┴────────┘   then a warp a row: lse of all runs, share = Σ over the block's runs of
+//       32 × 64                                exp2(lse of the run - lse of all), mass = max(mass, share)
+//
 // Floor: Nq · Nk · D / (2 · stride) multiply-adds a head, causal, at the tensor cores' rate; operands stream from L2
-// as 128 + 128 rows of 128 bytes for 128 · 128 · 64 multiply-adds. Scratch is [128, T] floats for each block of threads
-// that is resident, whatever B, Hq and Nq are. Shared memory: 3 stages of 32 KiB.
+// as 128 + 128 rows of 128 bytes for 128 · 128 · 64 multiply-adds. Samples add Nq · Nk · D · samples / (2 · block_q),
+// where a job's rows fill tiles of 64. Scratch is [128, T] floats for each block of threads that is resident, and with
+// samples [64, Nk / 64] more, whatever B, Hq and Nq are. Shared memory: 3 stages of 32 KiB; of samples, 2 of 40 KiB.
 
 #include <cmath>
 
@@ -30,22 +40,34 @@ constexpr int kGroups = Tile<float>::kRows, kThreads = Tile<float>::kThreads;
 constexpr int kTileGroups = Tile<float>::kColumns, kHalf = kTileGroups / 2;
 constexpr float kWeightOne = 2147483648.0f;  // the mass of a full row, as an integer weight
 
+template <typename T>
+using SampleTile = ScoreTile<T, 2, 4, 2>;
+constexpr int kSampled = SampleTile<float>::kRows, kSampleKeys = SampleTile<float>::kColumns;
+constexpr int kRun = 64;  // keys of a warp's part of a tile
+static_assert(SampleTile<float>::kThreads == kThreads, "both multiply on the same threads");
+static_assert(SampleTile<float>::kSharedBytes <= Tile<float>::kSharedBytes, "and in the same stages");
+
 // Behind the stages: statistics of both halves of the tiles, and the job.
 template <typename T>
 struct Shared {
   TileRows<T> q, k;
   float top[2][kGroups], sum[2][kGroups];
   int seen_end[kGroups];
+  GatheredRows<T> sampled;
+  const T* sampled_row[kSampled];
   unsigned long long job;
 };
 
 struct Plan {
   int64_t heads, rows, query_groups, chunks;  // chunks of kGroups query groups
   int64_t block_pitch, half_pitch;
-  int groups_per_row, groups_per_block;
+  int64_t run_pitch;
+  int groups_per_row, groups_per_block, runs_per_block;
+  int rows_sampled;  // at a time
   bool query_vectors, key_vectors;
   float* part;  // [resident][kGroups][block_pitch]
   float* then;  // [resident][kGroups][half_pitch]: the maximum that the parts of a half tile refer to
+  float* lse;   // [resident][kSampled][run_pitch]: of the sampled queries, to base 2, of a run of keys
   unsigned long long* counter;
 
   struct Place {
@@ -56,6 +78,25 @@ struct Plan {
     return {job / chunks, (chunks - 1 - job % chunks) * kGroups};
   }
 };
+
+// The rows of queries that a job chooses for. Told from its number as often as needed: registers are short.
+struct JobRows {
+  int64_t head, first;
+  int count;
+
+  __device__ __forceinline__ JobRows(const Plan& plan, unsigned long long job) {
+    const Plan::Place place = plan.place(static_cast<int64_t>(job));
+    head = place.head;
+    first = place.first_group / plan.groups_per_row;
+    const int64_t left = plan.rows - first;
+    count = kGroups / plan.groups_per_row;
+    if (left < count) count = static_cast<int>(left);
+  }
+
+  __device__ __forceinline__ int64_t batch(const AdaptiveArgs& args) const { return head / args.heads_q; }
+};
+
+__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / 32; }
 
 // Key groups of a query group that it sees: none, or [start / stride, end).
 __device__ __forceinline__ int seen_end(const AdaptiveArgs& args, const Plan& plan, int64_t start, int64_t group) {
@@ -198,25 +239,131 @@ __device__ __forceinline__ void join_halves(Shared<T>& shared) {
   shared.sum[0][g] = total == 0.0f ? 0.0f : 1.0f / total;
 }
 
-// By a warp: the mass of the row's visible blocks, into the first line of its parts.
-template <typename T>
+// By a warp: the mass of the row's visible blocks, into the first line of its parts. With samples, the largest part.
+template <bool kLargest, typename T>
 __device__ __forceinline__ void gather_mass(const Plan& plan, const Shared<T>& shared, const RowBlocks& row,
-                                            int first_group, int groups, float* part, const float* then) {
+                                            int first_group, float* part, const float* then) {
   for (int block = row.begin + static_cast<int>(lane_id()); block < row.end; block += 32) {
     const int64_t half = static_cast<int64_t>(block) * plan.groups_per_block / kHalf;
     float mass = 0.0f;
-    for (int g = first_group; g < first_group + groups; ++g) {
+    for (int g = first_group; g < first_group + plan.groups_per_row; ++g) {
       const float factor = exp2f(then[g * plan.half_pitch + half] - shared.top[0][g]) * shared.sum[0][g];
-      mass += part[g * plan.block_pitch + block] * factor;
+      const float share = part[g * plan.block_pitch + block] * factor;
+      mass = kLargest ? fmaxf(mass, share) : mass + share;
     }
     part[first_group * plan.block_pitch + block] = mass;
   }
 }
 
+// The sampled queries of a job's rows from `base` on: what each has of every run of 64 keys.
+template <typename T>
+__device__ __forceinline__ void score_samples(const AdaptiveArgs& args, const Plan& plan, unsigned char* stages,
+                                              Shared<T>& shared, const JobRows& given, int base) {
+  const int64_t b = given.batch(args), h = given.head % args.heads_q, first_row = given.first + base;
+  const int rows = given.count - base < plan.rows_sampled ? given.count - base : plan.rows_sampled;
+  const int start = static_cast<int>(start_of(args, b)), offset = static_cast<int>(args.nk - args.nq);
+  const int samples = static_cast<int>(args.samples);
+  if (threadIdx.x == 0) {
+    shared.sampled = {shared.sampled_row, plan.query_vectors};
+    shared.k = {tokens_of<T>(args.k, b, kv_head_of(args, h)), args.k.token,    0, 1, 0, static_cast<uint32_t>(start),
+                static_cast<uint32_t>(args.nk - start),       plan.key_vectors};
+  }
+  for (int s = static_cast<int>(threadIdx.x); s < kSampled; s += kThreads) {
+    // Spread evenly, the last one being the row's last query.
+    const int64_t end = (first_row + s / samples) * args.block_q + (s % samples + 1) * args.block_q / samples;
+    const int query = s < rows * samples ? static_cast<int>(end < args.nq ? end : args.nq) - 1 : -1;
+    shared.sampled_row[s] = query < 0 ? nullptr : tokens_of<T>(args.q, b, h) + query * args.q.token;
+    shared.seen_end[s] = query < 0 ? 0 : query + offset + 1;
+  }
+  const float scale = args.scale * kLog2E;
+  const int64_t queries_end = (first_row + rows) * args.block_q;
+  const int tiles_end = static_cast<int>(queries_end < args.nq ? queries_end : args.nq) + offset;
+  SampleTile<T> tile;
+  for (int first = start / kSampleKeys * kSampleKeys; first < tiles_end; first += kSampleKeys) {
+    if (threadIdx.x == 0) shared.k.first = static_cast<uint32_t>(first);
+    __syncthreads();
+    tile.multiply(stages, shared.sampled, shared.k, 1, static_cast<int>(args.head_dim));
+    float* to = plan.lse + (static_cast<int64_t>(blockIdx.x) * kSampled + tile.row(0, 0)) * plan.run_pitch +
+                first / kRun + tile.warp_column();
+#pragma unroll
+    for (int r = 0; r < 4; ++r, to += 8 * plan.run_pitch) {
+      const int row = tile.row(0, 0) + 8 * r;
+      // Keys that the query sees, counted from the tile's first.
+      const int begin = start - first, end = shared.seen_end[row] - first;
+      float best = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& x = tile.score[r / 2][n][r % 2 * 2 + i];
+          const int column = tile.column(n, i);
+          x = column >= begin && column < end ? x * scale : -INFINITY;
+          best = fmaxf(best, x);
+        }
+      }
+      best = fmaxf(best, __shfl_xor_sync(kWarp, best, 1));
+      best = fmaxf(best, __shfl_xor_sync(kWarp, best, 2));
+      const float shift = best == -INFINITY ? 0.0f : best;
+      float total = 0.0f;
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const float* x = &tile.score[r / 2][n][r % 2 * 2];
+        total += exp2f(x[0] - shift) + exp2f(x[1] - shift);
+      }
+      total += __shfl_xor_sync(kWarp, total, 1);
+      total += __shfl_xor_sync(kWarp, total, 2);
+      if (lane_id() % 4 == 0) *to = shift + log2f(total);
+    }
+  }
+}
+
+// By a warp: raises the mass of the row's visible blocks to the shares of its sampled queries.
+__device__ __forceinline__ void add_samples(const Plan& plan, const RowBlocks& row, int samples, const float* lse,
+                                            float* mass) {
+  const int lane = static_cast<int>(lane_id()), runs = plan.runs_per_block;
+  for (int s = 0; s < samples; ++s, lse += plan.run_pitch) {
+    float best = -INFINITY, total = 0.0f;
+    for (int run = row.begin * runs + lane; run < row.end * runs; run += 32) best = fmaxf(best, lse[run]);
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) best = fmaxf(best, __shfl_xor_sync(kWarp, best, step));
+    if (best == -INFINITY) continue;  // it stands in the padding
+    for (int run = row.begin * runs + lane; run < row.end * runs; run += 32) total += exp2f(lse[run] - best);
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) total += __shfl_xor_sync(kWarp, total, step);
+    const float all = best + log2f(total);
+    for (int block = row.begin + lane; block < row.end; block += 32) {
+      float share = 0.0f;
+      for (int run = block * runs; run < (block + 1) * runs; ++run) share += exp2f(lse[run] - all);
+      mass[block] = fmaxf(mass[block], share);
+    }
+  }
+}
+
+// Raises the mass of a job's rows to the shares of their sampled queries.
+template <typename T>
+__device__ __forceinline__ void take_samples(const AdaptiveArgs& args, const Plan& plan, unsigned char* stages,
+                                             Shared<T>& shared, float* part) {
+  for (int base = 0; base < kGroups / plan.groups_per_row; base += plan.rows_sampled) {
+    __syncthreads();  // the last rows' scores are read
+    if (base >= JobRows(plan, shared.job).count) return;
+    score_samples(args, plan, stages, shared, JobRows(plan, shared.job), base);
+    __syncthreads();
+    const JobRows given(plan, shared.job);
+    const float* lse = plan.lse + static_cast<int64_t>(blockIdx.x) * kSampled * plan.run_pitch;
+    for (int at = warp_id(); at < plan.rows_sampled && base + at < given.count; at += kThreads / 32) {
+      add_samples(plan, RowBlocks(args, given.batch(args), given.first + base + at), static_cast<int>(args.samples),
+                  lse + at * args.samples * plan.run_pitch,
+                  part + (base + at) * plan.groups_per_row * plan.block_pitch);
+    }
+  }
+  __syncthreads();
+}
+
 // By a warp: forced blocks, then the heaviest until they hold `threshold` of the mass, at most `capacity` of them.
-__device__ __forceinline__ Cut choose(const RowBlocks& row, const float* mass, float threshold, int groups,
+// All mass together is no more than `full`.
+__device__ __forceinline__ Cut choose(const RowBlocks& row, const float* mass, float threshold, int full,
                                       uint32_t capacity) {
-  const float unit = kWeightOne / static_cast<float>(groups);
+  const float unit = kWeightOne / static_cast<float>(full);
   const auto key = [&](int block) { return row.forced(block) ? kForced : key_of(mass[block]); };
   const auto weight = [&](int block) {
     const float x = mass[block] * unit;  // a row's sum to 2^31, or hardly more
@@ -241,8 +388,8 @@ __device__ __forceinline__ Cut choose(const RowBlocks& row, const float* mass, f
   return taken > capacity ? cut_by_count(row.begin, row.end, key, capacity) : cut;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads, std::is_same_v<T, float> ? 1 : 2)
+template <typename T, bool kWithSamples>
+__global__ void __launch_bounds__(kThreads, std::is_same_v<T, float> || kWithSamples ? 1 : 2)
     adaptive_kernel(const AdaptiveArgs args, const Plan plan) {
   unsigned char* stages = shared_memory();
   Shared<T>& shared = *reinterpret_cast<Shared<T>*>(stages + Tile<T>::kSharedBytes);
@@ -256,18 +403,26 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<T, float> ? 1 : 2)
     __syncthreads();
     join_halves(shared);
     __syncthreads();
-    const auto [head, first_group] = plan.place(static_cast<int64_t>(shared.job));
-    const float threshold = args.head_threshold == nullptr ? args.threshold : args.head_threshold[head % args.heads_q];
-    const int groups = plan.groups_per_row;
-    for (int at = static_cast<int>(threadIdx.x) / 32; at < kGroups / groups; at += kThreads / 32) {
-      const int64_t r = first_group / groups + at;
-      if (r >= plan.rows) break;
-      const RowBlocks row(args, head / args.heads_q, r);
-      gather_mass(plan, shared, row, at * groups, groups, part, then);
+    if constexpr (kWithSamples) {
+      const JobRows given(plan, shared.job);
+      for (int at = warp_id(); at < given.count; at += kThreads / 32) {
+        gather_mass<true>(plan, shared, RowBlocks(args, given.batch(args), given.first + at), at * plan.groups_per_row,
+                          part, then);
+      }
+      take_samples<T>(args, plan, stages, shared, part);
+    }
+    const JobRows given(plan, shared.job);
+    const float threshold =
+        args.head_threshold == nullptr ? args.threshold : args.head_threshold[given.head % args.heads_q];
+    const int groups = plan.groups_per_row, samples = kWithSamples ? static_cast<int>(args.samples) : 0;
+    for (int at = warp_id(); at < given.count; at += kThreads / 32) {
+      const int64_t r = given.first + at;
+      const RowBlocks row(args, given.batch(args), r);
+      if constexpr (!kWithSamples) gather_mass<false>(plan, shared, row, at * groups, part, then);
       const float* mass = part + at * groups * plan.block_pitch;
-      const Cut cut = choose(row, mass, threshold, groups, static_cast<uint32_t>(args.block_capacity));
+      const Cut cut = choose(row, mass, threshold, groups + samples, static_cast<uint32_t>(args.block_capacity));
       const auto key = [&](int block) { return row.forced(block) ? kForced : key_of(mass[block]); };
-      const int64_t to = head * plan.rows + r;
+      const int64_t to = given.head * plan.rows + r;
       int32_t* index = args.block_index + to * args.block_capacity;
       const int written = compact(row.begin, row.end, key, cut, index);
       clear_rest(index, written, args.block_capacity);
@@ -286,13 +441,17 @@ Plan plan_of(const AdaptiveArgs& args, Carver& carver) {
   plan.chunks = ceil_div(plan.query_groups, kGroups);
   plan.block_pitch = round_up(ceil_div(args.nk, args.block_k), 32);
   plan.half_pitch = round_up(ceil_div(args.nk, args.stride), kTileGroups) / kHalf;
+  plan.run_pitch = round_up(args.nk, kSampleKeys) / kRun;
   plan.groups_per_row = args.block_q / args.stride;
   plan.groups_per_block = args.block_k / args.stride;
+  plan.runs_per_block = args.block_k / kRun;
+  plan.rows_sampled = args.samples > 0 ? kSampled / static_cast<int>(args.samples) : 0;
   plan.query_vectors = reads_query_vectors(args);
   plan.key_vectors = reads_key_vectors(args);
   const int64_t resident = resident_blocks(plan.heads * plan.chunks);
   plan.part = carver.take<float>(resident * kGroups * plan.block_pitch);
   plan.then = carver.take<float>(resident * kGroups * plan.half_pitch);
+  plan.lse = carver.take<float>(args.samples > 0 ? resident * kSampled * plan.run_pitch : 0);
   plan.counter = carver.take<unsigned long long>(1);
   return plan;
 }
@@ -313,7 +472,8 @@ const char* adaptive_block_index(const AdaptiveArgs& args, void* workspace, CUst
   if (error != nullptr) return error;
   return by_dtype(args.dtype, [&](auto element) {
     using T = decltype(element);
-    return launch(adaptive_kernel<T>, resident_blocks(plan.heads * plan.chunks), kThreads,
+    return launch(args.samples > 0 ? adaptive_kernel<T, true> : adaptive_kernel<T, false>,
+                  resident_blocks(plan.heads * plan.chunks), kThreads,
                   Tile<T>::kSharedBytes + static_cast<int>(sizeof(Shared<T>)), stream, args, plan);
   });
 }

@@ -32,6 +32,13 @@ struct TileRows {
   bool vectors;  // rows can be read 16 bytes at a time
 };
 
+// The same, of rows listed one by one, of which those that are null are zero.
+template <typename T>
+struct GatheredRows {
+  const T* const* rows;
+  bool vectors;
+};
+
 template <typename T, int kWarpRows, int kWarpColumns, int kStages>
 class ScoreTile {
  public:
@@ -53,7 +60,8 @@ class ScoreTile {
   }
 
   // All scores of the tile, over `steps` tokens of `head_dim` elements. On return the shared memory is free again.
-  __device__ __forceinline__ void multiply(unsigned char* shared, const TileRows<T>& a, const TileRows<T>& b, int steps,
+  template <typename Rows>
+  __device__ __forceinline__ void multiply(unsigned char* shared, const Rows& a, const TileRows<T>& b, int steps,
                                            int head_dim) {
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
@@ -122,15 +130,33 @@ class ScoreTile {
 #pragma unroll 4
     for (int r = 0; r < kCount; r += kRowsAtOnce) {
       const bool valid = token - rows.begin < rows.count && dim < head_dim;
-      unsigned char* shared = to + mma::unit_offset(first + r, unit);
-      if (rows.vectors) {
-        copy_async(shared, from, valid);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kUnit; ++i) reinterpret_cast<T*>(shared)[i] = valid ? from[i] : T{};
-      }
+      load_unit(to + mma::unit_offset(first + r, unit), from, valid, rows.vectors);
       token += kRowsAtOnce * rows.step;
       from += from_step;
+    }
+  }
+
+  template <int kCount>
+  static __device__ __forceinline__ void load_rows(unsigned char* to, const GatheredRows<T>& given, Place at,
+                                                   int head_dim) {
+    constexpr int kRowsAtOnce = kThreads / mma::kUnitsPerRow;
+    const int unit = static_cast<int>(threadIdx.x) % mma::kUnitsPerRow;
+    const int dim = at.dim + unit * kUnit;
+    if (dim >= (kTensorCores ? (head_dim + 15) / 16 * 16 : head_dim)) return;
+#pragma unroll 1
+    for (int r = static_cast<int>(threadIdx.x) / mma::kUnitsPerRow; r < kCount; r += kRowsAtOnce) {
+      const T* row = given.rows[r];
+      const bool valid = row != nullptr && dim < head_dim;
+      load_unit(to + mma::unit_offset(r, unit), row + dim, valid, given.vectors);
+    }
+  }
+
+  static __device__ __forceinline__ void load_unit(unsigned char* to, const T* from, bool valid, bool vectors) {
+    if (vectors) {
+      copy_async(to, from, valid);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) reinterpret_cast<T*>(to)[i] = valid ? from[i] : T{};
     }
   }
 
