@@ -63,14 +63,18 @@ def oracle(q, centroids, offsets, threshold, *, scale, block_q, parents=None, ma
             for r in range(-(-nq // block_q)):
                 queries = range(r * block_q, min((r + 1) * block_q, nq))
                 row = [(h, q[bi, h, i]) for h in range(head * group, (head + 1) * group) for i in queries]
-                allowed = set(range(c))
+                allowed, close_parents = set(range(c)), set()
                 if parents is not None:
                     centres, spans, limit = parents
                     spans = spans[head].tolist()
                     weights = [bounds[spans[p + 1]] - bounds[spans[p]] for p in range(len(spans) - 1)]
-                    chosen, _ = level(row, centres[head], weights, set(range(len(weights))), [float(limit)] * hq)
+                    chosen, close_parents = level(
+                        row, centres[head], weights, set(range(len(weights))), [float(limit)] * hq
+                    )
                     allowed = {j for p in chosen for j in range(spans[p], spans[p + 1])}
                 kept[bi, head, r], doubtful[bi, head, r] = level(row, centroids[head], sizes, allowed, thresholds)
+                if close_parents:  # which children are scored at all, and their sum, may fall either way
+                    doubtful[bi, head, r] = set(range(c))
     return kept, doubtful
 
 
