@@ -385,7 +385,7 @@ def test_a_missing_or_truncated_plan_is_named(plan, tmp_path, capsys):
             "head: expected LAYER.HEAD from 0.0 to 1.3, got '0.4'",
         ),
         (["--model", "MODEL", "--text", "TEXT", "--head", "-1"], "head: expected LAYER.HEAD from 0.0 to 1.3, got '-1'"),
-        (["--model", "MODEL", "--text", "EMPTY"], "empty.txt: expected at least 64 tokens"),
+        (["--model", "MODEL", "--text", "EMPTY"], "empty.txt: expected a text, got an empty file"),
         (["--model", "MODEL", "--text", "BINARY"], "binary.txt: expected UTF-8 text, got"),
         (["--model", "MODEL", "--text", "missing.txt"], "missing.txt"),
     ],

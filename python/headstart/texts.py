@@ -28,7 +28,7 @@ def read_text(path: Path) -> str:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text: {error}") from None
+        raise ValueError(f"{path}: expected UTF-8 text, got {error}") from None
     if not text.strip():
         raise ValueError(f"{path}: expected a text, got an empty file")
     return text
