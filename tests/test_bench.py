@@ -247,6 +247,34 @@ def test_the_pytest_suites_group_kernels_with_their_baselines(tmp_path):
     assert {b["name"].rsplit("-", 1)[1].rstrip("]") for b in benchmarks} == {"torch_SDPA", "every_block"}
 
 
+def test_short_prompts_compares_twins_that_share_their_weights(tmp_path, monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers")
+    import short_prompts
+
+    sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, attn_implementation="sdpa")).eval()
+    monkeypatch.setattr(short_prompts, "load_model", lambda *_, dtype: (model.to(dtype), None))
+    monkeypatch.setattr(short_prompts, "token_ids", lambda _: torch.arange(300) % 64)
+    output = tmp_path / "short.json"
+    few = ["--tokens", "200", "--tokens", "96", "--seconds", "0", "--dtype", "fp32", "--output", str(output)]
+    assert short_prompts.main([*few, "--allowed", "1000"]) == 0
+    results = json.loads(output.read_text())
+    assert [(row["linear"], row["tokens"]) for row in results["rows"]] == [
+        (linear, n) for linear in ("auto", "model") for n in (96, 200)
+    ]
+    for row in results["rows"]:
+        own, mine = (row["times_us"][name] for name in short_prompts.NAMES)
+        assert len(own) == len(mine) == 3 and sum(row["paths"].values()) == 2
+        assert row["ratio"] == sorted(b / a for a, b in zip(own, mine))[1]
+    assert short_prompts.main([*few, "--linear", "model", "--allowed", "0"]) == 1
+    assert "linear=model, 200 tokens" in capsys.readouterr().err
+    assert model.config._attn_implementation == "sdpa"
+
+    twin = short_prompts.twin(model)
+    assert twin.config is not model.config
+    assert {id(p) for p in twin.parameters()} == {id(p) for p in model.parameters()}
+
+
 # --- the README's table ----------------------------------------------------------------------------------------------
 
 

@@ -16,10 +16,10 @@ from headstart.engine.linear import upcast_pays  # noqa: E402
 
 
 @pytest.mark.slow
-def test_the_demo_measures_prints_and_writes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(attention, "SHORT_PROMPT", 64)
+def test_the_demo_measures_prints_and_writes(tmp_path, capsys):
     report = tmp_path / "new" / "report"
-    content = demo.run(tokens=320, report=report, patterns=["dense", "adaptive", demo.SEARCHED])
+    with attention.force_path("sparse"):
+        content = demo.run(tokens=320, report=report, patterns=["dense", "adaptive", demo.SEARCHED])
 
     assert json.loads((report / "report.json").read_text()) == content
     assert (report / "report.png").read_bytes().startswith(b"\x89PNG")

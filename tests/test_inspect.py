@@ -15,7 +15,6 @@ import tokenizers  # noqa: E402
 import transformers  # noqa: E402
 
 from headstart import BlockIndex, PrefillPlan, cli, inspect  # noqa: E402
-from headstart.engine import attention  # noqa: E402
 from headstart.inspect import data, report  # noqa: E402
 from headstart.offline.prefill_plan import HeadPattern  # noqa: E402
 from headstart.reporting import spread, visible_blocks  # noqa: E402
@@ -48,11 +47,6 @@ MIXED = PrefillPlan(
 def make():
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, attn_implementation="sdpa")).eval()
-
-
-@pytest.fixture(autouse=True)
-def sparse_from_the_first_token(monkeypatch):
-    monkeypatch.setattr(attention, "SHORT_PROMPT", 64)
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,9 @@ from models import EVERYTHING, left_padded, logits, make, tokens  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def sparse_from_the_first_token(monkeypatch):
+def sparse_from_the_first_token():
     """Tiny prompts go the way of long ones, and no warning goes unnoticed."""
-    monkeypatch.setattr(attention, "SHORT_PROMPT", 0)
-    monkeypatch.setattr(attention._library, "has_kernel", lambda name, device: True)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), attention.force_path("sparse"):
         warnings.filterwarnings("error", message="headstart: the model's own attention")
         yield
 
@@ -248,8 +246,7 @@ def test_packed_sequences(family, window, rows, attn):
     assert [(e.nq, e.nk, e.path) for e in entries] == [(n, n, path) for n, path in zip(lengths, paths)] * 4
 
 
-def test_each_packed_sequence_is_sparse_or_dense_by_its_own_length(monkeypatch):
-    monkeypatch.setattr(attention, "SHORT_PROMPT", 100)
+def test_each_packed_sequence_is_sparse_or_dense_by_its_own_length():
     model = make()
     options = dict(position_ids=packing([110, 40])[0], use_cache=False)
     narrow = PrefillPlan.uniform("a_shape", sink=1, local=1)

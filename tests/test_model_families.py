@@ -32,11 +32,9 @@ LENGTH = 200
 
 
 @pytest.fixture(autouse=True)
-def sparse_from_the_first_block(monkeypatch):
+def sparse_from_the_first_block():
     """Small prompts go the way of long ones, and no warning goes unnoticed."""
-    monkeypatch.setattr(attention, "SHORT_PROMPT", 64)
-    monkeypatch.setattr(attention._library, "has_kernel", lambda name, device: True)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), attention.force_path("sparse"):
         warnings.filterwarnings("error", category=RuntimeWarning)
         yield
 

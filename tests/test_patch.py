@@ -16,12 +16,9 @@ from models import EVERYTHING, left_padded, logits, make, tokens  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def sparse_from_the_first_token(monkeypatch):
+def sparse_from_the_first_token():
     """Tiny prompts go the way of long ones, and no warning goes unnoticed."""
-    monkeypatch.setattr(attention, "SHORT_PROMPT", 0)
-    # Without compiled kernels too, the dense path is ours.
-    monkeypatch.setattr(attention._library, "has_kernel", lambda name, device: True)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), attention.force_path("sparse"):
         warnings.filterwarnings("error", message="headstart: the model's own attention")
         yield
 
@@ -279,22 +276,6 @@ def test_a_compiled_model_is_the_models_own():
     want = logits(model, tokens())
     compiled = torch.compile(patch(model, "a_shape"), backend="eager")
     torch.testing.assert_close(logits(compiled, tokens()), want, rtol=1e-5, atol=1e-5)
-
-
-# --- the policy ------------------------------------------------------------------------------------------------------
-
-
-def test_short_prompts_and_decoding_are_dense_and_without_kernels_the_models_own(monkeypatch):
-    monkeypatch.setattr(attention, "SHORT_PROMPT", 1024)
-    for nq, nk in [(1, 8000), (63, 8000), (512, 512)]:
-        assert attention.choose_path(nq, nk, dense_plan=False, has_kernel=True) == "dense"
-        assert attention.choose_path(nq, nk, dense_plan=False, has_kernel=False) == "own"
-    assert attention.choose_path(64, 1024, dense_plan=False, has_kernel=True) == "sparse"
-    assert attention.choose_path(8192, 8192, dense_plan=True, has_kernel=True) == "dense"
-    for nq, nk, window, path in [(1, 100, 99, "window"), (99, 100, 100, "dense"), (8192, 8192, 4096, "window")]:
-        assert attention.choose_path(nq, nk, dense_plan=False, has_kernel=True, window=window) == path
-        assert attention.choose_path(nq, nk, dense_plan=False, has_kernel=False, window=window) == "own"
-    assert attention.choose_path(8192, 8192, dense_plan=False, has_kernel=False, window=8192) == "sparse"
 
 
 # --- linear layers ---------------------------------------------------------------------------------------------------

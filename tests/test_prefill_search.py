@@ -86,14 +86,10 @@ def test_errors_and_densities_are_those_of_the_definition(model, texts):
                 heads = {h: HeadPattern.of("dense") for h in range(HEADS)} | {head: pattern}
                 headstart.patch(model, PrefillPlan(HeadPattern.of("dense"), (heads,) * LAYERS))
                 attention_module = headstart.engine.attention
-                before, attention_module.SHORT_PROMPT = attention_module.SHORT_PROMPT, 64
-                try:
-                    with attention_module.record() as entries:
-                        mask = attention_module.headstart_mask(1, TOKENS, TOKENS)
-                        sparse = attention(**seen["attention", i] | {"attention_mask": mask})[0][0]
-                finally:
-                    attention_module.SHORT_PROMPT = before
-                    headstart.unpatch(model)
+                with attention_module.record() as entries, attention_module.force_path("sparse"):
+                    mask = attention_module.headstart_mask(1, TOKENS, TOKENS)
+                    sparse = attention(**seen["attention", i] | {"attention_mask": mask})[0][0]
+                headstart.unpatch(model)
                 change = (sparse - dense).double().square().sum(-1) / stream.double().square().sum(-1)
                 want = change[TOKENS // 8 :].mean().sqrt().item()
                 assert pattern.error == pytest.approx(want, rel=2e-3, abs=1e-5), (i, head, pattern)

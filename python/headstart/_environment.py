@@ -14,7 +14,7 @@ from . import _library
 
 def environment() -> dict[str, str | int | None]:
     return {
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cpu_tier": _library.cpu_tier(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -24,7 +24,7 @@ def environment() -> dict[str, str | int | None]:
     }
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

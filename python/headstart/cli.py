@@ -1,4 +1,7 @@
-"""The commands behind `headstart`: `demo`, `inspect`, `bench`, `doctor`. Heavy imports wait until a command runs."""
+"""The commands behind `headstart`: `demo`, `search`, `inspect`, `tune`, `bench`, `doctor`.
+
+Heavy imports wait until a command runs.
+"""
 
 from __future__ import annotations
 
@@ -69,6 +72,21 @@ def inspect(
     from headstart.inspect import run
 
     run(plan, model=model, text=text, tokens=tokens, prefill=prefill, heads=head or (), output=output)
+
+
+@app.command()
+def tune(
+    show: Annotated[bool, typer.Option("--show", help="Print what is in use; measure nothing.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")] = None,
+) -> None:
+    """Time attention on this CPU, so that patched models take the path that is the fastest here."""
+    import torch
+
+    from headstart.tune import run
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    run(show)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -24,14 +24,15 @@ from .. import _library
 from ..offline.prefill_plan import PrefillPlan, full_index, window_index
 from ..ops._checks import FLOAT_DTYPES
 from ..ops.sparse_attention import BlockIndex, sparse_attention
+from . import cost
 from .mask import DeferredMask, headstart_mask
 
 NAME = "headstart"
 
-# A prompt shorter than this gains too little from sparsity to pay for finding it.
-SHORT_PROMPT = 1024
-# A chunk of fewer queries than one block of rows, decoding above all, is always dense.
+# A chunk of fewer queries than one block of rows, decoding above all, is always exact.
 FEW_QUERIES = 64
+# On a device whose costs are not known, a shorter prompt is taken to gain too little to pay for finding what is sparse.
+SHORT_PROMPT = 1024
 
 # Arguments that say nothing about which keys a query attends beyond what the mask says.
 _HARMLESS = frozenset(
@@ -60,6 +61,7 @@ class Attachment:
     plan: PrefillPlan
     own: str | None  # the attention implementation that the model had
     said: set[str] = field(default_factory=set)  # reasons for running it that were told; shared by a model's layers
+    paths: dict[tuple, str] = field(default_factory=dict, repr=False)  # what `choose_path` chose for a shape
 
 
 patched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
@@ -69,17 +71,66 @@ def attachment(module: torch.nn.Module) -> Attachment | None:
     return vars(module).get("_headstart")
 
 
-def choose_path(nq: int, nk: int, *, dense_plan: bool, has_kernel: bool, window: int | None = None) -> str:
-    """How nq queries attend nk keys: "sparse", "dense" (every block, by our kernel), "window" (the blocks of a sliding
-    window that cuts some keys off, by our kernel), or "own".
+def choose_path(
+    here: Attachment,
+    layer: int,
+    device: str,
+    call: cost.Call,
+    *,
+    own: str | None,
+    has_kernel: bool,
+    window: int | None = None,
+) -> str:
+    """How a layer's call runs: "sparse", "dense" (every block, by our kernel), "window" (the blocks of a sliding window
+    that cuts some keys off, by our kernel), or "own", of which the cost is known if it is "sdpa".
 
-    The one place for the promise that a patched model is never slower than it was.
+    The one place for the promise that a patched model is never slower than it was. On a CPU the costs that
+    `headstart tune` fitted decide, by lengths to within a sixteenth, so that a decision is kept while a cache grows.
     """
-    if window is not None and window < nk:
-        return "window" if has_kernel else "own"
-    if nq >= FEW_QUERIES and nk >= SHORT_PROMPT and not dense_plan:
-        return "sparse"
-    return "dense" if has_kernel else "own"
+    if window is not None and window < call.nk:
+        return "window" if _forced in ("sparse", "dense") or (has_kernel and _forced is None) else "own"
+    may_be_sparse = call.nq >= FEW_QUERIES
+    if _forced is not None:
+        exact = "dense" if _forced == "sparse" else _forced
+        return "sparse" if _forced == "sparse" and may_be_sparse and not _is_dense(here, layer, call) else exact
+    if not has_kernel:
+        return "own"
+    if device != "cpu":
+        may_be_sparse = may_be_sparse and call.nk >= SHORT_PROMPT and not _is_dense(here, layer, call)
+        return "sparse" if may_be_sparse else "dense"
+    call = call._replace(nq=_coarse(call.nq), nk=_coarse(call.nk), masked_keys=_coarse(call.masked_keys))
+    key = (*call, own, torch.get_num_threads())
+    if key not in here.paths:
+        may_be_sparse = may_be_sparse and not _is_dense(here, layer, call)
+        here.paths[key] = cost.in_use().fastest(call, here.plan, layer, own=own, sparse=may_be_sparse)
+    return here.paths[key]
+
+
+def _coarse(n: int) -> int:
+    dropped = max(n.bit_length() - 5, 0)
+    return n >> dropped << dropped
+
+
+def _is_dense(here: Attachment, layer: int, call: cost.Call) -> bool:
+    return all(pattern.name == "dense" for pattern in here.plan.heads(layer, call.heads))
+
+
+PATHS = ("sparse", "dense", "own")
+_forced: str | None = None
+
+
+@contextmanager
+def force_path(path: str) -> Iterator[None]:
+    """Every call takes this path, whatever it costs; with "sparse", calls that are never sparse are dense. A sliding
+    window that cuts keys off is attended as such, unless the path is "own"."""
+    global _forced
+    if path not in PATHS:
+        raise ValueError(f"force_path: path: expected one of {', '.join(PATHS)}, got {path!r}")
+    before, _forced = _forced, path
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def splitting_pays(sequences: int, batch: int, tokens: int) -> bool:
@@ -115,24 +166,32 @@ def headstart_attention(
         _say_once(here, module, reason)
         return run_own()
 
-    def path_of(nq: int, nk: int) -> str:
+    def path_of(call: cost.Call, own: str | None) -> str:
         return choose_path(
-            nq,
-            nk,
-            dense_plan=here.plan.is_dense,
+            here,
+            module.layer_idx,
+            query.device.type,
+            call,
+            own=own,
             has_kernel=_library.has_kernel("sparse_attention", query.device.type.upper()),
             window=attention_mask.window,
         )
 
     (batch, heads, nq, head_dim), nk, sequences = query.shape, attention_mask.num_keys, attention_mask.sequences
+    # As transformers' SDPA does: no mask where causality is that of a whole prompt, or one query sees all keys.
+    plain = attention_mask.kv_start is None and key.shape[2] == nk and nq in (1, nk)
+    masked_keys = 0 if plain else key.shape[2]
+    call = cost.Call(batch, heads, key.shape[1], nq, nk, head_dim, query.dtype, masked_keys)
     if sequences is None:
-        path = path_of(nq, nk)
+        path = path_of(call, here.own)
         if path == "own":
             return run_own()
         out = _attend(here, module, path, query, key[:, :, :nk], value[:, :, :nk], attention_mask, scaling)
         return out.transpose(1, 2).contiguous(), None
 
-    paths = [path_of(end - begin, end - begin) for _, begin, end in sequences]
+    # The model's own attention would take all of them at once, under a mask of all pairs.
+    alone = call._replace(batch=1, masked_keys=0)
+    paths = [path_of(alone._replace(nq=end - begin, nk=end - begin), None) for _, begin, end in sequences]
     if "own" in paths or not splitting_pays(len(sequences), batch, nq):
         return run_own()
     out = query.new_empty(batch, nq, heads, head_dim)

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 
 from ..offline.prefill_plan import PATTERNS, PrefillPlan, fingerprint
+from . import cost
 from . import linear as _linear
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -22,17 +23,18 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 def patch(model: Model, prefill: str | os.PathLike | PrefillPlan = "adaptive", linear: str = "auto") -> Model:
     """Makes a transformers model read long prompts with sparse attention, in place, and returns it.
 
-    Prompts of at least `engine.attention.SHORT_PROMPT` tokens are read sparsely; short prompts and decoding are dense
-    and exact. A layer whose sliding window cuts keys off attends the window, exactly, whatever the plan. Sequences
-    packed in one row (position_ids that restart; cu_seq_lens, if given, must agree) are attended one by one. Batches
-    with left padding, caches, chunked prefill and `generate` work as before. A layer or a call that needs what
+    A prompt is read sparsely where that is predicted to be faster than the exact ways, headstart's dense kernel and the
+    model's own SDPA; else the faster of these runs (engine/cost.py; `headstart tune` fits the prediction to a machine).
+    Decoding is always exact. A layer whose sliding window cuts keys off attends the window, exactly, whatever the plan.
+    Sequences packed in one row (position_ids that restart; cu_seq_lens, if given, must agree) are attended one by one.
+    Batches with left padding, caches, chunked prefill and `generate` work as before. A layer or a call that needs what
     headstart does not do (output_attentions, soft-capping, attention sinks, custom 4-D masks, padding that is not on
     the left, gradients, torch.compile) runs the model's own attention; a RuntimeWarning says so once.
 
     Args:
         model: a model of transformers whose attention goes through AttentionInterface. A patched model is patched anew.
-        prefill: "adaptive", "vertical_slash", "a_shape", "block_topk", "dense" (exact, by headstart's kernel), a
-            `PrefillPlan`, or the path of one.
+        prefill: "adaptive", "vertical_slash", "a_shape", "block_topk", "dense" (exact), a `PrefillPlan`, or the path of
+            one.
         linear: how half-precision linear layers run in prefill on a CPU: "fp32" computes in float32 and rounds
             once, "auto" does so where this CPU is measured to be faster that way, "model" leaves them alone.
 
@@ -59,6 +61,7 @@ def patch(model: Model, prefill: str | os.PathLike | PrefillPlan = "adaptive", l
     unpatch(model)
     attention.register()
     own = {id(layer.config): _own_implementation(layer.config, attention) for layer in layers}
+    cost.in_use()  # a warning about its file belongs here, not into the first forward
     said: set[str] = set()
     for layer in layers:
         layer._headstart = attention.Attachment(plan, own[id(layer.config)], said)

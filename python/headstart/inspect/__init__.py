@@ -115,7 +115,7 @@ def _shape(plan: PrefillPlan, path) -> tuple[int, int]:
 
 def _load(model, words: str | None, text, tokens, plan: PrefillPlan, path):
     """The model, int64 [1, tokens] of the text, and the model's (layers, heads); all checked against each other."""
-    from ..engine.attention import SHORT_PROMPT
+    from ..engine.attention import FEW_QUERIES
     from ..engine.load import load_model
     from ..texts import token_ids
 
@@ -129,11 +129,11 @@ def _load(model, words: str | None, text, tokens, plan: PrefillPlan, path):
     ids = token_ids(tokenizer, words)[None]
     available = ids.shape[1]
     limit = min(available, getattr(config, "max_position_embeddings", None) or available)
-    least = max(SHORT_PROMPT, 1)
+    least = FEW_QUERIES
     if limit < least:
         source = text if limit == available else model
         raise ValueError(
-            f"{source}: expected at least {least:,} tokens (headstart reads shorter prompts densely), got {limit:,}"
+            f"{source}: expected at least {least:,} tokens (fewer are never attended sparsely), got {limit:,}"
         )
     if tokens is not None and not least <= tokens <= limit:
         raise ValueError(
@@ -153,15 +153,15 @@ def _head(name: str, layers: int, heads: int) -> tuple[int, int]:
 
 @torch.inference_mode()
 def read(model, plan: PrefillPlan, ids: torch.Tensor, advance=lambda: None) -> dict[int, Recorded]:
-    """Patches the model, reads ids [1, N], and gives what every layer attended; a layer that ran the model's own
-    attention is missing."""
+    """Patches the model, reads ids [1, N] by the plan at any length, and gives what every layer attended; a layer that
+    ran the model's own attention is missing."""
     from .. import engine
-    from ..engine.attention import attachment, record
+    from ..engine.attention import attachment, force_path, record
 
     engine.patch(model, plan)
     for module in model.modules():
         if attachment(module):
             module.register_forward_hook(lambda *_: advance())
-    with record() as entries:
+    with record() as entries, force_path("sparse"):
         model.base_model(ids, use_cache=False)
     return {entry.layer: entry for entry in entries}
