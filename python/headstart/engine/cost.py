@@ -36,7 +36,7 @@ DEFAULTS = Path(__file__).parent / "default_costs"
 DEFAULT_THREADS = 2
 
 # A sparse index loses a little of the attention, so it has to be this much faster than the fastest exact path.
-SPARSE_MARGIN = 0.10
+SPARSE_MARGIN = 0.25
 # The query rows that share keys up to which the CPU kernel reads keys in place: kFewRows of sparse_attention_decode.h.
 FEW_ROWS = 16
 
