@@ -18,8 +18,8 @@ import torch
 
 import headstart
 from headstart._environment import environment
+from headstart.demo import mean_loss
 from headstart.demo import model as smollm2
-from headstart.demo import read
 from headstart.engine.attention import record
 from headstart.engine.load import SMOLLM2, load_model
 from headstart.offline.prefill_plan import PrefillPlan
@@ -68,7 +68,7 @@ def main() -> None:
 
     model, texts = smollm2.load(options.tokens)
     headstart.patch(model, "dense")
-    dense = {name: read(model, ids)[0] for name, ids in texts.items()}
+    dense = {name: mean_loss(model, ids) for name, ids in texts.items()}
     curves = {}
     for family, members in plans(searched).items():
         curves[family] = []
@@ -77,7 +77,7 @@ def main() -> None:
             point = {"plan": label}
             for name, ids in texts.items():
                 with record() as entries:
-                    loss = read(model, ids)[0]
+                    loss = mean_loss(model, ids)
                 density = sum(e.index.density(e.nq, e.nk) for e in entries) / len(entries)
                 point[name] = {"density": density, "loss_difference": loss - dense[name]}
             curves[family].append(point)

