@@ -119,7 +119,7 @@ LAYERS = (
     ("ops",),
     ("offline",),
     ("engine",),
-    ("", "reporting", "demo", "inspect", "search", "texts", "tune", "doctor", "cli", "__main__"),
+    ("", "reporting", "demo", "inspect", "search", "context", "texts", "tune", "doctor", "cli", "__main__"),
 )
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -14,12 +14,23 @@ from .ops.sparse_attention import BlockIndex, merge_attention, sparse_attention
 
 __version__ = "0.1.0"
 
+
+def __getattr__(name: str):
+    """`Context` needs transformers, which is imported when it is first asked for."""
+    if name == "Context":
+        from .engine.context import Context
+
+        return Context
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 _library.load_compiled_libraries()
 _library.register_triton_kernels()
 
 __all__ = [
     "BitmapWeight",
     "BlockIndex",
+    "Context",
     "Int4Weight",
     "KeyClusters",
     "PrefillPlan",

@@ -1,4 +1,4 @@
-"""The commands behind `headstart`: `demo`, `search`, `inspect`, `tune`, `bench`, `doctor`.
+"""The commands behind `headstart`: `demo`, `search`, `inspect`, `context`, `tune`, `bench`, `doctor`.
 
 Heavy imports wait until a command runs.
 """
@@ -18,21 +18,32 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+contexts = typer.Typer(help="Read a text once, and ask many questions of it.", no_args_is_help=True)
+app.add_typer(contexts, name="context")
 SOURCE_TREE = Path(__file__).resolve().parents[2]
 
 
 @app.command()
 def demo(
-    tokens: Annotated[int, typer.Option(min=1, help="How many tokens the model reads.")] = 8192,
+    context: Annotated[bool, typer.Option("--context", help="Many questions about one text instead.")] = False,
+    tokens: Annotated[int | None, typer.Option(min=1, help="How many tokens the model reads.")] = None,
     report: Annotated[Path, typer.Option(help="Folder for the JSON and the picture.")] = Path("demo-report"),
     pattern: Annotated[list[str] | None, typer.Option(help="Run this pattern only; may be repeated.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
 ) -> None:
     """Read a long text with SmolLM2-135M, with and without headstart: seconds, loss, density."""
-    from headstart.demo import run
+    options = {"report": report, "threads": threads, "seed": seed} | ({} if tokens is None else {"tokens": tokens})
+    if context:
+        from headstart.demo.context import run
 
-    run(tokens=tokens, report=report, patterns=pattern, threads=threads, seed=seed)
+        if pattern:
+            raise ValueError("demo: pattern: expected none with --context, which reads the text with one")
+        run(**options)
+    else:
+        from headstart.demo import run
+
+        run(patterns=pattern, **options)
 
 
 @app.command()
@@ -72,6 +83,26 @@ def inspect(
     from headstart.inspect import run
 
     run(plan, model=model, text=text, tokens=tokens, prefill=prefill, heads=head or (), output=output)
+
+
+@contexts.command("build")
+def build_context(
+    model: Annotated[str, typer.Argument(help="A directory, a .gguf file, or smollm2.")],
+    text: Annotated[Path, typer.Argument(help="A UTF-8 file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")] = Path("context"),
+    tokens: Annotated[
+        int | None, typer.Option(help="How many of the text's tokens; as many as the model takes.")
+    ] = None,
+    clusters: Annotated[float, typer.Option(help="Clusters, as a share of the keys.")] = 0.05,
+    parents: Annotated[float | None, typer.Option(help="Clusters of a level above; none if not given.")] = None,
+    prefill: Annotated[str, typer.Option(help="The attention that reads the text.")] = "adaptive",
+    seed: Annotated[int, typer.Option(help="Seed of the clustering.")] = 0,
+) -> None:
+    """Read a text with a model, cluster its keys, and write what questions start from."""
+    from headstart.context import build
+
+    options = {"clusters": clusters, "parents": parents, "prefill": prefill, "seed": seed}
+    build(model, text, output, tokens=tokens, **options)
 
 
 @app.command()

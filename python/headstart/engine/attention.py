@@ -2,8 +2,9 @@
 
 The mask that comes with it (`mask.py`) says what a query may see. Causality, a sliding window, left padding and packed
 sequences run headstart's operators: the plan's sparse pattern where the whole past is visible, the window's own blocks
-where a window cuts it, and each packed sequence by itself. Whatever else a layer needs runs the attention that the
-model had before, with the mask that that attention wants.
+where a window cuts it, and each packed sequence by itself. Keys from a `ContextCache` bring a fixed context along,
+which attends for them (`context.py`). Whatever else a layer needs runs the attention that the model had before, with
+the mask that that attention wants.
 """
 
 from __future__ import annotations
@@ -154,6 +155,8 @@ def headstart_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """q [B, Hq, Nq, D], k and v [B, Hkv, Nk, D] to [B, Nq, Hq, D], and the weights, which only eager attention has."""
     here = attachment(module)
+    for count, queries in _query_recordings:
+        queries[module.layer_idx] = query[:, :, -count:].clone()
 
     def run_own():
         given = kwargs if is_causal is None else kwargs | {"is_causal": is_causal}
@@ -162,6 +165,14 @@ def headstart_attention(
     if here is None:
         return run_own()
     reason = _unsupported(here.own, module, query, key, value, attention_mask, dropout, is_causal, kwargs)
+    context = getattr(key, "headstart_context", None)
+    if context is not None:
+        if reason is not None:
+            raise ValueError(f"ContextCache: no attention for layer {module.layer_idx} because of {reason}")
+        out, index = context.attend(module.config, query, key, value, scaling, attention_mask.kv_start)
+        for entries in _recordings:
+            entries.append(Recorded(module.layer_idx, index, query.shape[2], context.tokens, "context"))
+        return out.transpose(1, 2).contiguous(), None
     if reason is not None:
         _say_once(here, module, reason)
         return run_own()
@@ -312,6 +323,7 @@ class Recorded(NamedTuple):
 
 
 _recordings: list[list[Recorded]] = []
+_query_recordings: list[tuple[int, dict[int, torch.Tensor]]] = []
 
 
 @contextmanager
@@ -323,3 +335,15 @@ def record() -> Iterator[list[Recorded]]:
         yield entries
     finally:
         _recordings.remove(entries)
+
+
+@contextmanager
+def record_queries(count: int) -> Iterator[dict[int, torch.Tensor]]:
+    """Collects the last `count` queries [B, Hq, count, D] of every layer that a forward runs."""
+    queries: dict[int, torch.Tensor] = {}
+    entry = (count, queries)
+    _query_recordings.append(entry)
+    try:
+        yield queries
+    finally:
+        _query_recordings[:] = [other for other in _query_recordings if other is not entry]

@@ -46,11 +46,21 @@ class KeyClusters:
         _checks.tensor(op, "order", self.order, torch.int32, (heads, "N"), like=self.centroids)
 
     @classmethod
-    def build(cls, k: torch.Tensor, num_clusters: int, *, seed: int = 0, parents: int | None = None) -> KeyClusters:
+    def build(
+        cls,
+        k: torch.Tensor,
+        num_clusters: int,
+        *,
+        seed: int = 0,
+        parents: int | None = None,
+        max_size: int | None = None,
+    ) -> KeyClusters:
         """Clusters the keys k [Hkv, N, D] of a fixed context by K-means on their directions (cosine).
 
         A centroid is the mean of the keys as they are, in k's dtype. The same seed gives the same clusters. `parents`
-        adds a level above: the centroids themselves, clustered into so many.
+        adds a level above: the centroids themselves, clustered into so many. `max_size` cuts larger clusters into
+        pieces and leaves empty ones out, so there may be more clusters or fewer than asked for; heads that end with
+        fewer than others have empty ones at the end.
         """
         op = "KeyClusters.build"
         _checks.tensor(op, "k", k, _checks.FLOAT_DTYPES, ("Hkv", "N", "D"))
@@ -58,8 +68,10 @@ class KeyClusters:
         _checks.expect(1 <= num_clusters <= n, op, "num_clusters", f"1 to {n}, the number of keys", num_clusters)
         if parents is not None:
             _checks.expect(1 <= parents <= num_clusters, op, "parents", f"1 to {num_clusters}", parents)
+        if max_size is not None:
+            _checks.expect(max_size >= 1, op, "max_size", "a positive number", max_size)
         _checks.expect(bool(torch.isfinite(k).all()), op, "k", "finite keys", "inf or nan")
-        return cls(*reference.cluster(k, num_clusters, seed, parents)).validate(op)
+        return cls(*reference.cluster(k, num_clusters, seed, parents, max_size)).validate(op)
 
     def permute(self, x: torch.Tensor) -> torch.Tensor:
         """Keys or values [..., Hkv, N, D] of the context, in cluster order."""

@@ -127,7 +127,12 @@ def expand_runs(cluster_offsets: torch.Tensor, taken: torch.Tensor, capacity: in
 
 
 def cluster(
-    k: torch.Tensor, num_clusters: int, seed: int, parents: int | None, iterations: int = 25
+    k: torch.Tensor,
+    num_clusters: int,
+    seed: int,
+    parents: int | None,
+    max_size: int | None = None,
+    iterations: int = 10,
 ) -> tuple[torch.Tensor, ...]:
     """k [Hkv, N, D] to (centroids, cluster_offsets, order), or with parents (..., parent_centroids, parent_offsets).
 
@@ -135,7 +140,11 @@ def cluster(
     that a parent's children are contiguous, and keys so that a cluster's are, ascending within it.
     """
     assigned = spherical_kmeans(k, num_clusters, seed, iterations)
+    if max_size is not None:
+        assigned = split(assigned, num_clusters, max_size)
+        num_clusters = int(assigned.max()) + 1
     if parents is not None:
+        parents = min(parents, num_clusters)
         order, offsets = _runs(assigned, num_clusters)
         means = _means(k, order, offsets)
         parent_of = spherical_kmeans(means, parents, seed, iterations)
@@ -154,6 +163,19 @@ def _runs(assigned: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tenso
     sizes = torch.zeros(assigned.shape[0], count, dtype=torch.int64, device=assigned.device)
     sizes.scatter_add_(1, assigned, torch.ones_like(assigned))
     return assigned.argsort(dim=-1, stable=True), F.pad(sizes.cumsum(1), (1, 0))
+
+
+def split(assigned: torch.Tensor, count: int, max_size: int) -> torch.Tensor:
+    """Labels [H, N] with clusters of more than max_size members cut, in their order, into pieces of equal size, and
+    empty clusters left out; so heads end with different numbers of labels."""
+    order, offsets = _runs(assigned, count)
+    sizes = offsets.diff(dim=-1)
+    pieces = -(-sizes // max_size)
+    member = assigned.gather(1, order)
+    rank = torch.arange(assigned.shape[1], device=assigned.device) - offsets.gather(1, member)
+    piece = rank * pieces.gather(1, member) // sizes.gather(1, member)
+    label = (pieces.cumsum(1) - pieces).gather(1, member) + piece
+    return torch.empty_like(assigned).scatter_(1, order, label)
 
 
 def _sums(x: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -181,11 +203,13 @@ def spherical_kmeans(x: torch.Tensor, count: int, seed: int, iterations: int) ->
     labels, fit = _nearest(x, centres)
     for _ in range(iterations):
         order, offsets = _runs(labels, count)
-        worst = fit.topk(count, largest=False).indices
+        centres = F.normalize(_sums(x, order, offsets), dim=-1)
         empty = offsets.diff(dim=-1) == 0
-        spare = worst.gather(1, (empty.cumsum(1) - 1).clamp(min=0))
-        restart = x.gather(1, spare.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-        centres = torch.where(empty.unsqueeze(-1), restart, F.normalize(_sums(x, order, offsets), dim=-1))
+        if bool(empty.any()):
+            worst = fit.topk(int(empty.sum(1).max()), largest=False).indices
+            spare = worst.gather(1, (empty.cumsum(1) - 1).clamp(0, worst.shape[1] - 1))
+            restart = x.gather(1, spare.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+            centres = torch.where(empty.unsqueeze(-1), restart, centres)
         before, (labels, fit) = labels, _nearest(x, centres)
         if torch.equal(labels, before):
             break

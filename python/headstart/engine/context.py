@@ -1,0 +1,412 @@
+"""A fixed context that many questions share: read once, clustered, and attended by lookup.
+
+    context = Context.build(model, ids)            # or Context.load(folder)
+    cache = context.cache(sparsity=0.9)
+    model.generate(question, past_key_values=cache)
+    cache.reset()                                   # the next question
+
+The context's tokens stand at the positions -N to -1, so a question begins at position 0 and is, for `generate`, a
+prompt like any other: its mask, padding and length are its own. Rotary embeddings are about differences of positions
+alone, which is what makes this exact. A layer attends the context by `centroid_lookup` and `sparse_attention`, on keys
+and values that all rows of a batch share, and the question's own part densely; `merge_attention` joins them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from ..offline import fixed_context
+from ..offline.fixed_context import BLOCK, LayerContext, Rope
+from ..offline.prefill_plan import fingerprint, full_index
+from ..ops import _checks
+from ..ops.centroid_lookup import centroid_lookup
+from ..ops.sparse_attention import BlockIndex, merge_attention, sparse_attention
+from . import attention, context_file
+from .patch import patch, unpatch
+
+DEFAULT_SPARSITY = 0.9
+SELECTIONS = ("threshold", "top_k")
+# A context of fewer keys is attended whole: looking up which of them are needed takes longer than attending them.
+BREAK_EVEN = 1024
+
+
+@dataclass(frozen=True)
+class Context:
+    """The keys and values of a text, clustered, of every layer of a model.
+
+    - ``layers``: what `offline.fixed_context.LayerContext` says;
+    - ``model``: the fingerprint of the model that read it, and a checksum of some of its weights;
+    - ``tokens``: how many, and ``token_hash``, SHA-256 of their ids as little-endian int64;
+    - ``rope``: how the model's keys turn with their position; None where that is not known, and `concat` cannot work;
+    - ``settings``: what the clusters were made with.
+    """
+
+    layers: tuple[LayerContext, ...]
+    model: dict[str, Any]
+    tokens: int
+    token_hash: str
+    rope: Rope | None
+    settings: dict[str, Any]
+
+    @classmethod
+    @torch.inference_mode()
+    def build(
+        cls,
+        model: torch.nn.Module,
+        input_ids: torch.Tensor,
+        clusters: float = 0.05,
+        parents: float | None = None,
+        *,
+        prefill: str = "adaptive",
+        seed: int = 0,
+        advance: Callable[[], object] = lambda: None,
+    ) -> Context:
+        """Reads input_ids [1, N] once and clusters every layer's keys.
+
+        Args:
+            model: of transformers, with rotary embeddings, whose layers attend everything before. Patched or not; if
+                not, it is patched with `prefill` while it reads.
+            clusters: how many, as a share of the keys.
+            parents: with a level of so many above, as a share of the keys; None for none.
+            prefill: as in `headstart.patch`.
+            seed: of the clustering; the same seed gives the same context.
+            advance: called after each layer has read and after each was clustered.
+
+        Raises:
+            ValueError: naming the argument, or what of the model does not work with a context.
+        """
+        op = "Context.build"
+        _checks.tensor(op, "input_ids", input_ids, (torch.int64, torch.int32), (1, "N"))
+        tokens = input_ids.shape[1]
+        _checks.expect(tokens >= BLOCK, op, "input_ids", f"at least {BLOCK} tokens", tokens)
+        for name, share in (("clusters", clusters), ("parents", parents)):
+            good = share is None and name == "parents" or type(share) in (int, float) and 0 < share <= 1
+            _checks.expect(good, op, name, "a share above 0 and up to 1", share)
+        _checks.expect(
+            parents is None or parents <= clusters, op, "parents", "no larger a share than clusters", parents
+        )
+        _check_model(op, model)
+        was_patched = any(attention.attachment(module) for module in model.modules())
+        if not was_patched:
+            patch(model, prefill)
+        try:
+            cache, queries = _read(model, input_ids, advance)
+        finally:
+            if not was_patched:
+                unpatch(model)
+        layers = []
+        for i, layer in enumerate(cache.layers):
+            _checks.expect(
+                i in queries, op, "model", "attention that headstart runs in every layer", f"none in layer {i}"
+            )
+            layers.append(fixed_context.arrange(layer.keys[0], layer.values[0], queries[i][0], clusters, parents, seed))
+            layer.keys = layer.values = None
+            advance()
+        if parents is not None:
+            layers = fixed_context.calibrate(layers)
+        return cls(
+            tuple(layers),
+            model_fingerprint(model),
+            tokens,
+            hashlib.sha256(input_ids.to("cpu", torch.int64).numpy().astype("<i8").tobytes()).hexdigest(),
+            find_rope(model),
+            {"clusters": clusters, "parents": parents, "seed": seed},
+        )
+
+    @classmethod
+    @torch.inference_mode()
+    def concat(cls, contexts: Sequence[Context]) -> Context:
+        """Contexts one after another as one, without reading them again: keys and centroids turn to their new
+        positions, clusters stay as they are.
+
+        What is missing is the attention of a later text to the earlier ones while it was read (as in TurboRAG, Lu et
+        al., 2024, arXiv 2410.07590): docs/measurements.md has what that costs. Thresholds come from the last one.
+
+        Raises:
+            ValueError: for contexts of different models, or of a model whose keys cannot be moved.
+        """
+        op, contexts = "Context.concat", list(contexts)
+        _checks.expect(len(contexts) > 0, op, "contexts", "at least one", 0)
+        first = contexts[0]
+        for i, context in enumerate(contexts):
+            _checks.expect(isinstance(context, Context), op, f"contexts[{i}]", "a Context", type(context).__name__)
+            _checks.expect(context.model == first.model, op, f"contexts[{i}]", f"one of {first.model}", context.model)
+            _checks.expect(context.rope == first.rope, op, f"contexts[{i}]", "the same rotary embedding", "another")
+        if len(contexts) == 1:
+            return first
+        _checks.expect(
+            first.rope is not None, op, "contexts", "a model whose rotary embedding is known", first.model["model_type"]
+        )
+        layers = [fixed_context.join(chunks, first.rope) for chunks in zip(*(c.layers for c in contexts), strict=True)]
+        if layers[0].clusters.parent_centroids is not None:
+            layers = fixed_context.calibrate(layers)
+        hashes = "".join(context.token_hash for context in contexts)
+        return cls(
+            tuple(layers),
+            first.model,
+            sum(context.tokens for context in contexts),
+            hashlib.sha256(hashes.encode()).hexdigest(),
+            first.rope,
+            {"chunks": [context.settings | {"tokens": context.tokens} for context in contexts]},
+        )
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes a directory of context.safetensors and context.json, whole or not at all."""
+        context_file.save(folder, **vars(self))
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike, *, verify: bool = True) -> Context:
+        """What `save` wrote, mapped and not copied. `verify` reads it once and compares its checksums.
+
+        Raises:
+            ValueError or FileNotFoundError: naming the file and the field that is damaged or missing.
+        """
+        return cls(**context_file.load(folder, verify=verify))
+
+    def cache(
+        self,
+        batch_size: int = 1,
+        sparsity: float = DEFAULT_SPARSITY,
+        *,
+        selection: str = "threshold",
+        per_head: bool = False,
+        hierarchical: bool | None = None,
+    ) -> ContextCache:
+        """For `past_key_values` of a patched model: this context, and room for a batch of questions.
+
+        Args:
+            batch_size: of the questions; `generate` may make several rows of each.
+            sparsity: the share of the clustered keys that a query leaves out, in the mean over layers, heads and the
+                window that calibrated it; 0 attends everything. Sinks and the last keys are always attended.
+            selection: "threshold", or "top_k": every query takes as many keys as the sparsity leaves.
+            per_head: every head leaves out the same share; else one threshold serves all.
+            hierarchical: look up parents first, and only the children of those that are kept; if None, where there are
+                parents.
+        """
+        return ContextCache(self, batch_size, sparsity, selection, per_head, hierarchical)
+
+    @property
+    def bytes(self) -> int:
+        """Of the keys and values."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
+
+
+# --- what a model is -------------------------------------------------------------------------------------------------
+
+
+def _check_model(op: str, model: torch.nn.Module) -> None:
+    config = model.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = {parameters.get("rope_type")} | {p.get("rope_type") for p in parameters.values() if isinstance(p, dict)}
+    rotary = kinds - {None}
+    _checks.expect(bool(rotary), op, "model", "rotary embeddings, whose positions may begin anywhere", "none")
+    moving = rotary & {"dynamic", "longrope"}
+    _checks.expect(not moving, op, "model", "rotary embeddings that do not depend on the length", ", ".join(moving))
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    sliding = kinds - {"full_attention"} or getattr(config, "sliding_window", None) and "sliding_window"
+    uses = getattr(config, "layer_types", None) or getattr(config, "use_sliding_window", True)
+    _checks.expect(not (sliding and uses), op, "model", "layers that attend everything before", sliding)
+
+
+def model_fingerprint(model: torch.nn.Module) -> dict[str, Any]:
+    config = model.config.get_text_config()
+    return fingerprint(config) | {"dtype": str(model.dtype).removeprefix("torch."), "weights": _weights_checksum(model)}
+
+
+def _weights_checksum(model: torch.nn.Module) -> int:
+    """CRC-32 over a row of every layer's weights."""
+    crc = 0
+    for parameter in model.base_model.parameters():
+        row = parameter.detach().flatten()[: parameter.shape[-1]].cpu().contiguous()
+        crc = zlib.crc32(row.view(torch.uint8).numpy().data, crc)
+    return crc
+
+
+def find_rope(model: torch.nn.Module) -> Rope | None:
+    """How the model turns its keys, seen by letting it turn some; None where it does so in another way."""
+    rotary = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), torch.Tensor)]
+    functions = (
+        attention.modeling_attribute(module, "apply_rotary_pos_emb")
+        for module in model.modules()
+        if hasattr(module, "layer_idx")
+    )
+    turn = next((function for function in functions if function is not None), None)
+    if len(rotary) != 1 or turn is None:
+        return None
+    inv_freq = rotary[0].inv_freq.float()
+    head_dim = fingerprint(model.config.get_text_config())["head_dim"]
+    k = torch.randn(1, 1, 1, head_dim, generator=torch.Generator().manual_seed(0)).to(inv_freq.device)
+    scale = getattr(rotary[0], "attention_scaling", 1.0)
+
+    def at(position: int) -> torch.Tensor:
+        cos, sin = rotary[0](k, torch.tensor([[position]], device=k.device))
+        return turn(k, k, cos, sin)[1]
+
+    try:
+        here, there = at(3), at(-14)
+    except Exception:  # it takes other arguments
+        return None
+    for interleaved in (False, True):
+        rope = Rope(tuple(inv_freq.tolist()), interleaved)
+        if 2 * len(rope.inv_freq) <= head_dim and torch.allclose(
+            rope.shift(here, -17), there, atol=1e-4 * max(scale, 1)
+        ):
+            return rope
+    return None
+
+
+def _read(model, input_ids, advance) -> tuple[DynamicCache, dict[int, torch.Tensor]]:
+    """The keys and values of input_ids [1, N] at the positions -N to -1, and the last window's queries by layer."""
+    tokens = input_ids.shape[1]
+    positions = torch.arange(-tokens, 0, device=model.device)[None]
+    layers = [module for module in model.modules() if attention.attachment(module)]
+    hooks = [layer.register_forward_hook(lambda *_: advance()) for layer in layers]
+    cache = DynamicCache()
+    try:
+        with attention.record_queries(fixed_context.WINDOW) as queries:
+            model.base_model(input_ids.to(model.device), position_ids=positions, past_key_values=cache, use_cache=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return cache, queries
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+class ContextLayer(DynamicLayer):
+    """One layer: the context, which stays, and the questions' part, which grows and is reset."""
+
+    def __init__(self, layer: LayerContext, cache: ContextCache, threshold, parent_threshold):
+        super().__init__()
+        self.context, self.cache = layer, cache
+        self.threshold, self.parent_threshold = threshold, parent_threshold
+        self.tokens = layer.keys.shape[1]
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        keys.headstart_context = self  # headstart's attention finds it there
+        return keys, values
+
+    def attend(self, config, q, k, v, scale: float | None, kv_start: torch.Tensor | None):
+        """q [B, Hq, Nq, D] over the context, by lookup, and over the question's k and v [B, Hkv, Nk, D], causally: out
+        [B, Hq, Nq, D], and the index of what was attended of the context."""
+        self.cache.read(config)
+        nq, nk = q.shape[2], k.shape[2]
+        own, own_lse = sparse_attention(q, k, v, full_index(nq, nk, q.device), scale=scale, kv_start=kv_start)
+        index = _index(self, q, scale)
+        keys, values = (x.expand(q.shape[0], *x.shape) for x in (self.context.keys, self.context.values))
+        fixed, fixed_lse = sparse_attention(q, keys, values, index, causal=False, scale=scale)
+        return merge_attention(fixed, fixed_lse, own, own_lse)[0], index
+
+
+class ContextCache(Cache):
+    """A `Context` as transformers' cache: `Context.cache` makes it."""
+
+    def __init__(self, context, batch_size, sparsity, selection, per_head, hierarchical):
+        op, has_parents = "Context.cache", context.layers[0].parent_scores is not None
+        _checks.expect(type(batch_size) is int and batch_size >= 1, op, "batch_size", "a positive integer", batch_size)
+        good = type(sparsity) in (int, float) and 0 <= sparsity < 1
+        _checks.expect(good, op, "sparsity", "a number from 0 to less than 1", sparsity)
+        _checks.expect(selection in SELECTIONS, op, "selection", f"one of {', '.join(SELECTIONS)}", selection)
+        hierarchical = has_parents if hierarchical is None else hierarchical
+        _checks.expect(has_parents or not hierarchical, op, "hierarchical", "False, since there are no parents", True)
+        self.context, self.questions, self.sparsity, self.selection = context, batch_size, sparsity, selection
+        self.hierarchical = hierarchical
+        self.dense = sparsity == 0 or context.tokens < BREAK_EVEN
+        self._unread: int | None = None
+        super().__init__(layers=[ContextLayer(*each) for each in self._layers(per_head)])
+
+    def _layers(self, per_head: bool):
+        layers, sparsity = self.context.layers, self.sparsity
+        if self.hierarchical:
+            own = fixed_context.child_thresholds([layer.child_scores for layer in layers], sparsity, per_head)
+            coarse = fixed_context.parent_sparsity(sparsity)
+            parents = fixed_context.thresholds([layer.parent_scores for layer in layers], coarse, False)
+            parents = [limit.exp() for limit in parents]
+        else:
+            own = fixed_context.thresholds([layer.scores for layer in layers], sparsity, per_head)
+            parents = [None] * len(layers)
+        if self.selection == "top_k":
+            own = [torch.full_like(limit, -torch.inf) for limit in own]
+        return zip(layers, [self] * len(layers), [limit.exp().contiguous() for limit in own], parents, strict=True)
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        rows = key_states.shape[0]
+        if rows % self.questions:
+            raise ValueError(
+                f"ContextCache: expected a batch of {self.questions}, as Context.cache was told, or a multiple of it "
+                f"(beams), got {rows}"
+            )
+        if self._unread is not None and self._unread != layer_idx:
+            raise RuntimeError(
+                f"ContextCache: layer {self._unread} did not attend the context: the model's attention is not "
+                "headstart's. Call headstart.patch(model), then cache.reset(), and ask again"
+            )
+        self._unread = layer_idx
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Forgets the question; the context stays."""
+        self._unread = None
+        super().reset()
+
+    def read(self, config) -> None:
+        """A layer of a model with this config attends the context."""
+        self._unread = None
+        _expect_model(self, config)
+
+
+@functools.lru_cache(maxsize=64)
+def _expect_model_once(cache_id: int, config_id: int, mine: tuple, theirs: tuple) -> None:
+    if mine != theirs:
+        raise ValueError(
+            f"ContextCache: expected the model that the context was built with, {dict(mine)}, got {dict(theirs)}"
+        )
+
+
+def _expect_model(cache: ContextCache, config) -> None:
+    theirs = fingerprint(config)
+    mine = {name: cache.context.model.get(name) for name in theirs}
+    _expect_model_once(id(cache), id(config), tuple(mine.items()), tuple(theirs.items()))
+
+
+# --- what is attended ------------------------------------------------------------------------------------------------
+
+
+def _index(layer: ContextLayer, q: torch.Tensor, scale: float | None) -> BlockIndex:
+    context, cache, rows, keys = layer.context, layer.cache, -(-q.shape[2] // BLOCK), layer.tokens
+    if cache.dense:
+        return BlockIndex(*_blocks(0, keys, rows, q.device))
+    capacity = None
+    if cache.selection == "top_k":
+        capacity = max(1, round((1 - cache.sparsity) * context.clustered))
+    clusters = context.clusters if cache.hierarchical else context.flat_clusters
+    columns = centroid_lookup(
+        q,
+        clusters,
+        layer.threshold,
+        scale=scale,
+        block_q=BLOCK,
+        parent_threshold=layer.parent_threshold,
+        max_columns=capacity,
+    )
+    count, ids = _blocks(context.clustered, keys, rows, q.device)
+    shape = columns[0].shape
+    return BlockIndex(count.expand(shape), ids.expand(*shape, ids.shape[-1]), *columns)
+
+
+@functools.lru_cache(maxsize=64)
+def _blocks(first: int, end: int, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts [1, 1, rows] and ids [1, 1, rows, T] of the blocks from key `first`, a multiple of 64, to key `end`."""
+    ids = torch.arange(first // BLOCK, -(-end // BLOCK), dtype=torch.int32, device=device)
+    return torch.full((1, 1, rows), len(ids), dtype=torch.int32, device=device), ids.repeat(1, 1, rows, 1)
