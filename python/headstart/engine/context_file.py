@@ -93,7 +93,8 @@ def load(folder: str | os.PathLike, *, verify: bool) -> dict[str, Any]:
             raise ValueError(f"{path}: layers.{i}: {error}") from None
     rope = content["rope"]
     rope = None if rope is None else Rope(tuple(rope["inv_freq"]), rope["interleaved"])
-    return Context(tuple(layers), content["model"], content["tokens"], content["token_hash"], rope, content["settings"])
+    description = {name: content[name] for name in ("model", "tokens", "token_hash", "settings")}
+    return {"layers": tuple(layers), "rope": rope, **description}
 
 
 def _read_description(path: Path) -> dict[str, Any]:
