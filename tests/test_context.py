@@ -15,6 +15,7 @@ from headstart.engine import attention, context_file  # noqa: E402
 from headstart.engine import context as engine_context  # noqa: E402
 from headstart.offline import fixed_context  # noqa: E402
 from headstart.offline.fixed_context import Rope  # noqa: E402
+from headstart.ops.centroid_lookup import centroid_top_p  # noqa: E402
 
 TOKENS, QUESTION = 700, 9
 SIZES = dict(
@@ -100,6 +101,29 @@ def test_top_k_takes_as_many_keys_as_the_sparsity_leaves(model, context, patched
     m = context.layers[0].clustered
     assert [e.path for e in entries] == ["context"] * 2
     assert all((e.index.column_count == round(0.25 * m)).all() for e in entries)
+
+
+def test_top_p_takes_the_fewest_clusters_that_hold_the_mass(model, context, patched):
+    question = tokens(1, seed=1)
+    exact = model(question, past_key_values=context.cache(sparsity=0)).logits
+    counts = []
+    for mass in (0.3, 0.9, 1.0):
+        with attention.record() as entries:
+            logits = model(question, past_key_values=context.cache(selection="top_p", mass=mass)).logits
+        counts.append(sum(e.index.column_count.sum().item() for e in entries))
+    torch.testing.assert_close(logits, exact, rtol=1e-4, atol=1e-4)
+    assert 0 < counts[0] < counts[1] < counts[2] == 4 * context.layers[0].clustered
+
+    clusters = context.layers[0].flat_clusters
+    q = torch.randn(1, 2, 1, 16, generator=torch.Generator().manual_seed(0))
+    count, index = centroid_top_p(q, clusters, 0.5, scale=1.0)
+    for head in range(2):
+        sizes = clusters.cluster_offsets[head].diff()
+        weight = ((clusters.centroids[head].double() @ q[0, head, 0].double()) + sizes.log()).softmax(0)
+        order = weight.div(sizes.clamp(min=1)).argsort(descending=True)
+        needed = order[: int((weight[order].cumsum(0) < 0.5).sum()) + 1]
+        keys = torch.cat([torch.arange(*clusters.cluster_offsets[head, j : j + 2].tolist()) for j in needed])
+        assert index[0, head, 0, : count[0, head, 0]].tolist() == keys.sort().values.tolist()
 
 
 def test_generate_answers_like_the_model_on_the_whole_text(model, context):
@@ -307,7 +331,9 @@ def test_a_folder_of_something_else_is_not_replaced(context, tmp_path):
         ({"sparsity": 1.0}, "sparsity: expected a number from 0 to less than 1, got 1.0"),
         ({"sparsity": "0.9"}, "sparsity"),
         ({"batch_size": 0}, "batch_size: expected a positive integer, got 0"),
-        ({"selection": "best"}, "selection: expected one of threshold, top_k, got best"),
+        ({"selection": "best"}, "selection: expected one of threshold, top_k, top_p, got best"),
+        ({"selection": "top_p"}, "mass: expected a share above 0 and up to 1, got None"),
+        ({"mass": 0.5}, 'mass: expected None, but for selection="top_p", got 0.5'),
     ],
 )
 def test_bad_options_are_named(context, options, message):

@@ -28,13 +28,13 @@ from ..offline import fixed_context
 from ..offline.fixed_context import BLOCK, LayerContext, Rope
 from ..offline.prefill_plan import fingerprint, full_index
 from ..ops import _checks
-from ..ops.centroid_lookup import centroid_lookup
+from ..ops.centroid_lookup import centroid_lookup, centroid_top_p
 from ..ops.sparse_attention import BlockIndex, merge_attention, sparse_attention
 from . import attention, context_file
 from .patch import patch, unpatch
 
 DEFAULT_SPARSITY = 0.9
-SELECTIONS = ("threshold", "top_k")
+SELECTIONS = ("threshold", "top_k", "top_p")
 # A context of fewer keys is attended whole: looking up which of them are needed takes longer than attending them.
 BREAK_EVEN = 1024
 
@@ -178,6 +178,7 @@ class Context:
         sparsity: float = DEFAULT_SPARSITY,
         *,
         selection: str = "threshold",
+        mass: float | None = None,
         per_head: bool = False,
         hierarchical: bool | None = None,
     ) -> ContextCache:
@@ -187,12 +188,14 @@ class Context:
             batch_size: of the questions; `generate` may make several rows of each.
             sparsity: the share of the clustered keys that a query leaves out, in the mean over layers, heads and the
                 window that calibrated it; 0 attends everything. Sinks and the last keys are always attended.
-            selection: "threshold", or "top_k": every query takes as many keys as the sparsity leaves.
+            selection: "threshold"; "top_k": every query takes as many keys as the sparsity leaves; "top_p": it takes
+                the fewest clusters that hold a share of `mass` of its attention, and the sparsity follows.
+            mass: of "top_p", above 0 and up to 1.
             per_head: every head leaves out the same share; else one threshold serves all.
             hierarchical: look up parents first, and only the children of those that are kept; if None, where there are
                 parents.
         """
-        return ContextCache(self, batch_size, sparsity, selection, per_head, hierarchical)
+        return ContextCache(self, batch_size, sparsity, selection, mass, per_head, hierarchical)
 
     @property
     def bytes(self) -> int:
@@ -312,16 +315,19 @@ class ContextLayer(DynamicLayer):
 class ContextCache(Cache):
     """A `Context` as transformers' cache: `Context.cache` makes it."""
 
-    def __init__(self, context, batch_size, sparsity, selection, per_head, hierarchical):
+    def __init__(self, context, batch_size, sparsity, selection, mass, per_head, hierarchical):
         op, has_parents = "Context.cache", context.layers[0].parent_scores is not None
         _checks.expect(type(batch_size) is int and batch_size >= 1, op, "batch_size", "a positive integer", batch_size)
         good = type(sparsity) in (int, float) and 0 <= sparsity < 1
         _checks.expect(good, op, "sparsity", "a number from 0 to less than 1", sparsity)
         _checks.expect(selection in SELECTIONS, op, "selection", f"one of {', '.join(SELECTIONS)}", selection)
-        hierarchical = has_parents if hierarchical is None else hierarchical
+        good = type(mass) in (int, float) and 0 < mass <= 1 if selection == "top_p" else mass is None
+        wanted = "a share above 0 and up to 1" if selection == "top_p" else 'None, but for selection="top_p"'
+        _checks.expect(good, op, "mass", wanted, mass)
+        hierarchical = has_parents and selection != "top_p" if hierarchical is None else hierarchical
         _checks.expect(has_parents or not hierarchical, op, "hierarchical", "False, since there are no parents", True)
         self.context, self.questions, self.sparsity, self.selection = context, batch_size, sparsity, selection
-        self.hierarchical = hierarchical
+        self.mass, self.hierarchical = mass, hierarchical
         self.dense = sparsity == 0 or context.tokens < BREAK_EVEN
         self._unread: int | None = None
         super().__init__(layers=[ContextLayer(*each) for each in self._layers(per_head)])
@@ -387,19 +393,18 @@ def _index(layer: ContextLayer, q: torch.Tensor, scale: float | None) -> BlockIn
     context, cache, rows, keys = layer.context, layer.cache, -(-q.shape[2] // BLOCK), layer.tokens
     if cache.dense:
         return BlockIndex(*_blocks(0, keys, rows, q.device))
-    capacity = None
-    if cache.selection == "top_k":
-        capacity = max(1, round((1 - cache.sparsity) * context.clustered))
-    clusters = context.clusters if cache.hierarchical else context.flat_clusters
-    columns = centroid_lookup(
-        q,
-        clusters,
-        layer.threshold,
-        scale=scale,
-        block_q=BLOCK,
-        parent_threshold=layer.parent_threshold,
-        max_columns=capacity,
-    )
+    if cache.selection == "top_p":
+        columns = centroid_top_p(q, context.flat_clusters, cache.mass, scale=scale, block_q=BLOCK)
+    else:
+        columns = centroid_lookup(
+            q,
+            context.clusters if cache.hierarchical else context.flat_clusters,
+            layer.threshold,
+            scale=scale,
+            block_q=BLOCK,
+            parent_threshold=layer.parent_threshold,
+            max_columns=max(1, round((1 - cache.sparsity) * context.clustered)) if cache.selection == "top_k" else None,
+        )
     count, ids = _blocks(context.clustered, keys, rows, q.device)
     shape = columns[0].shape
     return BlockIndex(count.expand(shape), ids.expand(*shape, ids.shape[-1]), *columns)

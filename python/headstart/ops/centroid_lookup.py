@@ -170,6 +170,41 @@ def centroid_lookup(
     )
 
 
+def centroid_top_p(
+    q: torch.Tensor,
+    clusters: KeyClusters,
+    mass: float,
+    *,
+    scale: float | None = None,
+    block_q: int = 64,
+    max_columns: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Like `centroid_lookup`, by the mass that is kept instead of a threshold: for every query the fewest best-scoring
+    clusters, without regard to parents, whose keys hold a share of `mass` (0 to 1) of its attention, as the centroids
+    estimate it: sum over them of n_j exp(scale * q·c_j) / sum_i n_i exp(scale * q·c_i).
+
+    In plain torch on every device: a sort of all scores, which the threshold spares.
+
+    Source: Double-P (size-weighted centroid top-p).
+    """
+    op = "centroid_top_p"
+    _checks.expect(isinstance(clusters, KeyClusters), op, "clusters", "KeyClusters", type(clusters).__name__)
+    good = isinstance(mass, float | int) and 0 < mass <= 1
+    _checks.expect(good, op, "mass", "a share above 0 and up to 1", mass)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    _check(q, clusters.centroids, clusters.cluster_offsets, q.new_zeros(1).float(), scale, block_q, *(None,) * 4)
+    n = clusters.order.shape[1]
+    return reference.centroid_top_p(
+        q,
+        clusters.centroids,
+        clusters.cluster_offsets,
+        mass,
+        scale=scale,
+        block_q=block_q,
+        max_columns=n if max_columns is None else min(max_columns, n),
+    )
+
+
 # --- the contract: checks, fake kernel, schema ----------------------------------------------------------------------
 
 

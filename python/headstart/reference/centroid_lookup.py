@@ -32,15 +32,20 @@ def select(
     Hkv, rows or 1, C], `threshold` [Hkv or 1, G or 1].
     """
     queries = logits.shape[3]
-    rows = -(-queries // block_q)
     row_of_query = torch.arange(queries, device=logits.device) // block_q
     of_query = counted[:, :, row_of_query] if counted.shape[2] > 1 else counted
     scores = log_scores(logits, sizes[:, None, None], of_query.unsqueeze(2))
     # A NaN threshold or score compares false, and so keeps everything rather than nothing.
     kept = ~(scores <= threshold.to(scores.dtype).clamp(min=0).log()[..., None, None]) & (scores != -math.inf)
+    return _of_rows(kept, scores, block_q)
+
+
+def _of_rows(kept: torch.Tensor, scores: torch.Tensor, block_q: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What queries keep [B, Hkv, G, queries, C], joined over their blocks and groups, and the best scores of it."""
+    queries = scores.shape[3]
 
     def over_block(x: torch.Tensor) -> torch.Tensor:
-        return F.pad(x, (0, 0, 0, -queries % block_q), value=-math.inf).unflatten(2, (rows, block_q)).amax(3)
+        return F.pad(x, (0, 0, 0, -queries % block_q), value=-math.inf).unflatten(2, (-1, block_q)).amax(3)
 
     best = over_block(scores.masked_fill(~kept, -math.inf).amax(2))
     return over_block(kept.to(scores.dtype).amax(2)) > 0, best
@@ -85,6 +90,24 @@ def centroid_lookup(
         counts.append(taken.sum(-1, dtype=torch.int32))
         columns.append(expand_runs(cluster_offsets, taken, max_columns))
     return torch.cat(counts, 2), torch.cat(columns, 2)
+
+
+def centroid_top_p(q, centroids, cluster_offsets, mass: float, *, scale: float, block_q: int, max_columns: int):
+    """The columns of the fewest best-scoring clusters whose keys hold `mass` of every query's attention."""
+    b, hq, nq, d = q.shape
+    hkv = centroids.shape[0]
+    sizes = cluster_offsets.diff(dim=-1).clamp(min=0)
+    logits = q.reshape(b, hkv, hq // hkv, nq, d).float() @ centroids.float().mT[:, None] * scale
+    scores = log_scores(logits, sizes[:, None, None], torch.ones_like(sizes, dtype=torch.bool)[None, :, None, None])
+    ranked, order = scores.sort(dim=-1, descending=True, stable=True)
+    held = ranked.exp() * sizes[None, :, None, None].expand_as(order).gather(-1, order)
+    before = held.cumsum(-1) - held
+    kept = torch.zeros_like(scores, dtype=torch.bool).scatter(
+        -1, order, ((before < mass) | (mass == 1)) & (ranked != -math.inf)
+    )
+    kept, best = _of_rows(kept, scores, max(1, min(block_q, nq)))
+    taken = fill(kept, best, sizes, max_columns)
+    return taken.sum(-1, dtype=torch.int32), expand_runs(cluster_offsets, taken, max_columns)
 
 
 def _of_heads(threshold: torch.Tensor, hkv: int, hq: int) -> torch.Tensor:
