@@ -7,6 +7,7 @@ ratios within a group are of one run. Targets are those of the design, for bf16 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 import baselines
 import headstart
 from baselines import BLOCK, FLEX, SDPA
+from headstart.reference import centroid_lookup as lookup_reference
 from headstart.reference import prefill_index as index_reference
 from headstart.reference import sparse_attention as reference
 from machine import DTYPES, cold_bytes
@@ -22,7 +24,7 @@ from measure import Rotation
 
 EVERY = "every block"
 DENSITIES = (0.25, 0.10, 0.05)
-LONG_DECODE = 16  # the longer decode case attends this many times the tokens: 131,072 for 8,192
+LONG_DECODE = 16  # the longer decode case, and the lookup's context, have this many times the tokens: 131,072 for 8,192
 ERROR_BAR = {"bf16": 2e-2, "fp32": 1e-4}  # of the largest exact value; see baselines.relative_error
 DISAGREEMENT_BAR = 0.02  # block scores in bf16 round differently from the reference, so near ties may fall either way
 
@@ -84,7 +86,7 @@ class Spec:
 
     @property
     def title(self) -> str:
-        what = "keys" if self.family == "decode" else "tokens"
+        what = "keys" if self.family in ("decode", "centroid_lookup") else "tokens"
         tier = f", {self.tier} tier" if self.tier else ""
         return f"{self.family}, {self.dtype}, {self.shape.words}, {self.tokens:,} {what}{tier}"
 
@@ -97,6 +99,7 @@ class Spec:
             "prefill_index": [EVERY, *INDEX_NAMES],
             "merge_attention": ["merge"],
             "decode": [SDPA, EVERY],
+            "centroid_lookup": [name for lookup in LOOKUPS for name in (lookup, f"{REFERENCE}, {lookup}")],
             "tier": [SDPA, EVERY],
         }[self.family]
 
@@ -108,7 +111,9 @@ class Spec:
 
 
 def specs(family: str, tokens: int, *, dtypes=tuple(DTYPES), flex: bool = False, tier=None) -> Iterator[Spec]:
-    lengths = (tokens, LONG_DECODE * tokens) if family == "decode" else (tokens,)
+    lengths = {"decode": (tokens, LONG_DECODE * tokens), "centroid_lookup": (LONG_DECODE * tokens,)}.get(
+        family, (tokens,)
+    )
     for dtype in dtypes:
         for shape in SHAPES:
             for length in lengths:
@@ -302,6 +307,83 @@ def decode(spec: Spec) -> list[Work]:
     return [Work(SDPA, lambda: baselines.sdpa(q, *rotation.next()), baseline=SDPA, **numbers), ours]
 
 
+REFERENCE = "reference"
+LOOKUPS = {  # queries, and whether parents are looked up first
+    "one query": (1, False),
+    "one query, with parents": (1, True),
+    "64 queries": (64, False),
+    "64 queries, with parents": (64, True),
+}
+KEPT_CLUSTERS, KEPT_PARENTS = 0.1, 0.2
+
+
+def drawn_clusters(spec: Spec) -> headstart.KeyClusters:
+    """Parents for 1 % of the keys, with five clusters each; their centroids are drawn around their parent's."""
+    heads, n, d, dtype = spec.shape.hkv, spec.tokens, spec.shape.d, DTYPES[spec.dtype]
+    parents = max(1, n // 100)
+    of_parents = torch.randn(heads, parents, d)
+    centroids = of_parents.repeat_interleave(5, 1) + 0.7 * torch.randn(heads, 5 * parents, d)
+
+    def spread(whole: int, parts: int) -> torch.Tensor:
+        return (torch.arange(parts + 1) * whole // parts).to(torch.int32).repeat(heads, 1)
+
+    order = torch.arange(n, dtype=torch.int32).repeat(heads, 1)
+    level = (of_parents.to(dtype), spread(5 * parents, parents))
+    return headstart.KeyClusters(centroids.to(dtype), spread(n, 5 * parents), order, *level)
+
+
+def threshold_that_keeps(share: float, q, centroids, sizes) -> torch.Tensor:
+    """[Hkv]: some query of q [1, Hq, Nq, D] scores `share` of the clusters higher."""
+    heads, d = len(centroids), q.shape[-1]
+    logits = q.float().view(heads, -1, d) @ centroids.float().mT / d**0.5
+    scores = lookup_reference.log_scores(logits, sizes[:, None], torch.ones(()).bool()).amax(1)
+    return scores.quantile(1 - share, -1).exp()
+
+
+def centroid_lookup(spec: Spec) -> list[Work]:
+    clusters, works = drawn_clusters(spec), []
+    rotation = Rotation((clusters.centroids, clusters.parent_centroids), cold_bytes())
+    copies = [dataclasses.replace(clusters, centroids=c, parent_centroids=p) for c, p in rotation.items]
+    flat_copies = [dataclasses.replace(c, parent_centroids=None, parent_offsets=None) for c in copies]
+    sizes = clusters.cluster_offsets.diff(dim=-1)
+    parent_sizes = clusters.cluster_offsets.gather(1, clusters.parent_offsets.long()).diff(dim=-1)
+    for name, (queries, with_parents) in LOOKUPS.items():
+        q = torch.randn(1, spec.shape.hq, queries, spec.shape.d).to(DTYPES[spec.dtype])
+        threshold = threshold_that_keeps(KEPT_CLUSTERS, q, clusters.centroids, sizes)
+        parents = threshold_that_keeps(KEPT_PARENTS, q, clusters.parent_centroids, parent_sizes)
+        parents = parents if with_parents else None
+        cold = itertools.cycle(copies if with_parents else flat_copies)
+
+        def ours(q=q, cold=cold, threshold=threshold, parents=parents):
+            return headstart.centroid_lookup(q, next(cold), threshold, parent_threshold=parents)
+
+        def by_reference(q=q, threshold=threshold, parents=parents):
+            level = (
+                (clusters.parent_centroids, clusters.parent_offsets, parents) if parents is not None else (None,) * 3
+            )
+            level = dict(zip(("parent_centroids", "parent_offsets", "parent_threshold"), level, strict=True))
+            sizes = dict(scale=spec.shape.d**-0.5, block_q=BLOCK, max_columns=spec.tokens)
+            return lookup_reference.centroid_lookup(
+                q, clusters.centroids, clusters.cluster_offsets, threshold, **sizes, **level
+            )
+
+        read = clusters.centroids.nbytes
+        if with_parents:
+            read = clusters.parent_centroids.nbytes + int(KEPT_PARENTS * read)
+        numbers = dict(bytes=read, limit="read") if queries == 1 else {}
+        numbers["flops"] = 2 * queries * spec.shape.hq // spec.shape.hkv * read / clusters.centroids.element_size()
+        if queries > 1:
+            numbers["limit"] = "gemm"
+        work = Work(name, ours, error_bar=DISAGREEMENT_BAR, **numbers)
+        work.check = lambda got, expected=by_reference: lookup_disagreement(got, expected(), spec.tokens)
+        works += [work, Work(f"{REFERENCE}, {name}", by_reference, baseline=REFERENCE, of=name)]
+    return works
+
+
+def lookup_disagreement(got: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], keys: int) -> float:
+    return baselines.disagreement(*(reference.scatter_blocks(*columns, keys) for columns in (got, expected)))
+
+
 def tier(spec: Spec) -> list[Work]:
     """Both sides held to an instruction set: `HEADSTART_ISA` for us; torch's own kernels, MKL and oneDNN each by its
     variable (run.py), since SDPA takes its matrix products from MKL, which `ATEN_CPU_CAPABILITY` does not bind."""
@@ -317,6 +399,7 @@ BUILDERS = {
     "prefill_index": prefill_index,
     "merge_attention": merge_attention,
     "decode": decode,
+    "centroid_lookup": centroid_lookup,
     "tier": tier,
 }
 FAMILIES = tuple(name for name in BUILDERS if name != "tier")

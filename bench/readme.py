@@ -73,6 +73,8 @@ def row_name(group: dict, result: dict) -> str:
         return f"`{name}_index`{', ' + stride if stride else ''}{dtype}"
     if family == "decode":
         return f"decode, one query over {tokens} keys{dtype}"
+    if family == "centroid_lookup":
+        return f"`centroid_lookup`, {result['name']}, {tokens} keys{dtype}"
     if family == "tier":
         return f"{EVERY}, {group['tier']} tier, {tokens} tokens{dtype or ', bf16'}"
     return f"`merge_attention`, {tokens} tokens{dtype}"

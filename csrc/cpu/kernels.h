@@ -50,12 +50,33 @@ struct MergeAttentionArgs {
   int64_t batch, heads, tokens, head_dim;
 };
 
+// headstart::KeyClusters, or the level of parents above them; offsets and thresholds are contiguous.
+struct ClusterArgs {
+  const void* centroids;       // [Hkv][count][D], dim contiguous
+  int64_t head, row;           // strides
+  const int32_t* offsets;      // [Hkv][count + 1]: of keys, or for parents of clusters
+  const float* log_threshold;  // [Hq], natural log
+  int64_t count;
+};
+
+struct CentroidLookupArgs {
+  Dtype dtype;
+  Tensor4 q;
+  ClusterArgs clusters, parents;  // parents.count 0: no parents
+  int64_t batch, heads_q, heads_kv, nq, head_dim;
+  int64_t block_q, max_columns;
+  float scale;
+  int32_t* column_count;  // [B, Hkv, R]
+  int32_t* column_index;  // [B, Hkv, R, max_columns]; entries past the count may be anything
+};
+
 struct Kernels {
   void (*sparse_attention)(const SparseAttentionArgs&, const Parallel&);
   void (*merge_attention)(const MergeAttentionArgs&, const Parallel&);
   void (*vertical_slash_index)(const VerticalSlashArgs&, const Parallel&);
   void (*block_topk_index)(const PrefillIndexArgs&, const Parallel&);
   void (*adaptive_block_index)(const AdaptiveArgs&, const Parallel&);
+  void (*centroid_lookup)(const CentroidLookupArgs&, const Parallel&);
 };
 
 // The table of the tier in use (tiers.cpp).
@@ -69,6 +90,7 @@ const Kernels& kernels();
   void vertical_slash_index(const VerticalSlashArgs&, const Parallel&); \
   void block_topk_index(const PrefillIndexArgs&, const Parallel&);      \
   void adaptive_block_index(const AdaptiveArgs&, const Parallel&);      \
+  void centroid_lookup(const CentroidLookupArgs&, const Parallel&);     \
   }
 HEADSTART_DECLARE_TIER(generic)
 HEADSTART_DECLARE_TIER(avx2)

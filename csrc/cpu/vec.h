@@ -122,6 +122,25 @@ inline Vec scale_by_power(Vec fraction, Vec whole) {
 }
 inline Vec round_to_whole(Vec x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
+// x where it is above `floor`, else -inf; and which lanes are above, one bit each.
+inline Vec keep_above(Vec x, Vec floor) {
+  const __mmask16 keep = _mm512_cmp_ps_mask(x.v, floor.v, _CMP_GT_OQ);
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(kNegInf), keep, x.v)};
+}
+inline uint32_t lanes_above(Vec x, Vec floor) { return _mm512_cmp_ps_mask(x.v, floor.v, _CMP_GT_OQ); }
+
+// to[i] = the sum of x[i]: the four are folded side by side, in half the shuffles of four sums.
+inline void store_sums(float* to, const Vec x[4]) {
+  const __m512 low =
+      _mm512_add_ps(_mm512_shuffle_f32x4(x[0].v, x[1].v, 0x88), _mm512_shuffle_f32x4(x[0].v, x[1].v, 0xdd));
+  const __m512 high =
+      _mm512_add_ps(_mm512_shuffle_f32x4(x[2].v, x[3].v, 0x88), _mm512_shuffle_f32x4(x[2].v, x[3].v, 0xdd));
+  __m512 sum = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+  sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0x4e));
+  sum = _mm512_add_ps(sum, _mm512_permute_ps(sum, 0xb1));
+  _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, sum)));
+}
+
 #elif HEADSTART_TIER_AVX2
 
 struct Vec {
@@ -169,6 +188,19 @@ inline Vec scale_by_power(Vec fraction, Vec whole) {
   return {_mm256_andnot_ps(tiny, scaled)};
 }
 inline Vec round_to_whole(Vec x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+
+inline Vec keep_above(Vec x, Vec floor) {
+  const __m256 keep = _mm256_cmp_ps(x.v, floor.v, _CMP_GT_OQ);
+  return {_mm256_blendv_ps(_mm256_set1_ps(kNegInf), x.v, keep)};
+}
+inline uint32_t lanes_above(Vec x, Vec floor) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(x.v, floor.v, _CMP_GT_OQ)));
+}
+
+inline void store_sums(float* to, const Vec x[4]) {
+  const __m256 sum = _mm256_hadd_ps(_mm256_hadd_ps(x[0].v, x[1].v), _mm256_hadd_ps(x[2].v, x[3].v));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1)));
+}
 
 #else  // generic
 
@@ -230,6 +262,16 @@ inline Vec scale_by_power(Vec fraction, Vec whole) {
   const auto shift = (Vec::Words) __builtin_convertvector(whole.v, Vec::Ints) << 23;
   const Vec scaled = {(Vec::Floats)((Vec::Words)fraction.v + shift)};
   return select(whole.v < -125.5f, broadcast(0.0f), scaled);
+}
+
+inline Vec keep_above(Vec x, Vec floor) { return select(x.v > floor.v, x, broadcast(kNegInf)); }
+inline uint32_t lanes_above(Vec x, Vec floor) {
+  const Vec::Ints above = x.v > floor.v;
+  return static_cast<uint32_t>((above[0] & 1) | (above[1] & 2) | (above[2] & 4) | (above[3] & 8));
+}
+
+inline void store_sums(float* to, const Vec x[4]) {
+  for (int i = 0; i < 4; ++i) to[i] = reduce_add(x[i]);
 }
 
 #endif

@@ -34,6 +34,7 @@ CPU_KERNELS = frozenset(
         "vertical_slash_index",
         "block_topk_index",
         "adaptive_block_index",
+        "centroid_lookup",
     }
 )
 CUDA_KERNELS = frozenset(

@@ -5,7 +5,7 @@ ahead of time, and attends only the clusters whose centroid scores above a thres
 order, so a cluster is a run of positions; a selection is made per KV head (over its group of query heads) and per
 block of queries; and the result is the columns of a `BlockIndex`, which `sparse_attention` attends in place.
 
-The maths in plain torch, and the clustering: `reference/centroid_lookup.py`.
+Kernels: `csrc/cpu/centroid_lookup.cpp`; the maths in plain torch, and the clustering: `reference/centroid_lookup.py`.
 """
 
 from __future__ import annotations
@@ -138,7 +138,8 @@ def centroid_lookup(
 
     Returns:
         column_count int32 [B, Hkv, R] and column_index int32 [B, Hkv, R, min(max_columns, N)], R = ceil(Nq / block_q):
-        positions among the permuted keys, ascending; entries past the count are 0.
+        positions among the permuted keys, ascending. Entries past the count are unspecified, as `sparse_attention`
+        ignores them: a row has room for every key, and most of it is never touched.
 
     Raises:
         ValueError or RuntimeError: naming the argument, what was expected and what was got.
