@@ -31,6 +31,7 @@ namespace {
 constexpr int64_t kChunk = 256;    // clusters of a job
 constexpr int64_t kMaxRows = 256;  // query rows of a job, which share the packing of a tile of centroids
 constexpr int64_t kFewRows = 16;   // up to so many rows, packing costs more than it saves
+constexpr int64_t kAhead = 16;     // centroids between the one that is read and the one that is fetched
 constexpr float kPosInf = __builtin_inff();
 
 // to[0, n) = first, first + 1, ...; may write up to 15 more where `room` has them.
@@ -202,7 +203,14 @@ struct CentroidLookup {
   void score_rows(const float* query, const CentroidAt& centroid_at, int64_t count, float* logits) const {
     for (int64_t j = 0; j < count; j += 4) {
       const T* centroid[4];
-      for (int i = 0; i < 4; ++i) centroid[i] = centroid_at(min(j + i, count - 1));
+      for (int i = 0; i < 4; ++i) {
+        centroid[i] = centroid_at(min(j + i, count - 1));
+        // Four rows read side by side are no stream to the hardware.
+        const auto* ahead = reinterpret_cast<const char*>(centroid_at(min(j + i + kAhead, count - 1)));
+        for (int64_t line = 0; line < a.head_dim * static_cast<int64_t>(sizeof(T)); line += 64) {
+          __builtin_prefetch(ahead + line);
+        }
+      }
       Vec sum[n][4];
       for (int r = 0; r < n; ++r) {
         for (int i = 0; i < 4; ++i) sum[r][i] = broadcast(0.0f);
@@ -349,12 +357,19 @@ struct CentroidLookup {
       const int64_t begin = max(0, row_of_selection(selection) - part.first_row - first_row);
       const int64_t end = min(rows, row_of_selection(selection + 1) - part.first_row - first_row);
       float* best = part.best + s * padded_count + first;
+      // Few rows have a score above their threshold among 256 clusters; the others need not be read again.
+      int32_t live[kMaxRows];
+      int64_t live_rows = 0;
+      for (int64_t r = begin; r < end; ++r) {
+        live[live_rows] = static_cast<int32_t>(r);
+        live_rows += part.top[r * chunks + chunk] - part.total[r] > part.limit[r] && __builtin_isfinite(part.total[r]);
+      }
       constexpr int64_t kStep = 4 * Vec::width;
       for (int64_t j = 0; j < count; j += kStep) {
         Vec top[4];
         for (int i = 0; i < 4; ++i) top[i] = first_row == 0 ? broadcast(kNegInf) : load(best + j + i * Vec::width);
-        for (int64_t r = begin; r < end; ++r) {
-          if (!__builtin_isfinite(part.total[r])) continue;
+        for (int64_t n = 0; n < live_rows; ++n) {
+          const int64_t r = live[n];
           const Vec total = broadcast(part.total[r]), limit = broadcast(part.limit[r]);
           for (int i = 0; i < 4; ++i) {
             top[i] = max(top[i], keep_above(load(logits + r * kChunk + j + i * Vec::width) - total, limit));
@@ -429,22 +444,36 @@ struct CentroidLookup {
       w.kept[kept++] = static_cast<int32_t>(j);
       wanted += size_of(j);
     });
-    int64_t cut = -1, cut_size = 0;
-    if (wanted > a.max_columns) {
-      const float* best = part.best;
-      std::sort(w.kept + 0, w.kept + kept,
-                [best](int32_t x, int32_t y) { return best[x] > best[y] || (best[x] == best[y] && x < y); });
-      int64_t room = a.max_columns, whole = 0;
-      while (size_of(w.kept[whole]) <= room) room -= size_of(w.kept[whole++]);
-      cut = w.kept[whole];
-      cut_size = room;
-      kept = whole + 1;
-      std::sort(w.kept + 0, w.kept + kept, [](int32_t x, int32_t y) { return x < y; });
+    const float* best = part.best;
+    const auto better = [best](int32_t x, int32_t y) { return best[x] > best[y] || (best[x] == best[y] && x < y); };
+    const bool full = wanted > a.max_columns;
+    int32_t cut = 0;
+    int64_t room = a.max_columns;
+    if (full) {
+      // Halves the part in which the cut lies: those before it fit, those from it on do not.
+      int64_t low = 0, high = kept;
+      while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        std::nth_element(w.kept + low, w.kept + middle, w.kept + high, better);
+        int64_t size = 0;
+        for (int64_t i = low; i < middle; ++i) size += size_of(w.kept[i]);
+        if (size <= room) {
+          room -= size;
+          low = middle;
+        } else {
+          high = middle;
+        }
+      }
+      cut = w.kept[low];
     }
-    for (int64_t i = 0; i < kept; ++i) {
-      const int64_t j = w.kept[i], first = offsets[id_of(j)];
-      add(first, first + (j == cut ? cut_size : size_of(j)));
-    }
+    each_kept(best, part.count, [&](int64_t j) {
+      const int64_t first = offsets[id_of(j)];
+      if (!full || better(static_cast<int32_t>(j), cut)) {
+        add(first, first + size_of(j));
+      } else if (j == cut) {
+        add(first, first + room);
+      }
+    });
     flush();
     a.column_count[at] = static_cast<int32_t>(n);
   }

@@ -200,9 +200,9 @@ Pair merge_attention(const Tensor out_a, const Tensor lse_a, const Tensor out_b,
 void check_offsets(const Checks& check, const char* argument, const int32_t* offsets, int64_t heads, int64_t count,
                    int64_t last) {
   for (int64_t h = 0; h < heads; ++h, offsets += count + 1) {
-    bool falls = false;
-    for (int64_t j = 0; j < count; ++j) falls |= offsets[j + 1] < offsets[j];
-    if (!falls && offsets[0] == 0 && (last < 0 || offsets[count] == last)) continue;
+    int32_t falls = 0;  // an int, so that the loop becomes vector code
+    for (int64_t j = 0; j < count; ++j) falls |= offsets[j + 1] < offsets[j] ? 1 : 0;
+    if (falls == 0 && offsets[0] == 0 && (last < 0 || offsets[count] == last)) continue;
     std::string got;
     for (int64_t j = 0; j < std::min<int64_t>(8, count + 1); ++j) {
       got += (j == 0 ? "" : ", ") + std::to_string(offsets[j]);
