@@ -40,5 +40,9 @@ const char* vertical_slash_index(const VerticalSlashArgs& args, void* workspace,
 const char* block_topk_index(const PrefillIndexArgs& args, void* workspace, CUstream_st* stream);
 const char* adaptive_block_index(const AdaptiveArgs& args, void* workspace, CUstream_st* stream);
 
+// So does the lookup. Entries of column_index past a row's count are left as they are.
+int64_t centroid_lookup_workspace(const CentroidLookupArgs& args);
+const char* centroid_lookup(const CentroidLookupArgs& args, void* workspace, CUstream_st* stream);
+
 }  // namespace cuda
 }  // namespace headstart

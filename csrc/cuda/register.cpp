@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../centroid_lookup.h"
 #include "../prefill_index.h"
 #include "kernels.h"
 
@@ -86,6 +87,9 @@ struct CudaKernels {
   static void adaptive_block_index(const AdaptiveArgs& args, const Tensor& q) {
     launch("adaptive_block_index", args, q, cuda::adaptive_workspace, cuda::adaptive_block_index);
   }
+  static void centroid_lookup(const CentroidLookupArgs& args, const Tensor& q) {
+    launch("centroid_lookup", args, q, cuda::centroid_lookup_workspace, cuda::centroid_lookup);
+  }
 };
 
 }  // namespace
@@ -96,4 +100,5 @@ STABLE_TORCH_LIBRARY_IMPL(HEADSTART_NAMESPACE, CUDA, m) {
   m.impl("vertical_slash_index", TORCH_BOX(&headstart::vertical_slash_index<headstart::CudaKernels>));
   m.impl("block_topk_index", TORCH_BOX(&headstart::block_topk_index<headstart::CudaKernels>));
   m.impl("adaptive_block_index", TORCH_BOX(&headstart::adaptive_block_index<headstart::CudaKernels>));
+  m.impl("centroid_lookup", TORCH_BOX(&headstart::centroid_lookup<headstart::CudaKernels>));
 }
