@@ -59,7 +59,7 @@ def _place(local, first_row, rows, heads):
 
 @triton.jit
 def _level(at, listed, ids, offsets, parent_offsets, entries, clusters, LISTED: tl.constexpr, PARENTS: tl.constexpr):
-    """(entry of the level, its keys) at positions `at` of a row's list; no keys where there is none."""
+    """(entry of the level, whether there is one, its keys) at positions `at` of a row's list."""
     entry = at
     inside = at < listed
     if LISTED:
@@ -73,7 +73,7 @@ def _level(at, listed, ids, offsets, parent_offsets, entries, clusters, LISTED: 
         first = tl.minimum(tl.maximum(tl.load(parent_offsets + first), 0), clusters)
         end = tl.minimum(tl.maximum(tl.load(parent_offsets + end), 0), clusters)
     keys = tl.load(offsets + end) - tl.load(offsets + first)
-    return entry, tl.where(inside, keys, 0)
+    return entry, inside, tl.where(inside, keys, 0)
 
 
 @triton.jit
@@ -152,13 +152,14 @@ def cluster_lse_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     for tile in tl.range(split * share, tl.minimum((split + 1) * share, tiles)):
         position = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        entry, keys = _level(position, listed, ids, offsets, parent_offsets, entries, clusters, LISTED, PARENTS)
-        present = keys > 0
-        c0 = load_rows(centroids, entry, step, present, 0, D0, D, True)
+        entry, inside, keys = _level(position, listed, ids, offsets, parent_offsets, entries, clusters, LISTED, PARENTS)
+        # Centroids of empty clusters too: waiting for the sizes first would keep the loads from running ahead.
+        c0 = load_rows(centroids, entry, step, inside, 0, D0, D, True)
         scores = tl.dot(q0, tl.trans(c0), input_precision=PRECISION)
         if D1 > 0:
-            c1 = load_rows(centroids, entry, step, present, D0, D1, D, True)
+            c1 = load_rows(centroids, entry, step, inside, D0, D1, D, True)
             scores = tl.dot(q1, tl.trans(c1), scores, input_precision=PRECISION)
+        present = keys > 0
         weight = tl.log2(tl.where(present, keys, 1).to(tl.float32))
         scores = tl.where(present[None, :], scores * scale + weight[None, :], float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -231,11 +232,10 @@ def cluster_best_kernel(
     parent_offsets += head * (entries + 1)
     ids += local.to(tl.int64) * entries
     position = first + tl.arange(0, BLOCK_N)
-    entry, keys = _level(position, listed, ids, offsets, parent_offsets, entries, clusters, LISTED, PARENTS)
-    present = keys > 0
-    c0 = load_rows(centroids, entry, step, present, 0, D0, D, True)
+    entry, inside, keys = _level(position, listed, ids, offsets, parent_offsets, entries, clusters, LISTED, PARENTS)
+    c0 = load_rows(centroids, entry, step, inside, 0, D0, D, True)
     if D1 > 0:
-        c1 = load_rows(centroids, entry, step, present, D0, D1, D, True)
+        c1 = load_rows(centroids, entry, step, inside, D0, D1, D, True)
     split = tl.arange(0, BLOCK_S).to(tl.int64)[:, None]
     column = tl.full([BLOCK_N], float("-inf"), tl.float32)
     for tile in tl.range(0, tiles_m):
@@ -260,7 +260,7 @@ def cluster_best_kernel(
         score = tl.where(score == score, score, float("inf"))
         dropped = (scores <= limit[:, None]) | (real == 0)[:, None]
         column = tl.maximum(column, tl.max(tl.where(dropped, float("-inf"), score), 0))
-    column = tl.where(present, column, float("-inf"))
+    column = tl.where(keys > 0, column, float("-inf"))
     tl.store(best + local.to(tl.int64) * entries + position, column, mask=position < listed)
 
 
@@ -404,10 +404,11 @@ class _Config(NamedTuple):
     block_m: int
     block_n: int
     num_warps: int
+    lse_stages: int
     splits: int
 
 
-def _config(q: torch.Tensor, vectors: int, units: int, entries: int) -> _Config:
+def _config(q: torch.Tensor, vectors: int, units: int, entries: int, listed: bool) -> _Config:
     """Tiles for rows of so many query vectors; splits of the clusters so that `units` rows fill the device."""
     if q.element_size() == 4:
         block_m, block_n = 32, 32
@@ -418,7 +419,9 @@ def _config(q: torch.Tensor, vectors: int, units: int, entries: int) -> _Config:
     programs = units * triton.cdiv(vectors, block_m)
     processors = device_limits(q.device).processors
     splits = max(1, min(triton.cdiv(2 * processors, programs), triton.cdiv(entries, block_n), MAX_SPLITS))
-    return _Config(block_m, block_n, 8 if block_m == 128 else 4, splits)
+    # A list is a load before the load: it takes five stages to have two tiles of centroids under way.
+    stages = 5 if listed else 4 if block_m < 64 else 3
+    return _Config(block_m, block_n, 8 if block_m == 128 else 4, stages, splits)
 
 
 class _Turn(NamedTuple):
@@ -443,7 +446,7 @@ def _best(q, centroids, offsets, parent_offsets, threshold, seen, turn, scale, b
     entries = centroids.shape[1]
     group = hq // turn.heads
     vectors = group * block_q
-    config = _config(q, vectors, turn.count, entries)
+    config = _config(q, vectors, turn.count, entries, seen is not None)
     tiles_m = triton.cdiv(vectors, config.block_m)
     pitch = turn.count * tiles_m * config.block_m
     part = q.new_empty((config.splits, pitch), dtype=torch.float32)
@@ -457,9 +460,9 @@ def _best(q, centroids, offsets, parent_offsets, threshold, seen, turn, scale, b
     lists += (offsets, offsets) if seen is None else (seen.ids, seen.count)
     options = dict(D=d, D0=d0, D1=d1, UNIT=unit, BLOCK_M=config.block_m, BLOCK_N=config.block_n)
     options |= dict(LISTED=seen is not None, PARENTS=parent_offsets is not None, PRECISION=precision(q))
-    options |= dict(num_warps=config.num_warps, num_stages=2)
+    options |= dict(num_warps=config.num_warps)
     cluster_lse_kernel[(turn.count * tiles_m, config.splits)](
-        q, centroids, *lists, part, scale / LN2, *strides, *sizes, **options
+        q, centroids, *lists, part, scale / LN2, *strides, *sizes, **options, num_stages=config.lse_stages
     )
     cluster_best_kernel[(turn.count, triton.cdiv(entries, config.block_n))](
         q,
@@ -474,6 +477,7 @@ def _best(q, centroids, offsets, parent_offsets, threshold, seen, turn, scale, b
         threshold.numel(),
         BLOCK_S=triton.next_power_of_2(config.splits),
         **options,
+        num_stages=2,
     )
     return best
 
