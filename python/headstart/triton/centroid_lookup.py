@@ -417,10 +417,13 @@ def _config(q: torch.Tensor, vectors: int, units: int, entries: int, listed: boo
         block_n = block_m if vectors > 64 else 64
     block_m = min(block_m, max(16, triton.next_power_of_2(vectors)))
     programs = units * triton.cdiv(vectors, block_m)
-    processors = device_limits(q.device).processors
-    splits = max(1, min(triton.cdiv(2 * processors, programs), triton.cdiv(entries, block_n), MAX_SPLITS))
+    limits = device_limits(q.device)
+    splits = max(1, min(triton.cdiv(2 * limits.processors, programs), triton.cdiv(entries, block_n), MAX_SPLITS))
     # A list is a load before the load: it takes five stages to have two tiles of centroids under way.
-    stages = 5 if listed else 4 if block_m < 64 else 3
+    stages, ahead = (5, 2) if listed else (4 if block_m < 64 else 3, 0)
+    row_bytes = q.shape[-1] * q.element_size()
+    while stages > 2 + ahead and (block_m + (stages - ahead) * block_n) * row_bytes > limits.shared_memory:
+        stages -= 1
     return _Config(block_m, block_n, 8 if block_m == 128 else 4, stages, splits)
 
 
