@@ -50,25 +50,4 @@ struct AdaptiveArgs : PrefillIndexArgs {
   int64_t samples;  // queries of a row whose scores are computed exactly
 };
 
-// Centroids of every KV head, each of which stands for a run: of permuted keys, or of the centroids one level below.
-struct CentroidLevel {
-  Tensor4 centroids;           // one batch, heads_kv heads, `count` tokens
-  const int32_t* run_offsets;  // [heads_kv][count + 1]
-  const float* threshold;      // [thresholds]: 1, heads_kv or heads_q
-  int64_t count, thresholds;
-};
-
-// The outputs are contiguous: column_count [B, Hkv, R], column_index [B, Hkv, R, capacity].
-struct CentroidLookupArgs {
-  Dtype dtype;
-  Tensor4 q;
-  CentroidLevel clusters, parents;  // parents.count is 0 where there are none
-  int64_t batch, heads_q, heads_kv, nq, head_dim;
-  int64_t block_q;  // 1 to nq
-  float scale;
-  int32_t* column_count;
-  int32_t* column_index;
-  int64_t capacity;
-};
-
 }  // namespace headstart

@@ -13,7 +13,6 @@ import torch
 import centroid_judge
 import headstart
 import shapes
-import test_centroid_lookup as centroid_truth
 import test_prefill_index as truth
 from headstart import BlockIndex, _library
 from headstart.reference import centroid_lookup as centroid_reference
@@ -459,7 +458,7 @@ def lookup(request, monkeypatch):
         options = {name: on_the_gpu(x) for name, x in options.items()}
         return [x.cpu() for x in run(*(on_the_gpu(x) for x in args), **options)]
 
-    monkeypatch.setattr(centroid_truth, "OP", centroid_judge.cleaned(call))
+    monkeypatch.setattr(centroid_judge, "OP", centroid_judge.cleaned(call))
     return run
 
 
@@ -488,7 +487,7 @@ def test_centroid_lookup_on_odd_input(lookup, check):
 
 def context(clusters: int, heads: int = 2, d: int = 128, parents: int | None = None):
     """Clusters of 0 to 8 keys on the GPU, without the keys."""
-    centroids, offsets, level = centroid_truth.random_clusters(
+    centroids, offsets, level = centroid_judge.random_clusters(
         torch.Generator().manual_seed(0), heads, clusters, d, parents, torch.bfloat16
     )
     order = torch.zeros(heads, int(offsets[:, -1].max()), dtype=torch.int32)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import centroid_judge as judge
-import test_centroid_lookup as truth
 from test_lane_model import COMPILE_FLAGS, DTYPES, ROOT, Tensor4
 
 
@@ -62,7 +61,7 @@ def library(tmp_path_factory) -> ctypes.CDLL:
 
 @pytest.fixture(params=("ascending", "descending"))
 def kernel(library, monkeypatch, request):
-    """`test_centroid_lookup.OP` is the lane model, with warps and lanes in either order."""
+    """`centroid_judge.OP` is the lane model, with warps and lanes in either order."""
 
     def run(
         q, centroids, offsets, threshold, *, scale, block_q, max_columns, parent_centroids=None, parent_offsets=None,
@@ -87,7 +86,7 @@ def kernel(library, monkeypatch, request):
         assert (guarded[:32] == -7).all() and (guarded[-32:] == -7).all()
         return count, guarded[32:-32].view(*count.shape, max_columns)
 
-    monkeypatch.setattr(truth, "OP", judge.cleaned(run))
+    monkeypatch.setattr(judge, "OP", judge.cleaned(run))
     library.descending(request.param == "descending")
     yield
     library.descending(False)

@@ -1,5 +1,5 @@
 """The Triton kernels of centroid lookup, without a GPU: their choices through the interpreter, held to the float64
-oracle of `test_centroid_lookup.py`, and their machine code for sm_80 and sm_90.
+oracle of `centroid_judge.py`, and their machine code for sm_80 and sm_90.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import centroid_judge as judge
-import test_centroid_lookup as truth
 from headstart import _library
 from triton_testing import SHARED_MEMORY, compile_launch, compiled, interpreted, resources, run_in_the_interpreter
 
@@ -22,10 +21,10 @@ def test_in_the_interpreter():
 
 @pytest.fixture
 def kernels(interpreter, poisoned, monkeypatch):
-    """`test_centroid_lookup.OP` is the Triton operator, interpreted."""
+    """`centroid_judge.OP` is the Triton operator, interpreted."""
     from headstart.triton import centroid_lookup
 
-    monkeypatch.setattr(truth, "OP", judge.cleaned(_library.triton_kernels["centroid_lookup"]))
+    monkeypatch.setattr(judge, "OP", judge.cleaned(_library.triton_kernels["centroid_lookup"]))
     return centroid_lookup
 
 
@@ -76,7 +75,7 @@ def test_broken_offsets(kernels):
 @interpreted
 def test_without_max_columns_there_is_room_for_every_key(kernels):
     q, centroids, offsets, _ = judge.CASES["one block for all"].inputs()
-    count, index = truth.OP(q, centroids, offsets, torch.zeros(1), scale=0.3, block_q=64)
+    count, index = judge.OP(q, centroids, offsets, torch.zeros(1), scale=0.3, block_q=64)
     assert index.shape[-1] == int(offsets[0, -1]) and (count == index.shape[-1]).all()
 
 

@@ -536,8 +536,8 @@ def centroid_lookup(
     count = q.new_empty((batch, heads, rows), dtype=torch.int32)
     index = q.new_empty((batch, heads, rows, max_columns), dtype=torch.int32)
     total = count.numel()
-    if total == 0:
-        return count, index
+    if total == 0 or hq == 0:
+        return count.zero_(), index
     offsets, threshold = cluster_offsets.contiguous(), threshold.contiguous()
     flat_count, flat_index = count.view(total), index.view(total, max_columns)
     arrays = 2 if parent_centroids is None else 3
