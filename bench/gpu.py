@@ -2,7 +2,8 @@
 
 Sparse attention at 8K, 32K and 128K tokens, 32 query and 8 KV heads of 128 and 64 dims, bfloat16, causal, with every
 block listed and at densities 0.25, 0.1 and 0.05; the baseline is torch's scaled_dot_product_attention, each of its
-flash and cuDNN backends. `merge_attention` against the copy bandwidth.
+flash and cuDNN backends. `merge_attention` against the copy bandwidth. `centroid_lookup` over contexts of 32K and 128K
+keys, a twentieth as many clusters, a decode step and 2,048 queries, with and without parents, against plain torch.
 
 How: CUDA events, medians; baseline and kernel take turns within one run; L2 is flushed before each call; the numbers
 are checked against dense attention (all blocks) or against float32 attention over the listed keys (some query rows).
@@ -30,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).resolve().parent.parent
 HEADS, KV_HEADS, BLOCK = 32, 8, 64
 LENGTHS = (8192, 32768, 131072)
+OPERATORS = ("sparse_attention", "merge_attention", "centroid_lookup")
 DENSITIES = (1.0, 0.25, 0.1, 0.05)
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
@@ -230,6 +232,54 @@ def merge(clock: Clock, limits: dict, n: int, d: int) -> dict:
     return result | {"of_copy": share, "torch_ms": ms["torch"], "error": error}
 
 
+def lookup(clock: Clock, limits: dict, n: int, nq: int, parents: bool, d: int = 128) -> dict:
+    from headstart.reference import centroid_lookup as reference
+
+    def level(count, runs):
+        """`count` centroids a head, each of a run of as many of the `runs` below."""
+        offsets = torch.arange(count + 1, device="cuda") * runs // count
+        centroids = torch.randn(KV_HEADS, count, d, dtype=torch.bfloat16, device="cuda")
+        return centroids, offsets.int().expand(KV_HEADS, -1).contiguous()
+
+    clusters = n // 20
+    centroids, offsets = level(clusters, n)
+    q = torch.randn(1, HEADS, nq, d, dtype=torch.bfloat16, device="cuda")
+    given = dict(scale=d**-0.5, block_q=BLOCK, max_columns=n)
+    # Logits are normal with deviation 1, so a logit of x scores e^(x - 1/2) / n. A row keeps what one of its 4 or 256
+    # query vectors keeps: about a twentieth of the clusters, and of parents a third to a half.
+    above, parent_above = (2.25, 1.3) if nq == 1 else (3.5, 2.8)
+    threshold, parent_threshold = (torch.tensor([math.exp(x - 0.5) / n], device="cuda") for x in (above, parent_above))
+    if parents:
+        parent_centroids, parent_offsets = level(n // 100, clusters)
+        given |= dict(parent_centroids=parent_centroids, parent_offsets=parent_offsets)
+        given |= dict(parent_threshold=parent_threshold)
+    args = q, centroids, offsets, threshold
+    count, _ = torch.ops.headstart.centroid_lookup(*args, **given)
+    want, _ = reference.centroid_lookup(*args, **given)
+    error = float((count - want).abs().sum() / want.sum())
+    if not error < 0.01:
+        raise SystemExit(f"bench/gpu.py: centroid_lookup is wrong at n {n}, nq {nq}: counts differ by {error:.3g}")
+    calls = {
+        "torch": lambda: reference.centroid_lookup(*args, **given),
+        "headstart": lambda: torch.ops.headstart.centroid_lookup(*args, **given),
+    }
+    ms = clock.medians(calls)
+    result = {"op": "centroid_lookup", "tokens": n, "queries": nq, "head_dim": d, "parents": parents}
+    result |= {"ms": ms["headstart"], "torch_ms": ms["torch"], "kept": float(want.sum()) / (want.numel() * n)}
+    rate = ""
+    if not parents:  # with them, what is multiplied depends on the data
+        tflops, gbps = 4 * HEADS * nq * clusters * d / ms["headstart"] / 1e9, centroids.nbytes / ms["headstart"] / 1e6
+        result |= {"tflops": tflops, "gbps": gbps, "of_matmul": tflops / limits["bf16_matmul_tflops"]}
+        rate = f"{tflops:6.1f} TFLOP/s  {gbps:7.1f} GB/s of centroids  "
+    levels = "parents" if parents else "flat   "
+    print(
+        f"centroid_lookup   n {n:6d}  queries {nq:4d}  {levels}  kept {result['kept']:5.3f}  "
+        f"{ms['headstart']:9.4f} ms  {rate}{ms['torch'] / ms['headstart']:6.2f}x plain torch",
+        flush=True,
+    )
+    return result
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=220, help="wall-clock bound; what does not fit is left out")
@@ -242,7 +292,7 @@ def main() -> int:
     clock = Clock(time.monotonic() + arguments.seconds)
     torch.manual_seed(0)
     report = {"environment": environment(), "complete": True, "results": []}
-    report["kernels"] = {op: _library.has_kernel(op, "CUDA") for op in ("sparse_attention", "merge_attention")}
+    report["kernels"] = {op: _library.has_kernel(op, "CUDA") for op in OPERATORS}
     if not all(report["kernels"].values()):
         print(f"bench/gpu.py: no CUDA kernel for {[op for op, has in report['kernels'].items() if not has]}",
               file=sys.stderr)  # fmt: skip
@@ -251,6 +301,8 @@ def main() -> int:
     report["rooflines"] = limits = rooflines(clock)
     print(f"bf16 matmul {limits['bf16_matmul_tflops']:.1f} TFLOP/s, copy {limits['copy_gbps']:.0f} GB/s", flush=True)
     report["results"] += [merge(clock, limits, n, 128) for n in (1, 1024, 32768)]
+    for n in LENGTHS[1:]:
+        report["results"] += [lookup(clock, limits, n, nq, parents) for nq in (1, 2048) for parents in (False, True)]
     for n in LENGTHS:
         for d in (128, 64):
             if clock.left() < 15:

@@ -10,10 +10,12 @@ import math
 import pytest
 import torch
 
+import centroid_judge
 import headstart
 import shapes
 import test_prefill_index as truth
 from headstart import BlockIndex, _library
+from headstart.reference import centroid_lookup as centroid_reference
 from headstart.reference import sparse_attention as reference
 from tolerances import assert_close
 
@@ -432,6 +434,132 @@ def test_index_builders_in_a_cuda_graph(builder):
         k.normal_()
         graph.replay()
         assert all(torch.equal(got, want) for got, want in zip(captured, step()))
+
+
+# --- centroid lookup -------------------------------------------------------------------------------------------------
+
+
+def on_the_gpu(x):
+    """The same tensor there: its strides, its offset, and what surrounds it."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    whole = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    return whole.cuda().as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+@pytest.fixture(params=["operator", "triton"])
+def lookup(request, monkeypatch):
+    """The operator of the centroid judge: as it is dispatched, and on Triton."""
+    assert _library.has_kernel("centroid_lookup", "CUDA")
+    operator = torch.ops.headstart.centroid_lookup.default
+    run = operator if request.param == "operator" else _library.triton_kernels["centroid_lookup"]
+
+    def call(*args, **options):
+        options = {name: on_the_gpu(x) for name, x in options.items()}
+        return [x.cpu() for x in run(*(on_the_gpu(x) for x in args), **options)]
+
+    monkeypatch.setattr(centroid_judge, "OP", centroid_judge.cleaned(call))
+    return run
+
+
+@centroid_judge.by_case
+def test_centroid_lookup(lookup, case):
+    centroid_judge.check_case(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [8, 40, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("nq, parents", [(1, None), (100, 12)])
+def test_centroid_lookup_head_dims(lookup, d, dtype, nq, parents):
+    centroid_judge.check_case(centroid_judge.Case(1, 2, nq, 150, d, dtype, parents=parents))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@centroid_judge.by_case
+def test_centroid_lookup_with_too_little_room(lookup, case, tied):
+    centroid_judge.check_room(case, tied)
+
+
+@pytest.mark.parametrize("check", ["check_limits", "check_strides", "check_broken_offsets"])
+def test_centroid_lookup_on_odd_input(lookup, check):
+    getattr(centroid_judge, check)()
+
+
+def context(clusters: int, heads: int = 2, d: int = 128, parents: int | None = None):
+    """Clusters of 0 to 8 keys on the GPU, without the keys."""
+    centroids, offsets, level = centroid_judge.random_clusters(
+        torch.Generator().manual_seed(0), heads, clusters, d, parents, torch.bfloat16
+    )
+    order = torch.zeros(heads, int(offsets[:, -1].max()), dtype=torch.int32)
+    return headstart.KeyClusters(centroids, offsets, order, *level.values()).to("cuda")
+
+
+@pytest.mark.parametrize("nq", [1, 700])
+@pytest.mark.parametrize("parents", [None, 300])
+@pytest.mark.parametrize("room", [None, 2000])
+def test_centroid_lookup_at_length(lookup, nq, parents, room):
+    clusters = context(20000, parents=parents)
+    n = clusters.order.shape[1]
+    q = tokens(2, 8, nq, 128, torch.bfloat16)
+    level = {}
+    if parents is not None:
+        parent_threshold = torch.tensor([3.0 / n], device="cuda")
+        level = dict(parent_centroids=clusters.parent_centroids, parent_offsets=clusters.parent_offsets)
+        level |= dict(parent_threshold=parent_threshold)
+    options = dict(scale=128**-0.5, block_q=64, max_columns=room or n, **level)
+    args = q, clusters.centroids, clusters.cluster_offsets, torch.tensor([3.0 / n], device="cuda")
+    got = lookup(*args, **options)
+    for _ in range(3):
+        again = lookup(*args, **options)
+        used = torch.arange(got[1].shape[-1], device="cuda") < got[0].unsqueeze(-1)
+        assert torch.equal(again[0], got[0]) and torch.equal(again[1][used], got[1][used])
+    want = centroid_reference.centroid_lookup(*args, **options)
+    masks = [as_mask(count.cpu(), index.cpu(), n) for count, index in (got, want)]
+    # A near tie with a threshold may fall either way, and with it a parent's children.
+    assert float((masks[0] != masks[1]).sum() / masks[1].sum()) < 0.005
+
+
+@pytest.mark.parametrize("parents", [None, 30])
+def test_centroid_lookup_waits_for_nothing(parents):
+    clusters = context(500, parents=parents)
+    q = torch.randn(2, 4, 130, 128, dtype=torch.bfloat16, device="cuda")
+    given = {} if parents is None else dict(parent_threshold=torch.tensor([1e-3], device="cuda"))
+
+    def step():
+        threshold = torch.full((1,), 1e-3, device="cuda")
+        count, index = headstart.centroid_lookup(q, clusters, threshold, max_columns=700, **given)
+        return count, index.masked_fill(torch.arange(700, device="cuda") >= count.unsqueeze(-1), 0)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles outside the capture
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):
+        q.normal_()
+        graph.replay()
+        assert all(torch.equal(got, want) for got, want in zip(captured, step()))
+
+
+def test_centroid_lookup_compiles_whole():
+    clusters = context(300)
+
+    def step(q):
+        return headstart.centroid_lookup(q * 1.0, clusters, 1e-3)[0]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for nq in (1, 100, 170):
+        q = torch.randn(1, 4, nq, 128, dtype=torch.bfloat16, device="cuda")
+        assert torch.equal(compiled(q), step(q))
 
 
 # --- torch.compile and CUDA graphs -----------------------------------------------------------------------------------

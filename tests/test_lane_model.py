@@ -23,6 +23,8 @@ from shapes import Shape
 
 ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# _FORTIFY_SOURCE takes a jump between coroutines for a damaged stack; device code may pun types in shared memory.
+COMPILE_FLAGS = "-std=c++17 -O1 -shared -fPIC -U_FORTIFY_SOURCE -fno-strict-aliasing -DHEADSTART_LANE_MODEL".split()
 
 
 class Tensor4(ctypes.Structure):
@@ -72,10 +74,8 @@ def library(tmp_path_factory) -> ctypes.CDLL:
         pytest.skip("needs g++")
     path = tmp_path_factory.mktemp("lane_model") / "lane_model.so"
     sources = [*sorted((ROOT / "csrc/cuda").glob("prefill_index_*.cu")), ROOT / "tests/lane_model/prefill_index.cpp"]
-    # _FORTIFY_SOURCE takes a jump between coroutines for a damaged stack; device code may pun types in shared memory.
-    flags = "-std=c++17 -O1 -shared -fPIC -U_FORTIFY_SOURCE -fno-strict-aliasing -DHEADSTART_LANE_MODEL".split()
     includes = ["-I", ROOT / "tests/lane_model"]
-    subprocess.run([compiler, *flags, *includes, "-x", "c++", *sources, "-o", path], check=True)
+    subprocess.run([compiler, *COMPILE_FLAGS, *includes, "-x", "c++", *sources, "-o", path], check=True)
     library = ctypes.CDLL(str(path))
     for name in ("vertical_slash_index", "block_topk_index", "adaptive_block_index"):
         getattr(library, name).restype = ctypes.c_char_p

@@ -77,11 +77,13 @@ def compile_launch(modules, monkeypatch, name: str, capability: int, call):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from headstart.triton._common import Limits
+
     with monkeypatch.context() as patch:
         recorders = record(patch, *modules)
         for module in modules:
             if hasattr(module, "device_limits"):
-                limits = module.Limits(SHARED_MEMORY[capability], 2**25, capability == 90)
+                limits = Limits(SHARED_MEMORY[capability], 2**25, capability == 90)
                 patch.setattr(module, "device_limits", lambda device, limits=limits: limits)
         call()
     kernel = recorders[name].kernel

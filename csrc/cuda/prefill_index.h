@@ -1,4 +1,5 @@
-// What the three index builders on CUDA share: the geometry of a row of queries, operands, workspaces, jobs.
+// What the three index builders on CUDA share: the geometry of a row of queries, operands, workspaces, jobs. Centroid
+// lookup takes operands and workspaces from here too.
 #pragma once
 
 #include <type_traits>

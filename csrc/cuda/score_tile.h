@@ -60,8 +60,8 @@ class ScoreTile {
   }
 
   // All scores of the tile, over `steps` tokens of `head_dim` elements. On return the shared memory is free again.
-  template <typename Rows>
-  __device__ __forceinline__ void multiply(unsigned char* shared, const Rows& a, const TileRows<T>& b, int steps,
+  template <typename RowsOfA, typename RowsOfB>
+  __device__ __forceinline__ void multiply(unsigned char* shared, const RowsOfA& a, const RowsOfB& b, int steps,
                                            int head_dim) {
 #pragma unroll
     for (int m = 0; m < 2; ++m) {

@@ -44,6 +44,7 @@ CUDA_KERNELS = frozenset(
         "vertical_slash_index",
         "block_topk_index",
         "adaptive_block_index",
+        "centroid_lookup",
     }
 )
 

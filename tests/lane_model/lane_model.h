@@ -179,8 +179,11 @@ void shuffle(const char* name, T& x, int offset) {
     T from[kLanes];
     for (int i = 0; i < kLanes; ++i) from[i] = *all[i];
     for (int i = 0; i < kLanes; ++i) {
-      const int other = name[0] == 'x' ? i ^ offset : i + offset;
-      *all[i] = from[other < kLanes ? other : i];
+      const int other = name[0] == 'x'   ? i ^ offset
+                        : name[0] == 'l' ? offset
+                        : name[0] == 'u' ? i - offset
+                                         : i + offset;
+      *all[i] = from[other >= 0 && other < kLanes ? other : i];
     }
   });
 }
@@ -216,6 +219,16 @@ T __shfl_down_sync(uint32_t, T x, int offset) {
   lane_model::shuffle("down", x, offset);
   return x;
 }
+template <typename T>
+T __shfl_up_sync(uint32_t, T x, int offset) {
+  lane_model::shuffle("up", x, offset);
+  return x;
+}
+template <typename T>
+T __shfl_sync(uint32_t, T x, int lane) {
+  lane_model::shuffle("lane", x, lane);
+  return x;
+}
 inline uint32_t __ballot_sync(uint32_t, bool vote) {
   return lane_model::reduce("ballot", vote ? 1u << threadIdx.x % 32 : 0, [](uint32_t a, uint32_t b) { return a | b; });
 }
@@ -232,6 +245,7 @@ T atomicAdd(T* at, T x) {
   return old;
 }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
 inline uint32_t __float_as_uint(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);

@@ -5,7 +5,8 @@ ahead of time, and attends only the clusters whose centroid scores above a thres
 order, so a cluster is a run of positions; a selection is made per KV head (over its group of query heads) and per
 block of queries; and the result is the columns of a `BlockIndex`, which `sparse_attention` attends in place.
 
-Kernels: `csrc/cpu/centroid_lookup.cpp`; the maths in plain torch, and the clustering: `reference/centroid_lookup.py`.
+Kernels: `csrc/cpu/centroid_lookup.cpp`, `csrc/cuda/centroid_lookup.cu`, `triton/centroid_lookup.py`; the maths in plain
+torch, and the clustering: `reference/centroid_lookup.py`.
 """
 
 from __future__ import annotations
@@ -318,6 +319,37 @@ def _centroid_lookup_impl(
     )
 
 
+def _centroid_lookup_triton(
+    q,
+    centroids,
+    cluster_offsets,
+    threshold,
+    *,
+    scale,
+    block_q,
+    parent_centroids=None,
+    parent_offsets=None,
+    parent_threshold=None,
+    max_columns=None,
+):
+    from ..triton import centroid_lookup as kernels
+
+    parents = (parent_centroids, parent_offsets, parent_threshold)
+    _check(q, centroids, cluster_offsets, threshold, scale, block_q, *parents, max_columns)
+    return kernels.centroid_lookup(
+        q,
+        centroids,
+        cluster_offsets,
+        threshold,
+        scale=scale,
+        block_q=block_q,
+        max_columns=int(cluster_offsets[:, -1].max()) if max_columns is None else max_columns,
+        parent_centroids=parent_centroids,
+        parent_offsets=parent_offsets,
+        parent_threshold=parent_threshold,
+    )
+
+
 def _centroid_lookup_fake(
     q,
     centroids,
@@ -348,4 +380,5 @@ _centroid_lookup = _library.define(
     "SymInt? max_columns=None) -> (Tensor column_count, Tensor column_index)",
     reference=_centroid_lookup_impl,
     fake=_centroid_lookup_fake,
+    triton=_centroid_lookup_triton,
 )

@@ -1,0 +1,10 @@
+// The launcher of centroid lookup, for ctypes.
+#include "launch.h"
+
+extern "C" {
+
+void descending(bool on) { lane_model::descending = on; }
+const char* centroid_lookup(const headstart::cuda::CentroidLookupArgs& args) {
+  return run(args, headstart::cuda::centroid_lookup_workspace, headstart::cuda::centroid_lookup);
+}
+}
