@@ -80,7 +80,7 @@ def test_attending_everything_is_the_model_on_the_whole_text(kind):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"selection": "top_k"}, {"per_head": True}, {"hierarchical": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"selection": "top_k"}, {"per_head": False}, {"hierarchical": True}], ids=str)
 def test_little_sparsity_changes_little_and_much_changes_more(model, context, patched, options):
     question = tokens(QUESTION, seed=1)
     exact = model(question, past_key_values=context.cache(sparsity=0)).logits

@@ -1,7 +1,7 @@
 """A fixed context that many questions share: read once, clustered, and attended by lookup.
 
     context = Context.build(model, ids)            # or Context.load(folder)
-    cache = context.cache(sparsity=0.9)
+    cache = context.cache(sparsity=0.8)
     model.generate(question, past_key_values=cache)
     cache.reset()                                   # the next question
 
@@ -33,7 +33,7 @@ from ..ops.sparse_attention import BlockIndex, merge_attention, sparse_attention
 from . import attention, context_file
 from .patch import patch, unpatch
 
-DEFAULT_SPARSITY = 0.9
+DEFAULT_SPARSITY = 0.8
 SELECTIONS = ("threshold", "top_k", "top_p")
 # A context of fewer keys is attended whole: looking up which of them are needed takes longer than attending them.
 BREAK_EVEN = 1024
@@ -179,7 +179,7 @@ class Context:
         *,
         selection: str = "threshold",
         mass: float | None = None,
-        per_head: bool = False,
+        per_head: bool = True,
         hierarchical: bool | None = None,
     ) -> ContextCache:
         """For `past_key_values` of a patched model: this context, and room for a batch of questions.
@@ -191,7 +191,7 @@ class Context:
             selection: "threshold"; "top_k": every query takes as many keys as the sparsity leaves; "top_p": it takes
                 the fewest clusters that hold a share of `mass` of its attention, and the sparsity follows.
             mass: of "top_p", above 0 and up to 1.
-            per_head: every head leaves out the same share; else one threshold serves all.
+            per_head: every head leaves out the same share; else one threshold serves all layers and heads.
             hierarchical: look up parents first, and only the children of those that are kept; if None, where there are
                 parents.
         """
