@@ -1,10 +1,11 @@
 """Loss against density on SmolLM2-135M: uniform plans of every pattern, and plans that a search found.
 
-    python bench/loss_curve.py [--tokens 8192] [--measurements plan.json.measurements.json]
+    python bench/loss_curve.py [--tokens 8192] [--measurements plan.json.measurements.json] [--curve oracle ...]
 
 Reads two texts with each plan and writes the difference in loss of the second half against dense attention by the same
 kernel to `bench/results/loss-curve.json`, and the picture to `docs/loss-curve.png`. "oracle" is adaptive with every
-query sampled: exact block masses, more than any estimate can know, at the price of dense attention.
+query sampled: exact block masses, more than any estimate can know, at the price of dense attention. Every layer is
+sparse, whether that pays or not.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import headstart
 from headstart._environment import environment
 from headstart.demo import mean_loss
 from headstart.demo import model as smollm2
-from headstart.engine.attention import record
+from headstart.engine.attention import force_path, record
 from headstart.engine.load import SMOLLM2, load_model
 from headstart.offline.prefill_plan import PrefillPlan
 from headstart.offline.prefill_search import search_prefill_plan
 from headstart.texts import sample_texts, token_ids
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench/results/loss-curve.json"
 SEARCHED = (0.08, 0.12, 0.16, 0.2)
 
 
@@ -55,6 +57,7 @@ def main() -> None:
         "--measurements", type=Path, help="of `headstart search smollm2`, with the same seed and windows"
     )
     parser.add_argument("--seed", type=int, default=0, help="of that search")
+    parser.add_argument("--curve", nargs="+", help="measure these again, and take the others from the last results")
     options = parser.parse_args()
 
     searched = None
@@ -69,21 +72,23 @@ def main() -> None:
     model, texts = smollm2.load(options.tokens)
     headstart.patch(model, "dense")
     dense = {name: mean_loss(model, ids) for name, ids in texts.items()}
-    curves = {}
+    curves = json.loads(RESULTS.read_text())["curves"] if options.curve else {}
     for family, members in plans(searched).items():
+        if options.curve and family not in options.curve:
+            continue
         curves[family] = []
         for label, plan in members:
             headstart.patch(model, plan)
             point = {"plan": label}
             for name, ids in texts.items():
-                with record() as entries:
+                with record() as entries, force_path("sparse"):
                     loss = mean_loss(model, ids)
                 density = sum(e.index.density(e.nq, e.nk) for e in entries) / len(entries)
                 point[name] = {"density": density, "loss_difference": loss - dense[name]}
             curves[family].append(point)
             print(family, json.dumps(point), flush=True)
     content = {"tokens": options.tokens, "dense_loss": dense, "curves": curves, "environment": environment()}
-    (ROOT / "bench/results/loss-curve.json").write_text(json.dumps(content, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
     draw(content)
 
 
