@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
@@ -80,7 +82,9 @@ def test_attending_everything_is_the_model_on_the_whole_text(kind):
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"selection": "top_k"}, {"per_head": False}, {"hierarchical": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"selection": "top_k"}, {"budget": "equal"}, {"budget": "global"}, {"hierarchical": True}], ids=str
+)
 def test_little_sparsity_changes_little_and_much_changes_more(model, context, patched, options):
     question = tokens(QUESTION, seed=1)
     exact = model(question, past_key_values=context.cache(sparsity=0)).logits
@@ -205,19 +209,86 @@ def test_quantiles_are_those_of_the_keys():
     table = fixed_context.quantiles(scores, torch.tensor([[10, 70, 20, 0]]))[0]
 
     def at(share):
-        return fixed_context._interpolate(table, share).item()
+        return fixed_context.at(table[None], share).item()
 
-    assert [at(0.0), at(0.5), at(0.69), at(0.75), at(0.89), at(0.95), at(1.0)] == [-5, -5, -5, -2, -2, -1, -1]
+    assert [at(0.2), at(0.5), at(0.69), at(0.75), at(0.89), at(0.95), at(1.0)] == [-5, -5, -5, -2, -2, -1, -1]
+    assert at(0.0) == -math.inf  # nothing is left out
 
 
-def test_thresholds_leave_out_the_share_that_was_asked_for(context):
+@pytest.mark.parametrize("budget", fixed_context.BUDGETS)
+def test_thresholds_leave_out_the_share_that_was_asked_for(context, budget):
     tables = [layer.scores for layer in context.layers]
-    for per_head in (False, True):
-        for sparsity in (0.3, 0.8):
-            limits = fixed_context.thresholds(tables, sparsity, per_head)
-            shares = torch.stack([(t <= limit[:, None]).double().mean(1) for t, limit in zip(tables, limits)])
-            assert shares.mean().item() == pytest.approx(sparsity, abs=0.01)
-            assert not per_head or (shares - sparsity).abs().max() < 0.01
+    for sparsity in (0.3, 0.8):
+        limits = fixed_context.limits(context.layers, sparsity, budget, hierarchical=False)
+        shares = torch.stack([(t <= limit[:, None]).double().mean(1) for t, (limit, _) in zip(tables, limits)])
+        assert shares.mean().item() == pytest.approx(sparsity, abs=0.01)
+        assert budget != "equal" or (shares - sparsity).abs().max() < 0.01
+
+
+@given(
+    errors=st.lists(
+        st.lists(st.floats(0, 1), min_size=len(fixed_context.SHARES) - 1, max_size=len(fixed_context.SHARES) - 1),
+        min_size=1,
+        max_size=6,
+    ),
+    sparsity=st.floats(0.01, 0.99),
+)
+def test_shares_of_heads_are_no_worse_than_equal_ones(errors, sparsity):
+    table = torch.tensor([[0.0, *sorted(row)] for row in errors])
+    (shares,) = fixed_context.head_shares([table], sparsity)
+    assert shares.mean().item() == pytest.approx(sparsity, abs=1e-3)
+    assert ((0 <= shares) & (shares <= 1)).all()
+
+    # Between the shares of the table, a head can take turns: its cost is the lower hull.
+    def cost(rows, at):
+        total = 0.0
+        for row, share in zip(rows.tolist(), at.tolist()):
+            points = list(zip(fixed_context.SHARES, row))
+            lines = [
+                y + (v - y) * (share - x) / (u - x) for x, y in points for u, v in points if x <= share <= u and x < u
+            ]
+            total += min(lines)
+        return total
+
+    assert cost(table, shares) <= cost(table, torch.full_like(shares, sparsity)) + 1e-3
+
+
+def test_a_head_that_looks_for_one_key_keeps_more_of_them():
+    """One head attends evenly, the other a key unlike its neighbours, which clusters hide: it leaves out fewer."""
+    torch.manual_seed(0)
+    n, d, w = 2048, 32, fixed_context.WINDOW
+    k = torch.randn(2, n, d)
+    q = 0.1 * torch.randn(2, w, d)
+    q[1] = 2 * k[1, torch.randint(0, n - 200, (w,))]
+    layer = fixed_context.arrange(k, 2 + torch.randn(2, n, d), q, 0.05, None, seed=0)
+    (shares,) = fixed_context.head_shares([layer.errors], 0.8)
+    assert shares[0] > 0.85 > 0.75 > shares[1] and shares.mean().item() == pytest.approx(0.8, abs=1e-3)
+
+
+def test_errors_by_definition():
+    torch.manual_seed(0)
+    n, d, w, group = 700, 16, 40, 2
+    k, v, q = torch.randn(2, n, d), torch.randn(2, n, d), 2 * torch.randn(2 * group, w, d)
+    layer = fixed_context.arrange(k, v, q, 0.1, None, seed=0)
+    m, clusters = layer.clustered, layer.clusters
+    want = torch.zeros(2, len(fixed_context.SHARES), dtype=torch.float64)
+    for h in range(2):
+        one = headstart.KeyClusters(
+            *(x[h : h + 1] for x in (clusters.centroids, clusters.cluster_offsets, clusters.order))
+        )
+        mine, keys, values = q[h * group : (h + 1) * group], layer.keys[h].double(), layer.values[h].double()
+        for j in range(w):
+            seen = n - w + j + 1
+            p = (mine[:, j].double() @ keys[:seen].T / 4).softmax(-1)
+            out = p @ values[:seen]
+            for i, share in enumerate(fixed_context.SHARES):
+                limit = fixed_context.at(layer.scores, share)[h].exp()
+                count, columns = headstart.centroid_lookup(mine[None, :, j : j + 1], one, limit)
+                taken = torch.cat([columns[0, 0, 0, : int(count)].long(), torch.arange(m, seen)])
+                some = p[:, taken] @ values[taken] / p[:, taken].sum(-1, keepdim=True)
+                want[h, i] += ((some - out).square().sum(-1) / out.square().sum(-1)).mean() / w
+    torch.testing.assert_close(layer.errors.double(), want.cummax(1).values, rtol=0.02, atol=1e-4)
+    assert (layer.errors[:, 0] < 1e-9).all() and (layer.errors[:, -1] > 0.1).all()
 
 
 # --- relocation ------------------------------------------------------------------------------------------------------
@@ -299,7 +370,7 @@ def test_damage_names_the_file_and_the_field(saved):
     assert Context.load(saved, verify=False).tokens == TOKENS
     tensors.write_bytes(whole)
     for change, message in (
-        ({"version": 2}, "context.json: version: expected 1, got 2"),
+        ({"version": 1}, "context.json: version: expected 2, got 1"),
         ({"format": "other"}, "context.json: format"),
         ({"tokens": TOKENS + 1}, r"layers.0: keys: expected \[2, 701, 16\], got \[2, 700, 16\]"),
         ({"tokens": "many"}, "context.json: tokens: expected an integer, got 'many'"),

@@ -23,7 +23,7 @@
 
 #include <algorithm>
 
-#include "tile.h"
+#include "in_place.h"
 
 namespace headstart {
 namespace {
@@ -31,7 +31,6 @@ namespace {
 constexpr int64_t kChunk = 256;    // clusters of a job
 constexpr int64_t kMaxRows = 256;  // query rows of a job, which share the packing of a tile of centroids
 constexpr int64_t kFewRows = 16;   // up to so many rows, packing costs more than it saves
-constexpr int64_t kAhead = 16;     // centroids between the one that is read and the one that is fetched
 constexpr float kPosInf = __builtin_inff();
 
 // to[0, n) = first, first + 1, ...; may write up to 15 more where `room` has them.
@@ -77,7 +76,7 @@ struct CentroidLookup {
         strip_rows(strip_selections * group * block),
         strips(ceil_div(selections, strip_selections)),
         pass_rows(min(kMaxRows, strip_rows)),
-        padded_dim(round_up(a.head_dim, Vec::width)),
+        padded_dim(round_up(a.head_dim, kStep)),
         padded_count(round_up(max(a.clusters.count, a.parents.count), kChunk)),
         chunks(round_up(padded_count / kChunk, Vec::width)),
         list_width(a.parents.count == 0 ? 0 : padded_count + 16) {}
@@ -194,62 +193,14 @@ struct CentroidLookup {
     for (int64_t j = 0; j < round_up(count, kTile); ++j) w.weight[j] = static_cast<float>(w.size[j]);
   }
 
-  Vec load_part(const T* p, int64_t d) const {
-    return d + Vec::width <= a.head_dim ? load(p + d) : load_first(p + d, static_cast<int>(a.head_dim - d));
-  }
-
-  // logits[r][j] of n rows: four centroids are read at a time, and multiplied with all of them.
-  template <int n, typename CentroidAt>
-  void score_rows(const float* query, const CentroidAt& centroid_at, int64_t count, float* logits) const {
-    for (int64_t j = 0; j < count; j += 4) {
-      const T* centroid[4];
-      for (int i = 0; i < 4; ++i) {
-        centroid[i] = centroid_at(min(j + i, count - 1));
-        // Four rows read side by side are no stream to the hardware.
-        const auto* ahead = reinterpret_cast<const char*>(centroid_at(min(j + i + kAhead, count - 1)));
-        for (int64_t line = 0; line < a.head_dim * static_cast<int64_t>(sizeof(T)); line += 64) {
-          __builtin_prefetch(ahead + line);
-        }
-      }
-      Vec sum[n][4];
-      for (int r = 0; r < n; ++r) {
-        for (int i = 0; i < 4; ++i) sum[r][i] = broadcast(0.0f);
-      }
-      for (int64_t d = 0; d < a.head_dim; d += Vec::width) {
-        Vec x[4];
-        for (int i = 0; i < 4; ++i) x[i] = load_part(centroid[i], d);
-        for (int r = 0; r < n; ++r) {
-          const Vec y = load(query + r * padded_dim + d);
-          for (int i = 0; i < 4; ++i) sum[r][i] = fma(y, x[i], sum[r][i]);
-        }
-      }
-      for (int r = 0; r < n; ++r) store_sums(logits + r * kChunk + j, sum[r]);
-    }
-  }
-
   template <typename CentroidAt>
   void score_in_place(Scratch& w, const Part& part, int64_t rows, const CentroidAt& centroid_at, int64_t count,
                       float* logits) const {
     RowWalk row(*this, part.first_row);
     for (int64_t r = 0; r < rows; ++r, row.next()) {
-      zero(w.few_query + r * padded_dim, padded_dim);
-      convert_row(w.few_query + r * padded_dim, query_of(row, part.head), a.head_dim);
+      read_row_in_steps(w.few_query + r * padded_dim, query_of(row, part.head), a.head_dim);
     }
-    constexpr int kAtOnce = Vec::width == 16 ? 4 : 2;  // 4 × 4 sums fill AVX-512's registers, 2 × 4 the others'
-    int64_t r = 0;
-    for (; r + kAtOnce <= rows; r += kAtOnce) {
-      score_rows<kAtOnce>(w.few_query + r * padded_dim, centroid_at, count, logits + r * kChunk);
-    }
-    switch (rows - r) {
-      case 3:
-        return score_rows<3>(w.few_query + r * padded_dim, centroid_at, count, logits + r * kChunk);
-      case 2:
-        return score_rows<2>(w.few_query + r * padded_dim, centroid_at, count, logits + r * kChunk);
-      case 1:
-        return score_rows<1>(w.few_query + r * padded_dim, centroid_at, count, logits + r * kChunk);
-      default:
-        return;
-    }
+    dot_rows<T>(rows, w.few_query, padded_dim, a.head_dim, centroid_at, count, logits, kChunk);
   }
 
   template <typename CentroidAt>

@@ -5,6 +5,7 @@
 // Floor: the bytes of the attended keys and values at the machine's read bandwidth.
 #pragma once
 
+#include "in_place.h"
 #include "sparse_attention_tile.h"
 
 namespace headstart {
@@ -71,72 +72,9 @@ struct FewRows {
         if (n != kNowhere && covered(list, static_cast<int32_t>(n / a.block_k))) n = kNowhere;
       }
       w.position[j] = static_cast<int32_t>(n);
-      w.k_rows[j] = n == kNowhere ? nullptr : row_of<T>(a.k, b, kv_head, n);
+      w.k_rows[j] = row_of<T>(a.k, b, kv_head, n == kNowhere ? 0 : n);  // its score is masked
       w.v_rows[j] = n == kNowhere ? nullptr : row_of<T>(a.v, b, kv_head, n);
     }
-  }
-
-  Vec load_part(const T* p, int64_t d) const {
-    return d + Vec::width <= a.head_dim ? load(p + d) : load_first(p + d, static_cast<int>(a.head_dim - d));
-  }
-
-  // scores[r][j] for `n` rows: each key is read once and multiplied with all of them.
-  template <int n>
-  void score(Scratch& w, int64_t first_row) const {
-    for (int j = 0; j < kTile; ++j) {
-      Vec sum[n];
-      for (int r = 0; r < n; ++r) sum[r] = broadcast(0.0f);
-      if (w.k_rows[j] != nullptr) {
-        for (int64_t d = 0; d < a.head_dim; d += Vec::width) {
-          const Vec key = load_part(w.k_rows[j], d);
-          for (int r = 0; r < n; ++r) {
-            sum[r] = fma(load(w.query + (first_row + r) * padded_dim + d), key, sum[r]);
-          }
-        }
-      }
-      for (int r = 0; r < n; ++r) w.scores[(first_row + r) * kTile + j] = reduce_add(sum[r]);
-    }
-  }
-
-  template <int n>
-  void accumulate(Scratch& w, float* output, int64_t first_row) const {
-    constexpr int vecs = 4;
-    for (int64_t d = 0; d < padded_dim; d += vecs * Vec::width) {
-      const auto used = static_cast<int>(min(vecs, (padded_dim - d) / Vec::width));
-      Vec sum[n][vecs];
-      for (int r = 0; r < n; ++r) {
-        for (int i = 0; i < vecs; ++i) {
-          sum[r][i] = broadcast(0.0f);
-          if (i < used) {
-            sum[r][i] = load(output + (first_row + r) * padded_dim + d + i * Vec::width) *
-                        broadcast(w.softmax.rescale[first_row + r]);
-          }
-        }
-      }
-      for (int j = 0; j < kTile; ++j) {
-        if (w.v_rows[j] == nullptr) continue;
-        Vec value[vecs];
-        for (int i = 0; i < vecs; ++i) {
-          value[i] = i < used ? load_part(w.v_rows[j], d + i * Vec::width) : broadcast(0.0f);
-        }
-        for (int r = 0; r < n; ++r) {
-          const Vec weight = broadcast(w.scores[(first_row + r) * kTile + j]);
-          for (int i = 0; i < vecs; ++i) sum[r][i] = fma(weight, value[i], sum[r][i]);
-        }
-      }
-      for (int r = 0; r < n; ++r) {
-        for (int i = 0; i < used; ++i) {
-          store(output + (first_row + r) * padded_dim + d + i * Vec::width, sum[r][i]);
-        }
-      }
-    }
-  }
-
-  template <typename Step>
-  void by_rows(const Step& step) const {
-    int64_t r = 0;
-    for (; r + 4 <= rows; r += 4) step(r, 4);
-    if (r < rows) step(r, static_cast<int>(rows - r));
   }
 
   void attend_part(Scratch& w, const Part& part, const int32_t* tiles, State state) const {
@@ -145,40 +83,18 @@ struct FewRows {
     const float scale = a.scale * kLog2E;
     const auto lo = static_cast<int32_t>(visible_keys(a, b, 0, a.nq).first_key);
     for (int64_t r = 0; r < rows; ++r) {
-      zero(w.query + r * padded_dim, padded_dim);
-      convert_row(w.query + r * padded_dim, row_of<T>(a.q, b, h + r / a.nq, r % a.nq), a.head_dim);
+      read_row_in_steps(w.query + r * padded_dim, row_of<T>(a.q, b, h + r / a.nq, r % a.nq), a.head_dim);
     }
     w.softmax.start(rows);
     zero(state.output, rows * padded_dim);
     const int64_t last = a.causal ? a.nk - a.nq : a.nk - 1;
     for (int64_t t = 0; t < part.tiles; ++t) {
       find_keys(w, b, kv_head, list, tiles[part.first_tile + t]);
-      by_rows([&](int64_t r, int n) {
-        switch (n) {
-          case 4:
-            return score<4>(w, r);
-          case 3:
-            return score<3>(w, r);
-          case 2:
-            return score<2>(w, r);
-          default:
-            return score<1>(w, r);
-        }
-      });
+      dot_rows<T>(
+          rows, w.query, padded_dim, a.head_dim, [&](int64_t j) { return w.k_rows[j]; }, kTile, w.scores, kTile);
       softmax_tile<FloatUnit>(w.softmax, w.scores, nullptr, rows, scale, w.position, lo,
                               window_start(a, a.nk - a.nq, 0), static_cast<int32_t>(last), a.causal ? 1 : 0, a.nq);
-      by_rows([&](int64_t r, int n) {
-        switch (n) {
-          case 4:
-            return accumulate<4>(w, state.output, r);
-          case 3:
-            return accumulate<3>(w, state.output, r);
-          case 2:
-            return accumulate<2>(w, state.output, r);
-          default:
-            return accumulate<1>(w, state.output, r);
-        }
-      });
+      add_rows(rows, state.output, padded_dim, a.head_dim, w.v_rows, kTile, w.scores, kTile, w.softmax.rescale);
     }
     for (int64_t r = 0; r < rows; ++r) {
       state.maximum[r] = w.softmax.maximum[r];
@@ -206,9 +122,10 @@ struct FewRows {
       }
       const bool empty = parts == 0 || total == 0.0f;
       T* out = static_cast<T*>(a.out) + at * a.head_dim;
-      for (int64_t d = 0; d < a.head_dim; d += Vec::width) {
-        const Vec x = empty ? broadcast(0.0f) : load(sum + d) * broadcast(1.0f / total);
-        store_first(out + d, x, static_cast<int>(min(Vec::width, a.head_dim - d)));
+      if (empty) {
+        std::memset(out, 0, static_cast<size_t>(a.head_dim) * sizeof(T));
+      } else {
+        write_row_of_steps(out, sum, a.head_dim, broadcast(1.0f / total));
       }
       a.lse[at] = empty ? kNegInf : top * kLn2 + __builtin_logf(total);
     }

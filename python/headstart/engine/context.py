@@ -111,8 +111,6 @@ class Context:
             layers.append(fixed_context.arrange(layer.keys[0], layer.values[0], queries[i][0], clusters, parents, seed))
             layer.keys = layer.values = None
             advance()
-        if parents is not None:
-            layers = fixed_context.calibrate(layers)
         return cls(
             tuple(layers),
             model_fingerprint(model),
@@ -147,8 +145,6 @@ class Context:
             first.rope is not None, op, "contexts", "a model whose rotary embedding is known", first.model["model_type"]
         )
         layers = [fixed_context.join(chunks, first.rope) for chunks in zip(*(c.layers for c in contexts), strict=True)]
-        if layers[0].clusters.parent_centroids is not None:
-            layers = fixed_context.calibrate(layers)
         hashes = "".join(context.token_hash for context in contexts)
         return cls(
             tuple(layers),
@@ -179,7 +175,7 @@ class Context:
         *,
         selection: str = "threshold",
         mass: float | None = None,
-        per_head: bool = True,
+        budget: str = "measured",
         hierarchical: bool | None = None,
     ) -> ContextCache:
         """For `past_key_values` of a patched model: this context, and room for a batch of questions.
@@ -191,11 +187,13 @@ class Context:
             selection: "threshold"; "top_k": every query takes as many keys as the sparsity leaves; "top_p": it takes
                 the fewest clusters that hold a share of `mass` of its attention, and the sparsity follows.
             mass: of "top_p", above 0 and up to 1.
-            per_head: every head leaves out the same share; else one threshold serves all layers and heads.
+            budget: how heads share the keys that are attended. "measured": so that the window's queries saw the
+                least error; "equal": all the same, as top-k always does; "global": one threshold for all layers and
+                heads.
             hierarchical: look up parents first, and only the children of those that are kept; if None, where there are
                 parents.
         """
-        return ContextCache(self, batch_size, sparsity, selection, mass, per_head, hierarchical)
+        return ContextCache(self, batch_size, sparsity, selection, mass, budget, hierarchical)
 
     @property
     def bytes(self) -> int:
@@ -315,12 +313,15 @@ class ContextLayer(DynamicLayer):
 class ContextCache(Cache):
     """A `Context` as transformers' cache: `Context.cache` makes it."""
 
-    def __init__(self, context, batch_size, sparsity, selection, mass, per_head, hierarchical):
+    def __init__(self, context, batch_size, sparsity, selection, mass, budget, hierarchical):
         op, has_parents = "Context.cache", context.layers[0].parent_scores is not None
         _checks.expect(type(batch_size) is int and batch_size >= 1, op, "batch_size", "a positive integer", batch_size)
         good = type(sparsity) in (int, float) and 0 <= sparsity < 1
         _checks.expect(good, op, "sparsity", "a number from 0 to less than 1", sparsity)
         _checks.expect(selection in SELECTIONS, op, "selection", f"one of {', '.join(SELECTIONS)}", selection)
+        _checks.expect(
+            budget in fixed_context.BUDGETS, op, "budget", f"one of {', '.join(fixed_context.BUDGETS)}", budget
+        )
         good = type(mass) in (int, float) and 0 < mass <= 1 if selection == "top_p" else mass is None
         wanted = "a share above 0 and up to 1" if selection == "top_p" else 'None, but for selection="top_p"'
         _checks.expect(good, op, "mass", wanted, mass)
@@ -330,21 +331,16 @@ class ContextCache(Cache):
         self.mass, self.hierarchical = mass, hierarchical
         self.dense = sparsity == 0 or context.tokens < BREAK_EVEN
         self._unread: int | None = None
-        super().__init__(layers=[ContextLayer(*each) for each in self._layers(per_head)])
+        super().__init__(layers=[ContextLayer(*each) for each in self._layers(budget)])
 
-    def _layers(self, per_head: bool):
-        layers, sparsity = self.context.layers, self.sparsity
-        if self.hierarchical:
-            own = fixed_context.child_thresholds([layer.child_scores for layer in layers], sparsity, per_head)
-            coarse = fixed_context.parent_sparsity(sparsity)
-            parents = fixed_context.thresholds([layer.parent_scores for layer in layers], coarse, False)
-            parents = [limit.exp() for limit in parents]
-        else:
-            own = fixed_context.thresholds([layer.scores for layer in layers], sparsity, per_head)
-            parents = [None] * len(layers)
+    def _layers(self, budget: str):
+        layers = self.context.layers
         if self.selection == "top_k":
-            own = [torch.full_like(limit, -torch.inf) for limit in own]
-        return zip(layers, [self] * len(layers), [limit.exp().contiguous() for limit in own], parents, strict=True)
+            budget = "equal"
+        limits = fixed_context.limits(layers, self.sparsity, budget, self.hierarchical)
+        for layer, (own, parents) in zip(layers, limits, strict=True):
+            own = torch.zeros_like(own) if self.selection == "top_k" else own.exp().contiguous()
+            yield layer, self, own, None if parents is None else parents.exp().contiguous()
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         rows = key_states.shape[0]

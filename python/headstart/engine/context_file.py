@@ -19,15 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .._files import write_whole_folder
-from ..offline.fixed_context import BLOCK, LEVELS, PARENT_GRID, LayerContext, Rope
+from ..offline.fixed_context import BLOCK, LEVELS, PARENT_GRID, SHARES, LayerContext, Rope
 from ..ops.centroid_lookup import KeyClusters
 
 FORMAT = "headstart.context"
-VERSION = 1
+VERSION = 2
 TENSORS, DESCRIPTION = "context.safetensors", "context.json"
 CLUSTER_FIELDS = ("centroids", "cluster_offsets", "order")
 PARENT_FIELDS = ("parent_centroids", "parent_offsets")
-LAYER_FIELDS = ("keys", "values", "queries", "scores")
+LAYER_FIELDS = ("keys", "values", "queries", "scores", "errors")
 PARENT_SCORES = ("parent_scores", "child_scores")
 
 
@@ -152,4 +152,5 @@ def _layer(tensors: dict[str, torch.Tensor], prefix: str, content: dict[str, Any
         extra["parent_scores"] = get("parent_scores", heads, LEVELS)
         extra["child_scores"] = get("child_scores", len(PARENT_GRID), heads, LEVELS)
     keys, values = get("keys", heads, n, d), get("values", heads, n, None)
-    return LayerContext(keys, values, clusters, get("queries", None, None, d), get("scores", heads, LEVELS), **extra)
+    scores, errors = get("scores", heads, LEVELS), get("errors", heads, len(SHARES))
+    return LayerContext(keys, values, clusters, get("queries", None, None, d), scores, errors, **extra)

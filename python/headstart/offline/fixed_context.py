@@ -8,9 +8,10 @@ A layer's keys are stored so that what is attended together lies together:
 M is a multiple of 64, so the kept keys, which every query attends, are whole blocks of a `BlockIndex`, and the
 clusters that a query needs are its columns. Queries of the context's end, the observation window, tell how scores are
 distributed, and so which threshold leaves out which share of the keys: a table of quantiles, from which any sparsity
-can be asked for later.
+can be asked for later. They tell as well how wrong each head's output is at which share, and so where keys are needed:
+a head that looks for one certain key, which its cluster's mean hides, keeps more of them.
 
-Source: Squeezed Attention (Hooper et al., 2024, arXiv 2411.09688), section 3.
+Source: Squeezed Attention (Hooper et al., 2024, arXiv 2411.09688), section 3; shares by measured error are our own.
 """
 
 from __future__ import annotations
@@ -30,6 +31,10 @@ SINK = 4  # first keys, always kept
 WINDOW = 100  # last keys, always kept at least, and the queries that calibrate
 LEVELS = 257  # of a quantile table, from no sparsity to all of it
 LARGEST_CLUSTER = 4  # times the mean size; larger ones are split
+BUDGETS = ("measured", "equal", "global")
+# Shares of the clustered keys that a head may leave out, at which `LayerContext.errors` are measured.
+SHARES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
+ERROR_ELEMENTS = 2**23  # attention weights that errors are measured with, a head
 # Sparsities at which scores under kept parents were calibrated.
 PARENT_GRID = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
 # Parents keep this many times the keys that their children shall keep.
@@ -45,7 +50,9 @@ class LayerContext:
     - ``queries`` [Hq, W, D]: of the observation window;
     - ``scores`` float32 [Hkv, LEVELS]: entry i is the ln of the score that a share of i / (LEVELS - 1) of the clustered
       keys does not exceed, for a query of the window and the best of a KV head's query heads;
-    - ``parent_scores``, with parents: the same of the parents;
+    - ``errors`` float32 [Hkv, len(SHARES)]: |o' - o|^2 / |o|^2 of the outputs o' with each of SHARES left out, in the
+      mean over the window's queries and a KV head's query heads; it does not fall;
+    - ``parent_scores``, with parents: the same as ``scores`` of the parents;
     - ``child_scores`` float32 [len(PARENT_GRID), Hkv, LEVELS], with parents: of the clusters under the parents that are
       kept at each sparsity of PARENT_GRID.
     """
@@ -55,6 +62,7 @@ class LayerContext:
     clusters: KeyClusters
     queries: torch.Tensor
     scores: torch.Tensor
+    errors: torch.Tensor
     parent_scores: torch.Tensor | None = None
     child_scores: torch.Tensor | None = None
 
@@ -72,7 +80,7 @@ class LayerContext:
 def arrange(
     k: torch.Tensor, v: torch.Tensor, queries: torch.Tensor, clusters: float, parents: float | None, seed: int
 ) -> LayerContext:
-    """A layer's context of k and v [Hkv, N, D] and the window's queries [Hq, W, D]; with parents, call `calibrate`.
+    """A layer's context of k and v [Hkv, N, D] and the window's queries [Hq, W, D].
 
     `clusters` and `parents` are shares of the clustered keys.
     """
@@ -99,12 +107,17 @@ def clustered_range(n: int) -> tuple[int, int]:
 
 def with_scores(keys, values, clusters: KeyClusters, queries) -> LayerContext:
     sizes = clusters.cluster_offsets.diff(dim=-1)
-    scores = _best_scores(queries, clusters.centroids, sizes)
-    parent_scores = None
-    if clusters.parent_centroids is not None:
-        parents = _parent_sizes(clusters)
-        parent_scores = quantiles(_best_scores(queries, clusters.parent_centroids, parents), parents)
-    return LayerContext(keys, values, clusters, queries, quantiles(scores, sizes), parent_scores)
+    best = _best_scores(queries, clusters.centroids, sizes)
+    scores = quantiles(best, sizes)
+    layer = LayerContext(
+        keys, values, clusters, queries, scores, _errors(keys, values, clusters, queries, best, scores)
+    )
+    if clusters.parent_centroids is None:
+        return layer
+    parents = _parent_sizes(clusters)
+    parent_scores = quantiles(_best_scores(queries, clusters.parent_centroids, parents), parents)
+    children = [_child_quantiles(clusters, queries, at(parent_scores, parent_share(share))) for share in PARENT_GRID]
+    return replace(layer, parent_scores=parent_scores, child_scores=torch.stack(children))
 
 
 def _parent_sizes(clusters: KeyClusters) -> torch.Tensor:
@@ -133,54 +146,35 @@ def quantiles(scores: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     levels = torch.linspace(0, 1, LEVELS, dtype=torch.float64, device=scores.device).expand(len(scores), -1)
     at = torch.searchsorted(below, levels.contiguous()).clamp(max=flat.shape[1] - 1)
     # An empty cluster has no keys and a score of -inf: the least finite score stands in for it.
-    least = flat.masked_fill(flat == -math.inf, math.inf).amin(1, keepdim=True)
+    least = flat.masked_fill(flat == -math.inf, 0).amin(1, keepdim=True)
     return torch.maximum(flat.gather(1, at), least)
 
 
-# --- thresholds ------------------------------------------------------------------------------------------------------
+def _errors(keys, values, clusters: KeyClusters, queries, best_scores, scores) -> torch.Tensor:
+    """`LayerContext.errors`. A query sees the window's keys before it; of long contexts, some queries do."""
+    heads, group = len(keys), len(queries) // len(keys)
+    m, n, w = clusters.order.shape[1], keys.shape[1], queries.shape[1]
+    step = math.ceil(group * w * n / ERROR_ELEMENTS)
+    behind = torch.zeros(w, n, dtype=torch.bool, device=keys.device)
+    last = min(w, n - m)
+    behind[:, n - last :] = torch.ones(w, last, dtype=torch.bool, device=keys.device).triu_(1 + last - w)
+    behind, table = behind[::step], []
+    for h in range(heads):
+        q, v = queries[h * group : (h + 1) * group, ::step].float(), values[h].float()
+        p = (q @ keys[h].float().mT / math.sqrt(q.shape[-1])).masked_fill_(behind, -math.inf).softmax(-1)
+        out, sizes = p @ v, clusters.cluster_offsets[h].diff().long()
+        table.append([])
+        for share in SHARES:
+            kept = best_scores[h, ::step] > at(scores[h : h + 1], share)
+            p[..., :m] *= kept.repeat_interleave(sizes, dim=1, output_size=m)  # shares rise: what is left out stays so
+            error = p @ v / p.sum(-1, keepdim=True).clamp(min=1e-20) - out
+            table[-1].append((error.square().sum(-1) / out.square().sum(-1).clamp(min=1e-20)).mean())
+    return torch.tensor(table, device=keys.device).cummax(1).values
 
 
-def thresholds(tables: Sequence[torch.Tensor], sparsity: float, per_head: bool) -> list[torch.Tensor]:
-    """The ln of the score that a share of `sparsity` of the keys does not exceed, float32 [Hkv] of every layer.
-
-    Args:
-        tables: [Hkv, LEVELS] of every layer.
-        per_head: every head leaves out that share; else one threshold serves all heads and layers, and heads whose
-            attention is spread keep more than those that look at a few keys.
-    """
-    if per_head:
-        return [_interpolate(table, sparsity) for table in tables]
-    pooled = torch.cat([table.flatten() for table in tables]).sort().values
-    one = _interpolate(pooled, sparsity)
-    return [one.expand(len(table)) for table in tables]
-
-
-def _interpolate(table: torch.Tensor, level: float) -> torch.Tensor:
-    """Of [..., n] values at n levels from 0 to 1."""
-    at = level * (table.shape[-1] - 1)
-    low = min(int(at), table.shape[-1] - 2)
-    return torch.lerp(table[..., low], table[..., low + 1], at - low)
-
-
-def parent_sparsity(sparsity: float) -> float:
-    """Of the first level, where the clusters below shall leave out `sparsity` of the keys."""
-    return max(0.0, 1 - PARENT_ROOM * (1 - sparsity))
-
-
-def calibrate(layers: Sequence[LayerContext]) -> list[LayerContext]:
-    """Adds `child_scores`: of the clusters below the parents that a query keeps, with their own sum, as the lookup
-    computes them. Parents are kept by a threshold of all layers together, so this comes after all are arranged."""
-    tables: list[list[torch.Tensor]] = [[] for _ in layers]
-    for sparsity in PARENT_GRID:
-        limits = thresholds([layer.parent_scores for layer in layers], parent_sparsity(sparsity), per_head=False)
-        for table, layer, limit in zip(tables, layers, limits, strict=True):
-            table.append(_child_quantiles(layer, limit))
-    return [replace(layer, child_scores=torch.stack(table)) for layer, table in zip(layers, tables, strict=True)]
-
-
-def _child_quantiles(layer: LayerContext, limit: torch.Tensor) -> torch.Tensor:
-    """With the parents whose ln score exceeds `limit` [Hkv]; clusters of the others score less than any."""
-    clusters, queries = layer.clusters, layer.queries
+def _child_quantiles(clusters: KeyClusters, queries: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
+    """Of the clusters below the parents whose ln score exceeds `limit` [Hkv], with their own sum, as the lookup
+    computes them; clusters of other parents score less than any."""
     sizes, children = clusters.cluster_offsets.diff(dim=-1), clusters.parent_offsets.diff(dim=-1).long()
     every = torch.ones(1, len(sizes), 1, children.shape[1], dtype=torch.bool, device=sizes.device)
     kept, _ = select(
@@ -192,13 +186,82 @@ def _child_quantiles(layer: LayerContext, limit: torch.Tensor) -> torch.Tensor:
     return quantiles(scores, sizes)
 
 
-def child_thresholds(tables: Sequence[torch.Tensor], sparsity: float, per_head: bool) -> list[torch.Tensor]:
-    """`thresholds` of `child_scores`, between the two sparsities of PARENT_GRID that enclose this one."""
-    above = next(i for i, s in enumerate(PARENT_GRID) if s >= sparsity)
-    below = max(above - 1, 0)
-    share = (sparsity - PARENT_GRID[below]) / (PARENT_GRID[above] - PARENT_GRID[below]) if above else 0.0
-    pairs = zip(*(thresholds([t[i] for t in tables], sparsity, per_head) for i in (below, above)), strict=True)
-    return [torch.lerp(low, high, share) for low, high in pairs]
+# --- thresholds ------------------------------------------------------------------------------------------------------
+
+
+def limits(
+    layers: Sequence[LayerContext], sparsity: float, budget: str, hierarchical: bool
+) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """What the ln of a score has to exceed so that a share of `sparsity` of all clustered keys is left out: float32
+    [Hkv] of the clusters, and of the parents if `hierarchical`, of every layer.
+
+    Args:
+        budget: "measured": every head leaves out the share that `head_shares` gives it; "equal": all the same;
+            "global": one threshold serves all heads and layers, and heads whose attention is spread keep more.
+    """
+    if budget == "measured":
+        shares = head_shares([layer.errors for layer in layers], sparsity)
+    else:
+        shares = [torch.full_like(layer.errors[:, 0], sparsity) for layer in layers]
+    if hierarchical:
+        tables = [_child_tables(layer.child_scores, share) for layer, share in zip(layers, shares, strict=True)]
+    else:
+        tables = [layer.scores for layer in layers]
+    if budget == "global":
+        pooled = torch.cat([table.flatten() for table in tables]).sort().values
+        tables = [pooled.expand(len(table), -1) for table in tables]
+    own = [at(table, share) for table, share in zip(tables, shares, strict=True)]
+    parents = [None] * len(layers)
+    if hierarchical:
+        parents = [at(la.parent_scores, parent_share(share)) for la, share in zip(layers, shares, strict=True)]
+    return list(zip(own, parents, strict=True))
+
+
+def head_shares(errors: Sequence[torch.Tensor], sparsity: float) -> list[torch.Tensor]:
+    """The share of its keys that every head leaves out, float32 [Hkv] of every layer, `sparsity` in the mean, so that
+    the sum of the errors, [Hkv, len(SHARES)] of every layer, is least.
+
+    At a price, every head takes the share that is cheapest for it; the price is found by bisection, and what lies
+    between the last two answers is shared out evenly.
+    """
+    table = torch.cat(list(errors))
+    shares = torch.tensor(SHARES, device=table.device)
+    few, many = torch.zeros_like(table[:, 0]), torch.ones_like(table[:, 0])
+    low, high = -30.0, 10.0  # log2 of the price
+    for _ in range(50):
+        price = (low + high) / 2
+        taken = shares[(table - 2**price * shares).argmin(-1)]
+        if taken.mean() > sparsity:
+            many, high = taken, price
+        else:
+            few, low = taken, price
+    a, b = few.mean(), many.mean()
+    mixed = torch.lerp(few, many, ((sparsity - a) / (b - a).clamp(min=1e-6)).clamp(0, 1))
+    return list(mixed.split([len(x) for x in errors]))
+
+
+def at(table: torch.Tensor, share: torch.Tensor | float) -> torch.Tensor:
+    """Row h of table [H, n], values at n levels from 0 to 1, at level share[h]: float32 [H]; -inf at level 0, where
+    nothing is left out."""
+    share = torch.as_tensor(share, dtype=table.dtype, device=table.device).expand(len(table))
+    place = share * (table.shape[1] - 1)
+    low = place.long().clamp(max=table.shape[1] - 2)
+    found = torch.lerp(*table.gather(1, torch.stack([low, low + 1], 1)).unbind(1), place - low)
+    return found.masked_fill(share <= 0, -math.inf)
+
+
+def parent_share(share: torch.Tensor | float) -> torch.Tensor:
+    """Of the parents' keys, where the clusters below shall leave out `share` of them."""
+    return (1 - PARENT_ROOM * (1 - torch.as_tensor(share))).clamp(min=0)
+
+
+def _child_tables(child_scores: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """[Hkv, LEVELS]: every head's between the two sparsities of PARENT_GRID that enclose its share."""
+    grid = torch.tensor(PARENT_GRID, dtype=share.dtype, device=share.device)
+    above = torch.searchsorted(grid, share).clamp(1, len(grid) - 1)
+    weight = (share - grid[above - 1]) / (grid[above] - grid[above - 1])
+    heads = torch.arange(len(share), device=share.device)
+    return torch.lerp(child_scores[above - 1, heads], child_scores[above, heads], weight[:, None])
 
 
 # --- relocation ------------------------------------------------------------------------------------------------------
