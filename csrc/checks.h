@@ -108,8 +108,12 @@ class Checks {
       for (int64_t i = 0; i < x.dim(); ++i) got += (got.empty() ? "" : ", ") + std::to_string(x.size(i));
       fail(argument, expected + " [" + dims + "]", dtype_name(x.scalar_type()) + " [" + got + "]");
     }
-    if (like != nullptr && x.device() != like->device()) {
-      fail(argument, "a tensor on " + device_name(*like), "one on " + device_name(x));
+    if (like != nullptr) same_device(argument, x, *like);
+  }
+
+  void same_device(const char* argument, const Tensor& x, const Tensor& like) const {
+    if (x.device() != like.device()) {
+      fail(argument, "a tensor on " + device_name(like), "one on " + device_name(x));
     }
   }
 

@@ -303,8 +303,12 @@ def test_compile_dynamic():
 def test_bad_input_names_the_argument(change, argument):
     w = random_weight(20, 64)[3]
     args = dict(x=torch.randn(2, 64), packed=w.packed, scales=w.scales, zeros=w.zeros, bias=None, group_size=32, n=20)
-    with pytest.raises(ValueError, match=f"int4_gemm: {argument}: expected .*, got "):
+    said = f"int4_gemm: {argument}: expected .*, got "
+    with pytest.raises((ValueError, RuntimeError), match=said) as compiled:
         ops.int4_gemm(**(args | change))
+    with pytest.raises(ValueError, match=said) as reference:
+        ops.int4_gemm.default._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, **(args | change))
+    assert str(compiled.value).splitlines()[0] == str(reference.value)
 
 
 def test_bad_artifacts_name_the_field():

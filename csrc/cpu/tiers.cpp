@@ -50,9 +50,16 @@ const CpuFeatures& features() {
 
 #endif
 
-#define HEADSTART_KERNELS(tier)                                                    \
-  {tier::sparse_attention, tier::merge_attention,      tier::vertical_slash_index, \
-   tier::block_topk_index, tier::adaptive_block_index, tier::centroid_lookup}
+#define HEADSTART_KERNELS(tier) \
+  {tier::sparse_attention,      \
+   tier::merge_attention,       \
+   tier::vertical_slash_index,  \
+   tier::block_topk_index,      \
+   tier::adaptive_block_index,  \
+   tier::centroid_lookup,       \
+   tier::int4_gemm,             \
+   tier::int4_pack,             \
+   tier::int4_unpack}
 
 // Lowest first. The emulated tier runs the bf16 kernels' data movement without the instruction; it is built for tests
 // and never chosen by itself.

@@ -35,6 +35,9 @@ CPU_KERNELS = frozenset(
         "block_topk_index",
         "adaptive_block_index",
         "centroid_lookup",
+        "int4_gemm",
+        "int4_pack",
+        "int4_unpack",
     }
 )
 CUDA_KERNELS = frozenset(

@@ -1,0 +1,611 @@
+// Int4 GEMM on the CPU: weights go from memory to the multiplier with one shift and one and-or per 32 codes.
+//
+// A word of the packed layout (layouts/int4.h) holds eight codes of one column; the 16 columns of a panel are one
+// vector of 64 bytes. Codes leave it in pairs (k, k + 1), as two bf16 in one lane, 16 above the code:
+//
+//   word  ── shift by 4 i - 3 ──▶ & 0x00780078 | 0x41804180 ──▶ │ 16 + code(k + 1) │ 16 + code(k) │
+//
+//   bf16 pairs   vdpbf16ps takes the pair as it is                              3 instructions a pair
+//   floats       low = pair << 16, exactly 16 + code(k)
+//                high = pair, the low half standing in its mantissa:             5 instructions a pair
+//                  kHigh + code(k + 1) + code(k) / 65536
+//
+// What the low half adds to `high` is linear in code(k), so it is taken off beforehand, from the activation that code(k)
+// is multiplied by: x'(k) = x(k) - x(k + 1) / 65536. The offsets 16 and kHigh are taken off once a group, by the sum of
+// the activations, which all columns share; so are the zero point and the scale:
+//
+//   total[n] += scale[n, g] · (start[g] + Σ x' · dequantised - zero[n, g] · Σ x)        start[g] = -offsets · Σ x
+//
+// An offset of 16 (of the 128 that bf16 has room for) costs a shift more a word and makes the sums 8 times more exact.
+//
+//   1 to 4 rows: one pass over the weights       more rows: a tile of 64 columns, dequantised once for all rows
+//
+//   x'  ─ broadcast ─┐                              ┌────┐ 64 columns of a block of K:
+//   ┌────┬────┬────┬─┴──┐ panels, a register each   │    │ 16 KiB, in L1
+//   │word│word│word│word│ all rows of x in          └────┘
+//   └────┴────┴────┴────┘ accumulators         x' [6 rows] × [4 registers]: 24 accumulators, 4 loads, 6 broadcasts
+//
+// Both add the products of a column in the same order, that of the packed words, into one accumulator a group, and the
+// groups in order: a row's result does not depend on the rows beside it, nor on the number of threads.
+//
+// Floor: few rows, K · N / 2 bytes and the scales at the read bandwidth. Instructions per vector of 64 bytes (128
+// weights): bf16 pairs 13 with the load (4 shifts, 4 and-or, 4 dot products), so 6.5 cycles at two a cycle; floats on
+// AVX-512 21 (8 shifts, 4 and-or, 8 multiply-adds). Many rows: 2 · M · N · K at the machine's GEMM rate.
+
+#include "../layouts/int4.h"
+#include "tile.h"
+
+namespace headstart {
+namespace {
+
+using int4::kPairsPerWord;
+using int4::kPanel;
+using int4::kSlab;
+using int4::kWordsPerColumn;
+using int4::kWordsPerSlab;
+
+constexpr int kPanelVecs = kPanel / Vec::width;
+constexpr float kOffset = 16.0f;                      // of a code as bf16
+constexpr uint32_t kOffsetPair = 0x41804180u;         // 16 and 16 as bf16
+constexpr uint32_t kCodePair = int4::kPairMask << 3;  // where that leaves room for a code: 16 + code
+constexpr float kLeak = 0x1p-16f;                     // of the low code into `high`
+constexpr float kHigh = kOffset + 0x4180 * 0x1p-19f;  // `high` of two zero codes
+constexpr int kSymmetricZero = 8;
+
+// --- a vector of words ---------------------------------------------------------------------------------------------
+
+#if HEADSTART_TIER_AVX512
+
+struct Words {
+  __m512i v;
+};
+inline Words load_words(const uint32_t* p) { return {_mm512_loadu_si512(p)}; }
+template <int i>
+inline Words pair(Words w) {
+  const __m512i placed = i == 0 ? _mm512_slli_epi32(w.v, 3) : _mm512_srli_epi32(w.v, i == 0 ? 0 : 4 * i - 3);
+  const __m512i codes = _mm512_set1_epi32(kCodePair), offset = _mm512_set1_epi32(kOffsetPair);
+  return {_mm512_ternarylogic_epi32(placed, codes, offset, 0xEA)};  // (placed & codes) | offset
+}
+inline Vec high(Words pair) { return {_mm512_castsi512_ps(pair.v)}; }
+inline Vec low(Words pair) { return {_mm512_castsi512_ps(_mm512_slli_epi32(pair.v, 16))}; }
+inline Vec load_zeros(const uint8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+
+#elif HEADSTART_TIER_AVX2
+
+struct Words {
+  __m256i v;
+};
+inline Words load_words(const uint32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+template <int i>
+inline Words pair(Words w) {
+  const __m256i placed = i == 0 ? _mm256_slli_epi32(w.v, 3) : _mm256_srli_epi32(w.v, i == 0 ? 0 : 4 * i - 3);
+  return {_mm256_or_si256(_mm256_and_si256(placed, _mm256_set1_epi32(kCodePair)), _mm256_set1_epi32(kOffsetPair))};
+}
+inline Vec high(Words pair) { return {_mm256_castsi256_ps(pair.v)}; }
+inline Vec low(Words pair) { return {_mm256_castsi256_ps(_mm256_slli_epi32(pair.v, 16))}; }
+inline Vec load_zeros(const uint8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+
+#else
+
+struct Words {
+  Vec::Words v;
+};
+inline Words load_words(const uint32_t* p) {
+  Words w;
+  std::memcpy(&w.v, p, sizeof w.v);
+  return w;
+}
+template <int i>
+inline Words pair(Words w) {
+  return {((i == 0 ? w.v << 3 : w.v >> (i == 0 ? 0 : 4 * i - 3)) & kCodePair) | kOffsetPair};
+}
+inline Vec high(Words pair) { return {(Vec::Floats)pair.v}; }
+inline Vec low(Words pair) { return {(Vec::Floats)(pair.v << 16)}; }
+inline Vec load_zeros(const uint8_t* p) {
+  return {Vec::Floats{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
+                      static_cast<float>(p[3])}};
+}
+
+#endif
+
+inline Vec load_scales(const void* scales, Dtype dtype, int64_t at) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return load(static_cast<const float*>(scales) + at);
+    case Dtype::kFloat16:
+      return load(static_cast<const Float16*>(scales) + at);
+    default:
+      return load(static_cast<const BFloat16*>(scales) + at);
+  }
+}
+
+// --- what depends on the unit: floats, or bf16 pairs ---------------------------------------------------------------
+
+// A slab of activations, in the order of the packed words: [t][i] pairs; k = 8 i + 2 t and the next.
+template <typename T>
+inline void order_slab(float* to, const T*, const float values[kSlab], FloatUnit) {
+  for (int t = 0; t < kWordsPerColumn; ++t) {
+    for (int i = 0; i < kPairsPerWord; ++i) {
+      const float* x = values + int4::pair_k(t, i);
+      float* at = to + 2 * (kPairsPerWord * t + i);
+      at[0] = x[0] - x[1] * kLeak;
+      at[1] = x[1];
+    }
+  }
+}
+
+// What has to be added to the products of a group: the offsets of the dequantised codes come with Σ x over the even and
+// the odd k.
+inline double start_of(double even, double odd, FloatUnit) {
+  return -(kOffset * (even - odd * kLeak) + static_cast<double>(kHigh) * odd);
+}
+
+// sum[r][v] += activations of pair · the pair, for `rows` rows of x whose units stand `stride` apart.
+template <int rows, int vecs>
+inline __attribute__((always_inline)) void add_pair(Vec (&sum)[rows][vecs], const float* x, int64_t stride, int v,
+                                                    Words pair, FloatUnit) {
+  const Vec even = low(pair), odd = high(pair);
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) {
+    sum[r][v] = fma(broadcast(x[r * stride]), even, sum[r][v]);
+    sum[r][v] = fma(broadcast(x[r * stride + 1]), odd, sum[r][v]);
+  }
+}
+
+inline void store_pair(float* to, Words pair, FloatUnit) {
+  store(to, low(pair));
+  store(to + kPanel, high(pair));
+}
+
+#if HEADSTART_TIER_BF16_DOT
+
+inline void order_slab(uint32_t* to, const BFloat16* x, const float*, PairUnit) {
+  uint32_t pairs[kSlab / 2];
+  std::memcpy(pairs, x, sizeof pairs);
+  for (int t = 0; t < kWordsPerColumn; ++t) {
+    for (int i = 0; i < kPairsPerWord; ++i) to[kPairsPerWord * t + i] = pairs[int4::pair_k(t, i) / 2];
+  }
+}
+
+inline double start_of(double even, double odd, PairUnit) { return -kOffset * (even + odd); }
+
+template <int rows, int vecs>
+inline __attribute__((always_inline)) void add_pair(Vec (&sum)[rows][vecs], const uint32_t* x, int64_t stride, int v,
+                                                    Words pair, PairUnit) {
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; ++r) {
+    sum[r][v] = PairUnit::dot(PairUnit::broadcast_unit(x + r * stride), high(pair), sum[r][v]);
+  }
+}
+
+inline void store_pair(uint32_t* to, Words pair, PairUnit) { _mm512_storeu_si512(to, pair.v); }
+
+#endif
+
+template <int i>
+struct PairNumber {
+  static constexpr int value = i;
+};
+
+template <typename Body>
+inline __attribute__((always_inline)) void for_each_pair(const Body& body) {
+  body(PairNumber<0>());
+  body(PairNumber<1>());
+  body(PairNumber<2>());
+  body(PairNumber<3>());
+}
+
+// --- the product ---------------------------------------------------------------------------------------------------
+
+constexpr int kStreamRows = 4;  // as many rows go in one pass; more are worth a tile
+constexpr int kTilePanels = 4;
+constexpr int kTileColumns = kTilePanels * kPanel;
+constexpr int kBlockUnits = 64;      // of depth, in a tile: 64 · 64 units are 16 KiB
+constexpr int64_t kChunkRows = 252;  // of a job: their totals, sums and activations of a block fit the L2 cache
+
+template <typename T>
+struct Int4Gemm {
+  using Unit = typename UnitOf<T>::Type;
+  using U = typename Unit::Type;
+
+  static constexpr int kPairUnits = 2 / Unit::values;
+  static constexpr int kWordUnits = kPairsPerWord * kPairUnits;
+  static constexpr int kSlabUnits = kSlab / Unit::values;
+  static constexpr int kBlockSlabs = kBlockUnits / kSlabUnits;
+  // Panels of one pass: enough independent sums to hide a multiply-add's latency.
+  static constexpr int kStreamPanels = Vec::width < 16 ? 2 : Unit::values == 2 ? 8 : 4;
+
+  struct Terms {
+    float start, minus_sum;
+  };
+
+  const Int4GemmArgs& a;
+  int64_t panels, slabs, group_slabs, groups;
+  Buffer<U> units;      // x in blocks of K that do not cross groups: [block][row][units of the block]
+  Buffer<Terms> terms;  // [group][row]
+
+  explicit Int4Gemm(const Int4GemmArgs& args)
+      : a(args),
+        panels(int4::panels(a.n)),
+        slabs(int4::slabs(a.k)),
+        group_slabs(a.group_size < 0 ? slabs : min(slabs, a.group_size / kSlab)),
+        groups(ceil_div(slabs, group_slabs)),
+        units(slabs * kSlabUnits * a.m),
+        terms(groups * a.m) {}
+
+  // Calls body(first slab, slabs) for the blocks of a group.
+  template <typename Body>
+  inline __attribute__((always_inline)) void for_each_block(int64_t group, const Body& body) const {
+    const int64_t end = min(slabs, (group + 1) * group_slabs);
+    for (int64_t slab = group * group_slabs; slab < end; slab += kBlockSlabs) body(slab, min(kBlockSlabs, end - slab));
+  }
+
+  U* block_row(int64_t slab, int64_t count, int64_t row) { return units + (slab * a.m + row * count) * kSlabUnits; }
+
+  const uint32_t* words_of(int64_t panel, int64_t slab) const { return a.packed + int4::slab_word(panel, slab, a.k); }
+
+  // --- activations ---
+
+  void prepare_row(int64_t row) {
+    const T* x = static_cast<const T*>(a.x) + row * a.x_row;
+    for (int64_t g = 0; g < groups; ++g) {
+      float lane[kSlab] = {};
+      for_each_block(g, [&](int64_t slab, int64_t count) {
+        U* to = block_row(slab, count, row);
+        for (int64_t s = slab; s < slab + count; ++s, to += kSlabUnits) {
+          const int64_t left = a.k - s * kSlab;
+          const T* from = x + s * kSlab;
+          T padded[kSlab];
+          if (left < kSlab) {
+            std::memset(padded, 0, sizeof padded);
+            std::memcpy(padded, from, static_cast<size_t>(left) * sizeof(T));
+            from = padded;
+          }
+          float values[kSlab];
+          for (int j = 0; j < kSlab; j += Vec::width) store(values + j, load(from + j));
+          order_slab(to, from, values, Unit());
+          for (int j = 0; j < kSlab; ++j) lane[j] += values[j];
+        }
+      });
+      for (int width = kSlab / 2; width >= 2; width /= 2) {
+        for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
+      }
+      const double even = lane[0], odd = lane[1], zero = a.zeros == nullptr ? kSymmetricZero : 0;
+      terms[g * a.m + row] = {static_cast<float>(start_of(even, odd, Unit()) - zero * (even + odd)),
+                              static_cast<float>(-(even + odd))};
+    }
+  }
+
+  // --- the end of a group, and of a row: the same for few rows and many ---
+
+  struct Scaling {
+    Vec scale, zero;
+  };
+
+  Scaling scaling(int64_t panel, int64_t group, int v) const {
+    const int64_t at = (panel * groups + group) * kPanel + v * Vec::width;
+    return {load_scales(a.scales, a.scale_dtype, at), a.zeros == nullptr ? broadcast(0.0f) : load_zeros(a.zeros + at)};
+  }
+
+  Vec with_group(Vec total, Vec sum, Scaling by, float minus_sum) const {
+    return fma(by.scale, a.zeros == nullptr ? sum : fma(by.zero, broadcast(minus_sum), sum), total);
+  }
+
+  void write(int64_t row, int64_t column, Vec total) const {
+    if (column >= a.n) return;
+    const int count = static_cast<int>(min(Vec::width, a.n - column));
+    T* to = static_cast<T*>(a.out) + row * a.n + column;
+    const T* bias = static_cast<const T*>(a.bias) + column;
+    if (count == Vec::width) {
+      store(to, a.bias == nullptr ? total : total + load(bias));
+    } else {
+      store_first(to, a.bias == nullptr ? total : total + load_first(bias, count), count);
+    }
+  }
+
+  // --- few rows ---
+
+  template <int rows, int width>
+  void stream(int64_t panel) {
+    constexpr int vecs = width * kPanelVecs;
+    Vec total[rows][vecs];
+    for (int r = 0; r < rows; ++r)
+      for (int v = 0; v < vecs; ++v) total[r][v] = broadcast(0.0f);
+    for (int64_t g = 0; g < groups; ++g) {
+      const Terms* term = terms + g * a.m;
+      Vec sum[rows][vecs];
+#pragma GCC unroll 4
+      for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < vecs; ++v) sum[r][v] = broadcast(term[r].start);
+      }
+      for_each_block(g, [&](int64_t slab, int64_t count) __attribute__((always_inline)) {
+        const int64_t stride = count * kSlabUnits;
+        const U* x = block_row(slab, count, 0);
+        const uint32_t* words = words_of(panel, slab);
+        for (int64_t w = 0; w < count * kWordsPerColumn; ++w, x += kWordUnits, words += kPanel) {
+          Words word[vecs];
+#pragma GCC unroll 8
+          for (int v = 0; v < vecs; ++v) {
+            word[v] = load_words(words + v / kPanelVecs * slabs * kWordsPerSlab + v % kPanelVecs * Vec::width);
+          }
+          for_each_pair([&](auto i) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+            for (int v = 0; v < vecs; ++v) {
+              add_pair(sum, x + i.value * kPairUnits, stride, v, pair<i.value>(word[v]), Unit());
+            }
+          });
+        }
+      });
+      for (int v = 0; v < vecs; ++v) {
+        const Scaling by = scaling(panel + v / kPanelVecs, g, v % kPanelVecs);
+        for (int r = 0; r < rows; ++r) total[r][v] = with_group(total[r][v], sum[r][v], by, term[r].minus_sum);
+      }
+    }
+    for (int r = 0; r < rows; ++r)
+      for (int v = 0; v < vecs; ++v) write(r, panel * kPanel + v * Vec::width, total[r][v]);
+  }
+
+  template <int rows>
+  void stream_all(const Parallel& parallel) {
+    constexpr int width = rows <= 1 ? kStreamPanels : rows == 2 ? min_of(kStreamPanels, 4) : 2;
+    for_each_job(parallel, ceil_div(panels, width), [&](int64_t job, int) {
+      int64_t panel = job * width;
+      if (panel + width <= panels) return stream<rows, width>(panel);
+      for (; panel < panels; ++panel) stream<rows, 1>(panel);
+    });
+  }
+
+  static constexpr int min_of(int x, int y) { return x < y ? x : y; }
+
+  // --- many rows ---
+
+  struct Tile {
+    explicit Tile(int64_t rows)
+        : weights(kTileColumns * kBlockUnits), sums(rows * kTileColumns), totals(rows * kTileColumns) {}
+    Buffer<U> weights;  // [panel][unit][16]
+    Buffer<float> sums, totals;
+    Vec scale[kTilePanels * kPanelVecs], zero[kTilePanels * kPanelVecs];
+  };
+
+  // A block of a panel, [units][16]. Words hold their codes in the order of the units, so this is one straight line.
+  static void dequantize(U* to, const uint32_t* words, int64_t count) {
+    for (int64_t w = 0; w < count * kWordsPerColumn; ++w) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kPanelVecs; ++v) {
+        const Words word = load_words(words + v * Vec::width);
+        for_each_pair([&](auto i) __attribute__((always_inline)) {
+          store_pair(to + i.value * kPairUnits * kPanel + v * Vec::width, pair<i.value>(word), Unit());
+        });
+      }
+      words += kPanel;
+      to += kWordUnits * kPanel;
+    }
+  }
+
+  // Where vector v of a tile's 64 columns begins in Tile::weights.
+  static constexpr int64_t place(int v) {
+    return static_cast<int64_t>(v / kPanelVecs) * kBlockUnits * kPanel + v % kPanelVecs * Vec::width;
+  }
+
+  struct Block {
+    int64_t row, units;  // the first row of the job; depth
+    bool first, last;    // of its group
+    const Terms* term;   // of the job's rows
+  };
+
+  // sums += x · weights, for `rows` rows of the job from `i`, and `vecs` vectors of columns from `from`.
+  template <int rows, int vecs>
+  void multiply(Tile& tile, const Block& block, const U* x, int64_t i, int from) const {
+    float* kept = tile.sums + i * kTileColumns + from * Vec::width;
+    Vec sum[rows][vecs];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vecs; ++v) {
+        sum[r][v] = block.first ? broadcast(block.term[i + r].start) : load(kept + r * kTileColumns + v * Vec::width);
+      }
+    }
+    const U* weights = tile.weights + place(from);
+    for (int64_t u = 0; u < block.units; ++u) {
+      Vec right[vecs];
+#pragma GCC unroll 4
+      for (int v = 0; v < vecs; ++v) right[v] = Unit::load_units(weights + place(v) + u * kPanel);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        const Vec left = Unit::broadcast_unit(x + r * block.units + u);
+#pragma GCC unroll 4
+        for (int v = 0; v < vecs; ++v) sum[r][v] = Unit::dot(left, right[v], sum[r][v]);
+      }
+    }
+    float* total = tile.totals + i * kTileColumns + from * Vec::width;
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < vecs; ++v) {
+        const int at = r * kTileColumns + v * Vec::width;
+        if (block.last) {
+          store(total + at, with_group(load(total + at), sum[r][v], {tile.scale[from + v], tile.zero[from + v]},
+                                       block.term[i + r].minus_sum));
+        } else {
+          store(kept + at, sum[r][v]);
+        }
+      }
+    }
+  }
+
+  template <int vecs>
+  void multiply_rows(Tile& tile, const Block& block, const U* x, int64_t i, int64_t rows, int from) const {
+    switch (rows) {
+      case 6:
+        return multiply<6, vecs>(tile, block, x, i, from);
+      case 5:
+        return multiply<5, vecs>(tile, block, x, i, from);
+      case 4:
+        return multiply<4, vecs>(tile, block, x, i, from);
+      case 3:
+        return multiply<3, vecs>(tile, block, x, i, from);
+      case 2:
+        return multiply<2, vecs>(tile, block, x, i, from);
+      default:
+        return multiply<1, vecs>(tile, block, x, i, from);
+    }
+  }
+
+  void multiply_block(Tile& tile, const Block& block, const U* x, int64_t rows, int vecs) const {
+    // Groups of rows as even as can be: 7 are 4 and 3, since a single row leaves the multiplier waiting for itself.
+    for (int64_t i = 0, left = ceil_div(rows, kRows), n; i < rows; i += n, --left) {
+      n = ceil_div(rows - i, left);
+      const U* at = x + i * block.units;
+      int from = 0;
+      for (; from + kVecs <= vecs; from += kVecs) multiply_rows<kVecs>(tile, block, at, i, n, from);
+      if constexpr (kVecs == 4) {  // elsewhere a panel is a whole number of strips
+        if (vecs - from == 3) multiply_rows<3>(tile, block, at, i, n, from);
+        if (vecs - from == 2) multiply_rows<2>(tile, block, at, i, n, from);
+        if (vecs - from == 1) multiply_rows<1>(tile, block, at, i, n, from);
+      }
+    }
+  }
+
+  void run_tile(Tile& tile, int64_t panel, int64_t row, int64_t rows) {
+    const int width = static_cast<int>(min(kTilePanels, panels - panel));
+    const int vecs = width * kPanelVecs;
+    zero(tile.totals, rows * kTileColumns);
+    for (int64_t g = 0; g < groups; ++g) {
+      for (int v = 0; v < vecs; ++v) {
+        const Scaling by = scaling(panel + v / kPanelVecs, g, v % kPanelVecs);
+        tile.scale[v] = by.scale;
+        tile.zero[v] = by.zero;
+      }
+      for_each_block(g, [&](int64_t slab, int64_t count) {
+        for (int p = 0; p < width; ++p) {
+          dequantize(tile.weights + p * kBlockUnits * kPanel, words_of(panel + p, slab), count);
+        }
+        const Block block{row, count * kSlabUnits, slab == g * group_slabs,
+                          slab + count == min(slabs, (g + 1) * group_slabs), terms + g * a.m + row};
+        multiply_block(tile, block, block_row(slab, count, row), rows, vecs);
+      });
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int v = 0; v < vecs; ++v) {
+        write(row + i, panel * kPanel + v * Vec::width, load(tile.totals + i * kTileColumns + v * Vec::width));
+      }
+    }
+  }
+
+  void tile_all(const Parallel& parallel) {
+    // Rows are split too where there are few tiles of columns.
+    const int64_t tiles = ceil_div(panels, kTilePanels), wanted = ceil_div(4 * parallel.workers, tiles);
+    const int64_t chunk = min(kChunkRows, max(4 * kRows, round_up(ceil_div(a.m, wanted), kRows)));
+    const int64_t chunks = ceil_div(a.m, chunk);
+    PerWorker<Tile> scratch(parallel.workers, min(chunk, a.m));
+    for_each_job(parallel, tiles * chunks, [&](int64_t job, int worker) {
+      const int64_t row = job % chunks * chunk;
+      run_tile(scratch[worker], job / chunks * kTilePanels, row, min(chunk, a.m - row));
+    });
+  }
+
+  void run(const Parallel& parallel) {
+    if (a.m <= kStreamRows) {
+      for (int64_t row = 0; row < a.m; ++row) prepare_row(row);
+    } else {
+      for_each_job(parallel, a.m, [&](int64_t row, int) { prepare_row(row); });
+    }
+    switch (a.m) {
+      case 1:
+        return stream_all<1>(parallel);
+      case 2:
+        return stream_all<2>(parallel);
+      case 3:
+        return stream_all<3>(parallel);
+      case 4:
+        return stream_all<4>(parallel);
+      default:
+        return tile_all(parallel);
+    }
+  }
+};
+
+// --- packing -------------------------------------------------------------------------------------------------------
+
+// The four words of a column's slab, as the eight halves of 16 bits that they are: half j holds k = j, 8 + j, 16 + j
+// and 24 + j.
+inline void pack_slab(uint32_t* to, const uint8_t* codes) {
+  uint16_t half[8];
+  for (int j = 0; j < 8; ++j) {
+    half[j] = static_cast<uint16_t>((codes[j] & 15) | (codes[8 + j] & 15) << 4 | (codes[16 + j] & 15) << 8 |
+                                    (codes[24 + j] & 15) << 12);
+  }
+  for (int t = 0; t < kWordsPerColumn; ++t) to[t * kPanel] = half[2 * t] | static_cast<uint32_t>(half[2 * t + 1]) << 16;
+}
+
+inline void unpack_slab(uint8_t* codes, const uint32_t* words) {
+  uint16_t half[8];
+  for (int t = 0; t < kWordsPerColumn; ++t) {
+    half[2 * t] = static_cast<uint16_t>(words[t * kPanel]);
+    half[2 * t + 1] = static_cast<uint16_t>(words[t * kPanel] >> 16);
+  }
+  for (int i = 0; i < kPairsPerWord; ++i) {
+    for (int j = 0; j < 8; ++j) codes[8 * i + j] = static_cast<uint8_t>(half[j] >> 4 * i & 15);
+  }
+}
+
+}  // namespace
+
+namespace HEADSTART_TIER {
+
+void int4_gemm(const Int4GemmArgs& a, const Parallel& parallel) {
+  switch (a.dtype) {
+    case Dtype::kFloat32:
+      return Int4Gemm<float>(a).run(parallel);
+    case Dtype::kFloat16:
+      return Int4Gemm<Float16>(a).run(parallel);
+    case Dtype::kBFloat16:
+      return Int4Gemm<BFloat16>(a).run(parallel);
+  }
+}
+
+void int4_pack(const Int4PackArgs& a, const Parallel& parallel) {
+  const int64_t slabs = int4::slabs(a.k);
+  for_each_job(parallel, int4::panels(a.n), [&](int64_t panel, int) {
+    uint32_t* to = a.packed + int4::slab_word(panel, 0, a.k);
+    const int64_t columns = min(kPanel, a.n - panel * kPanel);
+    if (columns < kPanel) std::memset(to, 0, static_cast<size_t>(slabs * kWordsPerSlab) * sizeof(uint32_t));
+    for (int64_t s = 0; s < slabs; ++s, to += kWordsPerSlab) {
+      const int64_t left = a.k - s * kSlab;
+      for (int64_t c = 0; c < columns; ++c) {
+        const uint8_t* from = a.codes + (panel * kPanel + c) * a.k + s * kSlab;
+        uint8_t padded[kSlab] = {};
+        if (left < kSlab) {
+          std::memcpy(padded, from, static_cast<size_t>(left));
+          from = padded;
+        }
+        pack_slab(to + c, from);
+      }
+    }
+  });
+}
+
+void int4_unpack(const Int4PackArgs& a, const Parallel& parallel) {
+  const int64_t slabs = int4::slabs(a.k);
+  for_each_job(parallel, int4::panels(a.n), [&](int64_t panel, int) {
+    const uint32_t* from = a.packed + int4::slab_word(panel, 0, a.k);
+    const int64_t columns = min(kPanel, a.n - panel * kPanel);
+    for (int64_t s = 0; s < slabs; ++s, from += kWordsPerSlab) {
+      const int64_t left = a.k - s * kSlab;
+      for (int64_t c = 0; c < columns; ++c) {
+        uint8_t* to = a.codes + (panel * kPanel + c) * a.k + s * kSlab;
+        uint8_t padded[kSlab];
+        unpack_slab(left < kSlab ? padded : to, from + c);
+        if (left < kSlab) std::memcpy(to, padded, static_cast<size_t>(left));
+      }
+    }
+  });
+}
+
+}  // namespace HEADSTART_TIER
+}  // namespace headstart
