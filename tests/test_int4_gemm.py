@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.ops.int4_gemm import Int4Weight, int4_gemm
+from headstart.reference import int4_gemm as reference
+from tolerances import assert_close
 
 ops = torch.ops.headstart
 ROOT = Path(__file__).parent.parent
@@ -132,6 +134,140 @@ def test_against_torch_int4():
     want = torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, 64, pairs.contiguous())
     room = x.abs().float() @ exact(codes, scales, zeros, 64).abs().float().T
     assert ((int4_gemm(x, w).float() - want.float()).abs() <= 0.01 * room).all()
+
+
+# --- the CPU kernels, in every tier ---------------------------------------------------------------------------------
+
+by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+ROWS = (1, 2, 3, 4, 5, 7, 13, 70)
+SIZES = ((200, 288), (1, 32), (17, 33), (96, 1), (64, 1000), (33, 416))
+
+
+def poisoned(function, *shape):
+    """Calls a function after freeing NaNs where it is likely to allocate, so that what it does not write is seen."""
+    trash = [torch.full(shape, torch.nan, dtype=d) for d in (torch.bfloat16, torch.float32)]
+    del trash
+    return function()
+
+
+def check(x, w, true, bias=None):
+    """Runs the kernel and holds it against float64, and against what F.linear makes of the same weight."""
+    want = x.double() @ true.T + (0 if bias is None else bias.double())
+    out = poisoned(lambda: int4_gemm(x, w, bias), *x.shape[:-1], len(true))
+    assert out.dtype == x.dtype and out.shape == want.shape and out.is_contiguous()
+    assert_close(out, want, torch.nn.functional.linear(x, true.to(x.dtype), bias), "out")
+    return out
+
+
+@by_dtype
+@pytest.mark.parametrize(("n", "k"), SIZES)
+@pytest.mark.parametrize("group_size", [32, 64, 96, 128, -1])
+def test_kernels(cpu_tier, dtype, n, k, group_size):
+    bias = torch.randn(n).to(dtype)
+    for symmetric, scale_dtype in ((False, torch.bfloat16), (True, torch.float16)):
+        *parts, w = random_weight(n, k, group_size, symmetric, dtype=scale_dtype)
+        true = exact(*parts, group_size)
+        for m in ROWS:
+            check(torch.randn(m, k).to(dtype), w, true, None if symmetric else bias)
+
+
+@by_dtype
+def test_activations_of_any_size_and_mean(cpu_tier, dtype):
+    """Large means and outliers, where the offset of the dequantised codes weighs most."""
+    *parts, w = random_weight(64, 512, 128)
+    weight = w, exact(*parts, 128)
+    for m in (1, 6):
+        x = torch.randn(m, 512) + 30
+        check(x.to(dtype), *weight)
+        x[:, 77] = -3000
+        check(x.to(dtype), *weight)
+        check((x * 1e-6).to(dtype), *weight)
+
+
+@by_dtype
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_kernels_read_every_weight(cpu_tier, dtype, symmetric):
+    """One-hot rows, scales that are powers of two: every weight comes back exactly, by few rows and by many."""
+    n, k = 83, 135
+    codes, _, zeros, _ = random_weight(n, k, 64, symmetric)
+    scales = 2.0 ** torch.randint(-3, 4, (n, 3))
+    want = exact(codes, scales, zeros, 64).to(dtype)
+    w = Int4Weight._of_codes(codes, scales, zeros, 64)
+    hot = torch.eye(k, dtype=dtype)
+    assert torch.equal(int4_gemm(hot, w).T, want)
+    for m in (1, 2, 3, 4):
+        assert torch.equal(torch.cat([int4_gemm(rows, w) for rows in hot.split(m)]).T, want)
+
+
+@by_dtype
+@pytest.mark.parametrize(("n", "k", "group_size"), [(200, 288, 32), (64, 600, 128), (19, 330, -1)])
+def test_a_row_does_not_depend_on_the_batch(cpu_tier, dtype, n, k, group_size):
+    w = random_weight(n, k, group_size, dtype=torch.float16)[3]
+    x, bias = torch.randn(270, k).to(dtype), torch.randn(n).to(dtype)
+    whole = int4_gemm(x, w, bias)
+    for m in (1, 2, 3, 4, 5, 9, 64):
+        assert torch.equal(torch.cat([int4_gemm(rows, w, bias) for rows in x[:70].split(m)]), whole[:70])
+    first = Int4Weight(w.packed[:2], w.scales[:2], w.zeros[:2], group_size, (min(n, 32), k))
+    assert torch.equal(int4_gemm(x, first), int4_gemm(x, w)[:, :32])
+
+
+@by_dtype
+def test_a_row_does_not_depend_on_the_threads(cpu_tier, dtype):
+    w = random_weight(300, 256, 64)[3]
+    threads, x = torch.get_num_threads(), torch.randn(90, 256).to(dtype)
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append([int4_gemm(x[:m], w) for m in (1, 4, 90)])
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@by_dtype
+def test_strides_batches_and_offsets(cpu_tier, dtype):
+    w = random_weight(40, 96, 32)[3]
+    wide = torch.randn(3, 7, 2, 301).to(dtype)
+    views = (
+        wide[..., 5:101],
+        wide[..., 1:97].transpose(0, 2),
+        wide[:, :1, :, 200:296],
+        wide[0, 0, 0, 3:99],
+        wide[..., :96][:0],
+    )
+    for x in views:
+        out = int4_gemm(x, w)
+        assert out.shape == (*x.shape[:-1], 40) and torch.equal(out, int4_gemm(x.contiguous(), w))
+    odd = torch.empty(w.packed.numel() + 1, dtype=torch.int32)[1:].view(w.packed.shape).copy_(w.packed)
+    moved = Int4Weight(odd, w.scales, w.zeros, 32, w.shape)
+    assert torch.equal(int4_gemm(views[0], moved), int4_gemm(views[0], w))
+    one = random_weight(5, 1, 32)[3]
+    assert int4_gemm(torch.randn(4, 6).to(dtype)[:, 2:3], one).shape == (4, 5)
+
+
+@by_dtype
+def test_what_is_not_finite_stays_in_its_row(cpu_tier, dtype):
+    w = random_weight(40, 96, 32)[3]
+    x = torch.randn(9, 96).to(dtype)
+    want = int4_gemm(x, w)
+    x[4, 17] = torch.nan
+    got = int4_gemm(x, w)
+    assert got[4].isnan().all()
+    keep = torch.arange(9) != 4
+    assert torch.equal(got[keep], want[keep])
+
+
+@pytest.mark.parametrize(("n", "k"), [*SIZES, (40, 64)])
+def test_kernels_pack_and_unpack(cpu_tier, n, k):
+    codes = torch.randint(0, 256, (n, k), dtype=torch.uint8)  # the low four bits count
+    packed = ops.int4_pack(codes)
+    assert torch.equal(packed, reference.pack(codes))
+    assert torch.equal(ops.int4_pack(codes.T.contiguous().T), packed)
+    assert torch.equal(ops.int4_unpack(packed, n, k), codes & 15)
+    assert torch.equal(ops.int4_unpack(packed, n, k), reference.unpack(packed, n, k))
+    assert ops.int4_pack(codes[:0]).numel() == ops.int4_pack(codes[:, :0]).numel() == 0
 
 
 # --- quantisation ---------------------------------------------------------------------------------------------------
@@ -306,9 +442,9 @@ def test_bad_input_names_the_argument(change, argument):
     said = f"int4_gemm: {argument}: expected .*, got "
     with pytest.raises((ValueError, RuntimeError), match=said) as compiled:
         ops.int4_gemm(**(args | change))
-    with pytest.raises(ValueError, match=said) as reference:
+    with pytest.raises(ValueError, match=said) as by_reference:
         ops.int4_gemm.default._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, **(args | change))
-    assert str(compiled.value).splitlines()[0] == str(reference.value)
+    assert str(compiled.value).splitlines()[0] == str(by_reference.value)
 
 
 def test_bad_artifacts_name_the_field():
@@ -316,7 +452,7 @@ def test_bad_artifacts_name_the_field():
     awq, gptq, tensors = w.to_awq(), w.to_gptq(2), w.to_compressed_tensors()
 
     def fails(message, function, *args, **kwargs):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, RuntimeError), match=message):
             function(*args, **kwargs)
 
     fails("from_awq: qzeros: expected", Int4Weight.from_awq, awq[0], awq[1][:1], awq[2], 32)

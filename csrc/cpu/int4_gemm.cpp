@@ -125,6 +125,15 @@ inline Vec load_scales(const void* scales, Dtype dtype, int64_t at) {
 
 // --- what depends on the unit: floats, or bf16 pairs ---------------------------------------------------------------
 
+// For float32 activations: 24 is taken off each dequantised code, which leaves code - 8 and float32's own accuracy.
+struct ExactUnit : FloatUnit {};
+constexpr float kMiddle = 8.0f;
+
+inline Vec even_code(Words pair, FloatUnit) { return low(pair); }
+inline Vec even_code(Words pair, ExactUnit) { return low(pair) - broadcast(kOffset + kMiddle); }
+inline Vec odd_code(Words pair, FloatUnit) { return high(pair); }
+inline Vec odd_code(Words pair, ExactUnit) { return high(pair) - broadcast(kHigh + kMiddle); }
+
 // A slab of activations, in the order of the packed words: [t][i] pairs; k = 8 i + 2 t and the next.
 template <typename T>
 inline void order_slab(float* to, const T*, const float values[kSlab], FloatUnit) {
@@ -138,17 +147,17 @@ inline void order_slab(float* to, const T*, const float values[kSlab], FloatUnit
   }
 }
 
-// What has to be added to the products of a group: the offsets of the dequantised codes come with Σ x over the even and
-// the odd k.
-inline double start_of(double even, double odd, FloatUnit) {
-  return -(kOffset * (even - odd * kLeak) + static_cast<double>(kHigh) * odd);
+// What the offsets of a group's dequantised codes add to its products, from the sums of x over even and over odd k.
+inline double offsets(double even, double odd, FloatUnit) {
+  return kOffset * (even - odd * kLeak) + static_cast<double>(kHigh) * odd;
 }
+inline double offsets(double even, double odd, ExactUnit) { return -kMiddle * (even + odd - odd * kLeak); }
 
 // sum[r][v] += activations of pair · the pair, for `rows` rows of x whose units stand `stride` apart.
-template <int rows, int vecs>
+template <typename Unit, int rows, int vecs>
 inline __attribute__((always_inline)) void add_pair(Vec (&sum)[rows][vecs], const float* x, int64_t stride, int v,
-                                                    Words pair, FloatUnit) {
-  const Vec even = low(pair), odd = high(pair);
+                                                    Words pair, Unit unit) {
+  const Vec even = even_code(pair, unit), odd = odd_code(pair, unit);
 #pragma GCC unroll 4
   for (int r = 0; r < rows; ++r) {
     sum[r][v] = fma(broadcast(x[r * stride]), even, sum[r][v]);
@@ -156,9 +165,10 @@ inline __attribute__((always_inline)) void add_pair(Vec (&sum)[rows][vecs], cons
   }
 }
 
-inline void store_pair(float* to, Words pair, FloatUnit) {
-  store(to, low(pair));
-  store(to + kPanel, high(pair));
+template <typename Unit>
+inline void store_pair(float* to, Words pair, Unit unit) {
+  store(to, even_code(pair, unit));
+  store(to + kPanel, odd_code(pair, unit));
 }
 
 #if HEADSTART_TIER_BF16_DOT
@@ -171,7 +181,7 @@ inline void order_slab(uint32_t* to, const BFloat16* x, const float*, PairUnit) 
   }
 }
 
-inline double start_of(double even, double odd, PairUnit) { return -kOffset * (even + odd); }
+inline double offsets(double even, double odd, PairUnit) { return kOffset * (even + odd); }
 
 template <int rows, int vecs>
 inline __attribute__((always_inline)) void add_pair(Vec (&sum)[rows][vecs], const uint32_t* x, int64_t stride, int v,
@@ -199,6 +209,14 @@ inline __attribute__((always_inline)) void for_each_pair(const Body& body) {
   body(PairNumber<3>());
 }
 
+// bf16 pairs where this tier multiplies them; floats otherwise.
+template <typename T>
+struct Int4UnitOf : UnitOf<T> {};
+template <>
+struct Int4UnitOf<float> {
+  using Type = ExactUnit;
+};
+
 // --- the product ---------------------------------------------------------------------------------------------------
 
 constexpr int kStreamRows = 4;  // as many rows go in one pass; more are worth a tile
@@ -209,7 +227,7 @@ constexpr int64_t kChunkRows = 252;  // of a job: their totals, sums and activat
 
 template <typename T>
 struct Int4Gemm {
-  using Unit = typename UnitOf<T>::Type;
+  using Unit = typename Int4UnitOf<T>::Type;
   using U = typename Unit::Type;
 
   static constexpr int kPairUnits = 2 / Unit::values;
@@ -275,7 +293,7 @@ struct Int4Gemm {
         for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
       }
       const double even = lane[0], odd = lane[1], zero = a.zeros == nullptr ? kSymmetricZero : 0;
-      terms[g * a.m + row] = {static_cast<float>(start_of(even, odd, Unit()) - zero * (even + odd)),
+      terms[g * a.m + row] = {static_cast<float>(-offsets(even, odd, Unit()) - zero * (even + odd)),
                               static_cast<float>(-(even + odd))};
     }
   }
