@@ -25,8 +25,8 @@
 //   │word│word│word│word│ all rows of x in          └────┘
 //   └────┴────┴────┴────┘ accumulators         x' [6 rows] × [4 registers]: 24 accumulators, 4 loads, 6 broadcasts
 //
-// Both add the products of a column in the same order, that of the packed words, into one accumulator a group, and the
-// groups in order: a row's result does not depend on the rows beside it, nor on the number of threads.
+// Both add the products of a column in the same order, that of the packed words, into one accumulator a group (or a span
+// of 256 of a longer one), and the groups in order: a row's result does not depend on the rows beside it, nor on the number of threads.
 //
 // Floor: few rows, K · N / 2 bytes and the scales at the read bandwidth. Instructions per vector of 64 bytes (128
 // weights): bf16 pairs 13 with the load (4 shifts, 4 and-or, 4 dot products), so 6.5 cycles at two a cycle; floats on
@@ -219,9 +219,11 @@ struct Int4UnitOf<float> {
 
 // --- the product ---------------------------------------------------------------------------------------------------
 
-constexpr int kStreamRows = 4;  // as many rows go in one pass; more are worth a tile
+constexpr int kStreamRows = 4;       // as many rows go in one pass; more are worth a tile
+constexpr int kPrefetchWords = 192;  // 12 cache lines of each panel ahead
 constexpr int kTilePanels = 4;
 constexpr int kTileColumns = kTilePanels * kPanel;
+constexpr int64_t kSpanSlabs = 8;    // a longer group is added up in spans: short sums round less
 constexpr int kBlockUnits = 64;      // of depth, in a tile: 64 · 64 units are 16 KiB
 constexpr int64_t kChunkRows = 252;  // of a job: their totals, sums and activations of a block fit the L2 cache
 
@@ -243,8 +245,9 @@ struct Int4Gemm {
 
   const Int4GemmArgs& a;
   int64_t panels, slabs, group_slabs, groups;
-  Buffer<U> units;      // x in blocks of K that do not cross groups: [block][row][units of the block]
-  Buffer<Terms> terms;  // [group][row]
+  int64_t group_spans, spans;  // of a whole group; of all
+  Buffer<U> units;             // x in blocks of K that do not cross spans: [block][row][units of the block]
+  Buffer<Terms> terms;         // [span][row]
 
   explicit Int4Gemm(const Int4GemmArgs& args)
       : a(args),
@@ -252,14 +255,24 @@ struct Int4Gemm {
         slabs(int4::slabs(a.k)),
         group_slabs(a.group_size < 0 ? slabs : min(slabs, a.group_size / kSlab)),
         groups(ceil_div(slabs, group_slabs)),
+        group_spans(ceil_div(group_slabs, kSpanSlabs)),
+        spans((groups - 1) * group_spans + ceil_div(slabs - (groups - 1) * group_slabs, kSpanSlabs)),
         units(slabs * kSlabUnits * a.m),
-        terms(groups * a.m) {}
+        terms(spans * a.m) {}
 
-  // Calls body(first slab, slabs) for the blocks of a group.
+  int64_t group_of(int64_t span) const { return span / group_spans; }
+  int64_t span_begin(int64_t span) const { return group_of(span) * group_slabs + span % group_spans * kSpanSlabs; }
+  int64_t span_end(int64_t span) const {
+    return min(span_begin(span) + kSpanSlabs, min(slabs, (group_of(span) + 1) * group_slabs));
+  }
+
+  // Calls body(first slab, slabs) for the blocks of a span.
   template <typename Body>
-  inline __attribute__((always_inline)) void for_each_block(int64_t group, const Body& body) const {
-    const int64_t end = min(slabs, (group + 1) * group_slabs);
-    for (int64_t slab = group * group_slabs; slab < end; slab += kBlockSlabs) body(slab, min(kBlockSlabs, end - slab));
+  inline __attribute__((always_inline)) void for_each_block(int64_t span, const Body& body) const {
+    const int64_t end = span_end(span);
+    // A single row's blocks follow each other, so that they are one.
+    const int64_t step = a.m == 1 ? kSpanSlabs : kBlockSlabs;
+    for (int64_t slab = span_begin(span); slab < end; slab += step) body(slab, min(step, end - slab));
   }
 
   U* block_row(int64_t slab, int64_t count, int64_t row) { return units + (slab * a.m + row * count) * kSlabUnits; }
@@ -270,13 +283,13 @@ struct Int4Gemm {
 
   void prepare_row(int64_t row) {
     const T* x = static_cast<const T*>(a.x) + row * a.x_row;
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t s = 0; s < spans; ++s) {
       float lane[kSlab] = {};
-      for_each_block(g, [&](int64_t slab, int64_t count) {
+      for_each_block(s, [&](int64_t slab, int64_t count) {
         U* to = block_row(slab, count, row);
-        for (int64_t s = slab; s < slab + count; ++s, to += kSlabUnits) {
-          const int64_t left = a.k - s * kSlab;
-          const T* from = x + s * kSlab;
+        for (const int64_t end = slab + count; slab < end; ++slab, to += kSlabUnits) {
+          const int64_t left = a.k - slab * kSlab;
+          const T* from = x + slab * kSlab;
           T padded[kSlab];
           if (left < kSlab) {
             std::memset(padded, 0, sizeof padded);
@@ -293,12 +306,12 @@ struct Int4Gemm {
         for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
       }
       const double even = lane[0], odd = lane[1], zero = a.zeros == nullptr ? kSymmetricZero : 0;
-      terms[g * a.m + row] = {static_cast<float>(-offsets(even, odd, Unit()) - zero * (even + odd)),
+      terms[s * a.m + row] = {static_cast<float>(-offsets(even, odd, Unit()) - zero * (even + odd)),
                               static_cast<float>(-(even + odd))};
     }
   }
 
-  // --- the end of a group, and of a row: the same for few rows and many ---
+  // --- the end of a span, and of a row: the same for few rows and many ---
 
   struct Scaling {
     Vec scale, zero;
@@ -309,7 +322,7 @@ struct Int4Gemm {
     return {load_scales(a.scales, a.scale_dtype, at), a.zeros == nullptr ? broadcast(0.0f) : load_zeros(a.zeros + at)};
   }
 
-  Vec with_group(Vec total, Vec sum, Scaling by, float minus_sum) const {
+  Vec with_span(Vec total, Vec sum, Scaling by, float minus_sum) const {
     return fma(by.scale, a.zeros == nullptr ? sum : fma(by.zero, broadcast(minus_sum), sum), total);
   }
 
@@ -333,15 +346,15 @@ struct Int4Gemm {
     Vec total[rows][vecs];
     for (int r = 0; r < rows; ++r)
       for (int v = 0; v < vecs; ++v) total[r][v] = broadcast(0.0f);
-    for (int64_t g = 0; g < groups; ++g) {
-      const Terms* term = terms + g * a.m;
+    for (int64_t s = 0; s < spans; ++s) {
+      const Terms* term = terms + s * a.m;
       Vec sum[rows][vecs];
 #pragma GCC unroll 4
       for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
         for (int v = 0; v < vecs; ++v) sum[r][v] = broadcast(term[r].start);
       }
-      for_each_block(g, [&](int64_t slab, int64_t count) __attribute__((always_inline)) {
+      for_each_block(s, [&](int64_t slab, int64_t count) __attribute__((always_inline)) {
         const int64_t stride = count * kSlabUnits;
         const U* x = block_row(slab, count, 0);
         const uint32_t* words = words_of(panel, slab);
@@ -349,6 +362,8 @@ struct Int4Gemm {
           Words word[vecs];
 #pragma GCC unroll 8
           for (int v = 0; v < vecs; ++v) {
+            if (v % kPanelVecs == 0)
+              __builtin_prefetch(words + v / kPanelVecs * slabs * kWordsPerSlab + kPrefetchWords);
             word[v] = load_words(words + v / kPanelVecs * slabs * kWordsPerSlab + v % kPanelVecs * Vec::width);
           }
           for_each_pair([&](auto i) __attribute__((always_inline)) {
@@ -360,8 +375,8 @@ struct Int4Gemm {
         }
       });
       for (int v = 0; v < vecs; ++v) {
-        const Scaling by = scaling(panel + v / kPanelVecs, g, v % kPanelVecs);
-        for (int r = 0; r < rows; ++r) total[r][v] = with_group(total[r][v], sum[r][v], by, term[r].minus_sum);
+        const Scaling by = scaling(panel + v / kPanelVecs, group_of(s), v % kPanelVecs);
+        for (int r = 0; r < rows; ++r) total[r][v] = with_span(total[r][v], sum[r][v], by, term[r].minus_sum);
       }
     }
     for (int r = 0; r < rows; ++r)
@@ -412,7 +427,7 @@ struct Int4Gemm {
 
   struct Block {
     int64_t row, units;  // the first row of the job; depth
-    bool first, last;    // of its group
+    bool first, last;    // of its span
     const Terms* term;   // of the job's rows
   };
 
@@ -447,8 +462,8 @@ struct Int4Gemm {
       for (int v = 0; v < vecs; ++v) {
         const int at = r * kTileColumns + v * Vec::width;
         if (block.last) {
-          store(total + at, with_group(load(total + at), sum[r][v], {tile.scale[from + v], tile.zero[from + v]},
-                                       block.term[i + r].minus_sum));
+          store(total + at, with_span(load(total + at), sum[r][v], {tile.scale[from + v], tile.zero[from + v]},
+                                      block.term[i + r].minus_sum));
         } else {
           store(kept + at, sum[r][v]);
         }
@@ -493,18 +508,18 @@ struct Int4Gemm {
     const int width = static_cast<int>(min(kTilePanels, panels - panel));
     const int vecs = width * kPanelVecs;
     zero(tile.totals, rows * kTileColumns);
-    for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t s = 0; s < spans; ++s) {
       for (int v = 0; v < vecs; ++v) {
-        const Scaling by = scaling(panel + v / kPanelVecs, g, v % kPanelVecs);
+        const Scaling by = scaling(panel + v / kPanelVecs, group_of(s), v % kPanelVecs);
         tile.scale[v] = by.scale;
         tile.zero[v] = by.zero;
       }
-      for_each_block(g, [&](int64_t slab, int64_t count) {
+      for_each_block(s, [&](int64_t slab, int64_t count) {
         for (int p = 0; p < width; ++p) {
           dequantize(tile.weights + p * kBlockUnits * kPanel, words_of(panel + p, slab), count);
         }
-        const Block block{row, count * kSlabUnits, slab == g * group_slabs,
-                          slab + count == min(slabs, (g + 1) * group_slabs), terms + g * a.m + row};
+        const Block block{row, count * kSlabUnits, slab == span_begin(s), slab + count == span_end(s),
+                          terms + s * a.m + row};
         multiply_block(tile, block, block_row(slab, count, row), rows, vecs);
       });
     }
