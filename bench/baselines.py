@@ -1,7 +1,8 @@
 """What the kernels are compared with, and what they are checked against.
 
 Baselines are what a user would run otherwise: torch's scaled_dot_product_attention, and FlexAttention compiled for the
-CPU with the same blocks. Checks are plain float32 torch over a few rows of queries, or the reference.
+CPU with the same blocks; torch's own int4 operator, and F.linear with the weight in bf16. Checks are plain float32 torch
+over a few rows of queries, or the reference.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 BLOCK = 64
 SDPA = "torch SDPA"
 FLEX = "FlexAttention"
+INT4 = "torch int4"
+LINEAR = "bf16 linear"
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -52,6 +55,17 @@ def flex_mask(selected: torch.Tensor, tokens: int):
 
 def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask) -> torch.Tensor:
     return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=True)
+
+
+def int4_weight(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same weight as torch's CPU operator takes it: there w = (code - 8) s + z', so z' = (8 - z) s."""
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+    pairs = torch.stack([scales.mT.float(), ((8 - zeros.float()) * scales.float()).mT], -1)
+    return packed, pairs.to(torch.bfloat16).contiguous()
+
+
+def int4_gemm(x: torch.Tensor, packed: torch.Tensor, pairs: torch.Tensor, group_size: int) -> torch.Tensor:
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group_size, pairs)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------

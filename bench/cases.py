@@ -15,8 +15,10 @@ import torch.nn.functional as F
 
 import baselines
 import headstart
-from baselines import BLOCK, FLEX, SDPA
+from baselines import BLOCK, FLEX, INT4, LINEAR, SDPA
+from headstart.ops.int4_gemm import Int4Weight
 from headstart.reference import centroid_lookup as lookup_reference
+from headstart.reference import int4_gemm as int4_reference
 from headstart.reference import prefill_index as index_reference
 from headstart.reference import sparse_attention as reference
 from machine import DTYPES, cold_bytes
@@ -44,6 +46,27 @@ class Shape:
 
 
 SHAPES = (Shape(9, 3, 64), Shape(8, 2, 128))
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """A linear layer's weight, out by in."""
+
+    n: int
+    k: int
+
+    def __str__(self) -> str:
+        return f"{self.n}x{self.k}"
+
+    @property
+    def words(self) -> str:
+        return f"{self.n:,} × {self.k:,}, group {GROUP}"
+
+
+MATRICES = (Matrix(4096, 4096), Matrix(11008, 4096))
+GROUP = 128
+INT4_GEMM = "int4_gemm"
+INT4_ROWS = (1, 16, 256)  # of activations: decoding, a batch of it, a prefill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +99,8 @@ class Work:
 class Spec:
     family: str
     dtype: str
-    shape: Shape
-    tokens: int
+    shape: Shape | Matrix
+    tokens: int  # or rows of activations
     flex: bool = False
     tier: str | None = None  # a lower tier, measured in a process of its own
 
@@ -86,7 +109,7 @@ class Spec:
 
     @property
     def title(self) -> str:
-        what = "keys" if self.family in ("decode", "centroid_lookup") else "tokens"
+        what = {"decode": "keys", "centroid_lookup": "keys", INT4_GEMM: "rows"}.get(self.family, "tokens")
         tier = f", {self.tier} tier" if self.tier else ""
         return f"{self.family}, {self.dtype}, {self.shape.words}, {self.tokens:,} {what}{tier}"
 
@@ -101,6 +124,7 @@ class Spec:
             "decode": [SDPA, EVERY],
             "centroid_lookup": [name for lookup in LOOKUPS for name in (lookup, f"{REFERENCE}, {lookup}")],
             "tier": [SDPA, EVERY],
+            INT4_GEMM: [INT4, LINEAR, INT4_GEMM],
         }[self.family]
 
     def build(self) -> list[Work]:
@@ -111,6 +135,12 @@ class Spec:
 
 
 def specs(family: str, tokens: int, *, dtypes=tuple(DTYPES), flex: bool = False, tier=None) -> Iterator[Spec]:
+    if family == INT4_GEMM:  # its rows are its own, and its baseline takes bf16
+        matrices, rows = (MATRICES, INT4_ROWS) if tier is None else (MATRICES[:1], INT4_ROWS[:1])
+        for matrix in matrices if "bf16" in dtypes else ():
+            for m in rows:
+                yield Spec(family, "bf16", matrix, m, tier=tier)
+        return
     lengths = {"decode": (tokens, LONG_DECODE * tokens), "centroid_lookup": (LONG_DECODE * tokens,)}.get(
         family, (tokens,)
     )
@@ -394,6 +424,52 @@ def tier(spec: Spec) -> list[Work]:
     return [dense_baseline(spec, q, k, v), full]
 
 
+def int4_gemm(spec: Spec) -> list[Work]:
+    """The same weight three times: ours, torch's int4 operator's, and in bf16; each from memory."""
+    n, k, m = spec.shape.n, spec.shape.k, spec.tokens
+    dtype = DTYPES[spec.dtype]
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
+    scales = (0.001 + 0.01 * torch.rand(n, k // GROUP)).to(dtype)
+    zeros = torch.randint(4, 12, (n, k // GROUP), dtype=torch.uint8)
+    panels = [int4_reference.to_panels(part) for part in (scales, zeros)]
+    weight = Int4Weight(torch.ops.headstart.int4_pack(codes), *panels, GROUP, (n, k))
+    x = torch.randn(m, k).to(dtype)
+    exact = x.float() @ weight.dequantize().mT
+
+    def work(name: str, tensors: tuple[torch.Tensor, ...], call: Callable, **given) -> Work:
+        rotation = Rotation(tensors, cold_bytes())
+        return Work(
+            name,
+            lambda: call(*rotation.next()),
+            flops=2 * m * n * k,
+            bytes=sum(t.nbytes for t in tensors),
+            limit="read" if m == 1 else "gemm",
+            check=lambda out: baselines.relative_error(out, exact),
+            error_bar=ERROR_BAR[spec.dtype],
+            **given,
+        )
+
+    def ours(packed, scales, zeros):
+        return torch.ops.headstart.int4_gemm(x, packed, scales, zeros, group_size=GROUP, n=n)
+
+    theirs = baselines.int4_weight(codes, scales, zeros)
+    return [
+        work(INT4, theirs, lambda *w: baselines.int4_gemm(x, *w, GROUP), baseline=INT4),
+        work(LINEAR, (weight.dequantize(dtype),), lambda w: F.linear(x, w), baseline=LINEAR),
+        work(INT4_GEMM, (weight.packed, *panels), ours, targets=int4_targets(spec)),
+    ]
+
+
+def int4_targets(spec: Spec) -> tuple[Target, ...]:
+    if spec.tier is not None:
+        return (Target(f"versus.{INT4}", at_least=1),) if spec.tier == "avx2" else ()
+    return {
+        1: (Target("percent.read", at_least=88), Target(f"versus.{INT4}", at_least=1.6)),
+        16: (Target(f"versus.{INT4}", at_least=1.9),),
+        256: (Target(f"versus.{INT4}", at_least=2), Target(f"versus.{LINEAR}", at_least=0.85)),
+    }.get(spec.tokens, ())
+
+
 BUILDERS = {
     "sparse_attention": sparse_attention,
     "prefill_index": prefill_index,
@@ -401,5 +477,6 @@ BUILDERS = {
     "decode": decode,
     "centroid_lookup": centroid_lookup,
     "tier": tier,
+    INT4_GEMM: int4_gemm,
 }
 FAMILIES = tuple(name for name in BUILDERS if name != "tier")

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import report
-from baselines import FLEX, SDPA
-from cases import EVERY
+from baselines import FLEX, INT4, LINEAR, SDPA
+from cases import EVERY, GROUP, INT4_GEMM
 
 BEGIN, END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
 DEMO_BEGIN, DEMO_END = "<!-- demo:begin -->", "<!-- demo:end -->"
@@ -20,16 +20,10 @@ DEMO_BEGIN, DEMO_END = "<!-- demo:begin -->", "<!-- demo:end -->"
 
 def markdown(results: dict, source: str) -> str:
     """The text between the markers."""
-    environment, machine, groups = results["environment"], results["machine"], results["groups"]
-    shapes = list(dict.fromkeys(shape_key(group) for group in groups))
-    rows: dict[str, dict[tuple, str]] = {}
-    for group in groups:
-        for result in group["results"]:
-            if shown(group, result):
-                rows.setdefault(row_name(group, result), {})[shape_key(group)] = cell(group, result)
-    heads = [f"{hq} heads on {hkv} KV heads, D {d}" for hq, hkv, d in shapes]
-    lines = [f"| {' | '.join(['', *heads])} |", f"|{'---|' * (len(shapes) + 1)}"]
-    lines += [f"| {' | '.join([name, *(cells.get(shape, '') for shape in shapes)])} |" for name, cells in rows.items()]
+    environment, machine = results["environment"], results["machine"]
+    int4 = [group for group in results["groups"] if group["family"] == INT4_GEMM]
+    attention = [group for group in results["groups"] if group["family"] != INT4_GEMM]
+    lines = table(attention) + ([""] if attention and int4 else []) + table(int4)
     gemm = " and ".join(f"{rate:,.0f} GFLOP/s in {name}" for name, rate in machine["gemm_gflops"].items())
     bandwidths = [report.digits(machine[name]) for name in ("read_gbs", "copy_gbs")]
     state = " with uncommitted changes" if environment["uncommitted"] else ""
@@ -47,9 +41,25 @@ def markdown(results: dict, source: str) -> str:
     return "\n".join(lines)
 
 
-def shape_key(group: dict) -> tuple[int, int, int]:
+def table(groups: list[dict]) -> list[str]:
+    """A row a case, a column a shape."""
+    if not groups:
+        return []
+    heads = list(dict.fromkeys(head(group) for group in groups))
+    rows: dict[str, dict[str, str]] = {}
+    for group in groups:
+        for result in group["results"]:
+            if shown(group, result):
+                rows.setdefault(row_name(group, result), {})[head(group)] = cell(group, result)
+    lines = [f"| {' | '.join(['', *heads])} |", f"|{'---|' * (len(heads) + 1)}"]
+    return lines + [f"| {' | '.join([name, *(cells.get(h, '') for h in heads)])} |" for name, cells in rows.items()]
+
+
+def head(group: dict) -> str:
     shape = group["shape"]
-    return shape["hq"], shape["hkv"], shape["d"]
+    if group["family"] == INT4_GEMM:
+        return f"weight {shape['n']:,} × {shape['k']:,}, group {GROUP}"
+    return f"{shape['hq']} heads on {shape['hkv']} KV heads, D {shape['d']}"
 
 
 def shown(group: dict, result: dict) -> bool:
@@ -75,6 +85,9 @@ def row_name(group: dict, result: dict) -> str:
         return f"decode, one query over {tokens} keys{dtype}"
     if family == "centroid_lookup":
         return f"`centroid_lookup`, {result['name']}, {tokens} keys{dtype}"
+    if family == INT4_GEMM:
+        tier = f", {group['tier']} tier" if group["tier"] else ""
+        return f"`int4_gemm`, {tokens} row{'s' if group['tokens'] > 1 else ''}{tier}"
     if family == "tier":
         return f"{EVERY}, {group['tier']} tier, {tokens} tokens{dtype or ', bf16'}"
     return f"`merge_attention`, {tokens} tokens{dtype}"
@@ -87,13 +100,15 @@ def cell(group: dict, result: dict) -> str:
         if name == SDPA:
             same = " at the same tier" if group["family"] == "tier" else ""
             parts.append(f"**{report.digits(ratio)}× SDPA**{same}")
-        elif name == FLEX:
-            parts.append(f"{report.digits(ratio)}× {FLEX}")
+        elif name == INT4:
+            parts.append(f"**{report.digits(ratio)}× {INT4}**")
+        elif name in (FLEX, LINEAR):
+            parts.append(f"{report.digits(ratio)}× {name}")
     if "per_density" in result:
         parts.append(f"{result['per_density']:.2f} · d of {EVERY}")
     elif "share_of_full" in result:
         parts.append(f"{100 * result['share_of_full']:.1f} % of {EVERY}")
-    elif group["family"] == "sparse_attention":
+    elif group["family"] in ("sparse_attention", INT4_GEMM) and result["limit"] == "gemm":
         share = percent["best_gemm" if group["dtype"] == "bf16" else "gemm"]
         parts.append(f"{share:.0f} % of GEMM")
     for name, words in (("read", "read bandwidth"), ("copy", "copy bandwidth")):

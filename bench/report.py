@@ -11,7 +11,8 @@ import os
 import statistics
 from pathlib import Path
 
-from cases import EVERY, Spec
+from baselines import FLEX, INT4, LINEAR, SDPA
+from cases import EVERY, INT4_GEMM, Spec
 from measure import interleave
 
 SCHEMA = 1
@@ -139,6 +140,7 @@ def target_words(target: dict) -> str:
         return f"{sign} {bound:g}× {metric.removeprefix('versus.')}"
     words = {
         "percent.best_gemm": f"{bound:g} % of GEMM",
+        "percent.read": f"{bound:g} % of read",
         "per_density": f"{bound:g} · d",
         "share_of_full": f"{100 * bound:g} %",
     }
@@ -154,10 +156,14 @@ COLUMNS = {
     "GB/s": 7,
     "% limit": 7,
     "% best": 7,
-    "× SDPA": 7,
-    "× Flex": 7,
-    "of every block": 13,
 }
+RATIOS = {SDPA: "× SDPA", FLEX: "× Flex"}
+INT4_RATIOS = {INT4: "× int4", LINEAR: "× linear"}
+
+
+def ratios(group: dict) -> dict[str, str]:
+    """The baselines of a group's family, and what their columns are called."""
+    return INT4_RATIOS if group["family"] == INT4_GEMM else RATIOS
 
 
 def console():
@@ -168,8 +174,9 @@ def console():
 
 
 LEGEND = (
-    "% limit: of the GEMM rate in the dtype, or of the read (decode) or copy (merge) bandwidth; % best: of the best "
-    "GEMM rate; × SDPA, × Flex: times faster; of every block: the time as a share of every block's, or factor · density"
+    "% limit: of the GEMM rate in the dtype, or of the read (decode, int4 with one row) or copy (merge) bandwidth; % best: "
+    "of the best GEMM rate; × SDPA, × Flex, × int4 (torch's operator), × linear (bf16): times faster; of every block: the "
+    "time as a share of every block's, or factor · density"
 )
 
 
@@ -179,15 +186,16 @@ def table(group: dict):
     from rich.text import Text
 
     out = Table(title=Text(group["title"], "bold"), title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for name, width in COLUMNS.items():
+    columns = {**COLUMNS, **dict.fromkeys(ratios(group).values(), 8), "of every block": 13}
+    for name, width in columns.items():
         out.add_column(name, justify="left" if name == "case" else "right", min_width=width, no_wrap=True)
     out.add_column("target", no_wrap=True)
     for result in group["results"]:
-        out.add_row(*cells(result), target_cell(result), style="dim" if result["baseline"] else "")
+        out.add_row(*cells(result, ratios(group)), target_cell(result), style="dim" if result["baseline"] else "")
     return out
 
 
-def cells(result: dict) -> list[str]:
+def cells(result: dict, baselines: dict[str, str]) -> list[str]:
     def ratio(name: str) -> str:
         return f"{digits(versus[name])}×" if name in versus else ""
 
@@ -205,8 +213,7 @@ def cells(result: dict) -> list[str]:
         digits(result["gbs"]) if result["gbs"] else "",
         digits(limit) if limit is not None else "",
         digits(percent["best_gemm"]) if "best_gemm" in percent else "",
-        ratio("torch SDPA"),
-        ratio("FlexAttention"),
+        *(ratio(name) for name in baselines),
         of_full,
     ]
 

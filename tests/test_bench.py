@@ -182,6 +182,7 @@ def test_checks_find_a_wrong_result():
 @pytest.mark.parametrize("family", [*cases.FAMILIES, "tier"])
 def test_every_family_runs(family, monkeypatch):
     monkeypatch.setattr(cases, "cold_bytes", lambda: 1 << 16)
+    monkeypatch.setattr(cases, "MATRICES", (cases.Matrix(96, 256),))
     for spec in cases.specs(family, 128):
         found = report.evaluate(report.run_group(spec, seconds=0, min_rounds=1), MACHINE)
         assert [r["name"] for r in found["results"]] == spec.names
@@ -282,6 +283,10 @@ def test_short_prompts_compares_twins_that_share_their_weights(tmp_path, monkeyp
 def results_file(tmp_path) -> Path:
     decode = result(cases.EVERY, [1.25e3], bytes=75e6, limit="read", density=1)
     groups = [attention_group(), group(decode, family="decode"), group(decode, family="decode", dtype="fp32")]
+    theirs = result(baselines.INT4, [240.0], baseline=baselines.INT4)
+    ours = result(cases.INT4_GEMM, [125.0], bytes=7.5e6, limit="read")
+    linear_layer = {"shape": {"n": 4096, "k": 2048}, "tokens": 1}
+    groups.append(group(theirs, ours, family=cases.INT4_GEMM) | linear_layer)
     path = tmp_path / "bench" / "results" / "test.json"
     found = [report.evaluate(g, MACHINE) for g in groups]
     report.save({"schema": 1, "environment": ENVIRONMENT, "machine": MACHINE, "groups": found}, path)
@@ -302,6 +307,8 @@ def test_readme_round_trip(tmp_path, results_file, capsys):
         "| `sparse_attention`, every block | 100 ms, **4.20× SDPA**, 75 % of GEMM |",
         "| `sparse_attention`, d = 0.25 | 28.0 ms, **15.0× SDPA**, 2.00× FlexAttention, 1.12 · d of every block |",
         "| decode, one query over 8,192 keys | 1.25 ms, 60.0 GB/s, 80 % of read bandwidth |",
+        "|  | weight 4,096 × 2,048, group 128 |",
+        "| `int4_gemm`, 1 row | 125 µs, **1.92× torch int4**, 60.0 GB/s, 80 % of read bandwidth |",
         "From `bench/results/test.json`",
     ):
         assert words in text
