@@ -1,8 +1,8 @@
 """What the kernels are compared with, and what they are checked against.
 
 Baselines are what a user would run otherwise: torch's scaled_dot_product_attention, and FlexAttention compiled for the
-CPU with the same blocks; torch's own int4 operator, and F.linear with the weight in bf16. Checks are plain float32 torch
-over a few rows of queries, or the reference.
+CPU with the same blocks; torch's own int4 operator, and F.linear with the weight in bf16. Checks are plain float32
+torch over a few rows of queries, or the reference.
 """
 
 from __future__ import annotations

@@ -174,9 +174,9 @@ def console():
 
 
 LEGEND = (
-    "% limit: of the GEMM rate in the dtype, or of the read (decode, int4 with one row) or copy (merge) bandwidth; % best: "
-    "of the best GEMM rate; × SDPA, × Flex, × int4 (torch's operator), × linear (bf16): times faster; of every block: the "
-    "time as a share of every block's, or factor · density"
+    "% limit: of the GEMM rate in the dtype, or of the read (decode, int4 with one row) or copy (merge) bandwidth; "
+    "% best: of the best GEMM rate; × SDPA, × Flex, × int4 (torch's operator), × linear (bf16): times faster; "
+    "of every block: the time as a share of every block's, or factor · density"
 )
 
 
