@@ -139,7 +139,7 @@ def test_against_torch_int4():
 # --- the CPU kernels, in every tier ---------------------------------------------------------------------------------
 
 by_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-ROWS = (1, 2, 3, 4, 5, 7, 13, 70)
+ROWS = (1, 2, 3, 4, 5, 6, 7, 13, 70)
 SIZES = ((200, 288), (1, 32), (17, 33), (96, 1), (64, 1000), (33, 416))
 
 
@@ -176,7 +176,7 @@ def test_activations_of_any_size_and_mean(cpu_tier, dtype):
     """Large means and outliers, where the offset of the dequantised codes weighs most."""
     *parts, w = random_weight(64, 512, 128)
     weight = w, exact(*parts, 128)
-    for m in (1, 6):
+    for m in (1, 8):
         x = torch.randn(m, 512) + 30
         check(x.to(dtype), *weight)
         x[:, 77] = -3000
@@ -195,7 +195,7 @@ def test_kernels_read_every_weight(cpu_tier, dtype, symmetric):
     w = Int4Weight._of_codes(codes, scales, zeros, 64)
     hot = torch.eye(k, dtype=dtype)
     assert torch.equal(int4_gemm(hot, w).T, want)
-    for m in (1, 2, 3, 4):
+    for m in (1, 2, 3, 4, 5, 6):
         assert torch.equal(torch.cat([int4_gemm(rows, w) for rows in hot.split(m)]).T, want)
 
 
@@ -205,7 +205,7 @@ def test_a_row_does_not_depend_on_the_batch(cpu_tier, dtype, n, k, group_size):
     w = random_weight(n, k, group_size, dtype=torch.float16)[3]
     x, bias = torch.randn(270, k).to(dtype), torch.randn(n).to(dtype)
     whole = int4_gemm(x, w, bias)
-    for m in (1, 2, 3, 4, 5, 9, 64):
+    for m in (1, 2, 3, 4, 5, 6, 7, 9, 64):
         assert torch.equal(torch.cat([int4_gemm(rows, w, bias) for rows in x[:70].split(m)]), whole[:70])
     first = Int4Weight(w.packed[:2], w.scales[:2], w.zeros[:2], group_size, (min(n, 32), k))
     assert torch.equal(int4_gemm(x, first), int4_gemm(x, w)[:, :32])

@@ -18,7 +18,7 @@
 //
 // An offset of 16 (of the 128 that bf16 has room for) costs a shift more a word and makes the sums 8 times more exact.
 //
-//   1 to 4 rows: one pass over the weights       more rows: a tile of 64 columns, dequantised once for all rows
+//   1 to 6 rows: one pass over the weights       more rows: a tile of 64 columns, dequantised once for all rows
 //
 //   x'  ─ broadcast ─┐                              ┌────┐ 64 columns of a block of K:
 //   ┌────┬────┬────┬─┴──┐ panels, a register each   │    │ 16 KiB, in L1
@@ -158,7 +158,7 @@ template <typename Unit, int rows, int vecs>
 inline __attribute__((always_inline)) void add_pair(Vec (&sum)[rows][vecs], const float* x, int64_t stride, int v,
                                                     Words pair, Unit unit) {
   const Vec even = even_code(pair, unit), odd = odd_code(pair, unit);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
     sum[r][v] = fma(broadcast(x[r * stride]), even, sum[r][v]);
     sum[r][v] = fma(broadcast(x[r * stride + 1]), odd, sum[r][v]);
@@ -186,7 +186,7 @@ inline double offsets(double even, double odd, PairUnit) { return kOffset * (eve
 template <int rows, int vecs>
 inline __attribute__((always_inline)) void add_pair(Vec (&sum)[rows][vecs], const uint32_t* x, int64_t stride, int v,
                                                     Words pair, PairUnit) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
     sum[r][v] = PairUnit::dot(PairUnit::broadcast_unit(x + r * stride), high(pair), sum[r][v]);
   }
@@ -219,7 +219,7 @@ struct Int4UnitOf<float> {
 
 // --- the product ---------------------------------------------------------------------------------------------------
 
-constexpr int kStreamRows = 4;       // as many rows go in one pass; more are worth a tile
+constexpr int kStreamRows = 6;       // as many rows go in one pass; more are worth a tile
 constexpr int kPrefetchWords = 192;  // 12 cache lines of each panel ahead
 constexpr int kTilePanels = 4;
 constexpr int kTileColumns = kTilePanels * kPanel;
@@ -349,7 +349,7 @@ struct Int4Gemm {
     for (int64_t s = 0; s < spans; ++s) {
       const Terms* term = terms + s * a.m;
       Vec sum[rows][vecs];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) {
 #pragma GCC unroll 8
         for (int v = 0; v < vecs; ++v) sum[r][v] = broadcast(term[r].start);
@@ -385,15 +385,14 @@ struct Int4Gemm {
 
   template <int rows>
   void stream_all(const Parallel& parallel) {
-    constexpr int width = rows <= 1 ? kStreamPanels : rows == 2 ? min_of(kStreamPanels, 4) : 2;
+    // AVX-512 has the registers for two panels of six rows; the others have half as many, of half the width or less.
+    constexpr int width = rows == 1 ? kStreamPanels : Vec::width == 16 ? (rows == 2 ? 4 : 2) : (rows == 2 ? 2 : 1);
     for_each_job(parallel, ceil_div(panels, width), [&](int64_t job, int) {
       int64_t panel = job * width;
       if (panel + width <= panels) return stream<rows, width>(panel);
       for (; panel < panels; ++panel) stream<rows, 1>(panel);
     });
   }
-
-  static constexpr int min_of(int x, int y) { return x < y ? x : y; }
 
   // --- many rows ---
 
@@ -408,6 +407,7 @@ struct Int4Gemm {
   // A block of a panel, [units][16]. Words hold their codes in the order of the units, so this is one straight line.
   static void dequantize(U* to, const uint32_t* words, int64_t count) {
     for (int64_t w = 0; w < count * kWordsPerColumn; ++w) {
+      __builtin_prefetch(words + count * kWordsPerSlab);  // the next block's: it is wanted after this one's products
 #pragma GCC unroll 4
       for (int v = 0; v < kPanelVecs; ++v) {
         const Words word = load_words(words + v * Vec::width);
@@ -557,6 +557,10 @@ struct Int4Gemm {
         return stream_all<3>(parallel);
       case 4:
         return stream_all<4>(parallel);
+      case 5:
+        return stream_all<5>(parallel);
+      case 6:
+        return stream_all<6>(parallel);
       default:
         return tile_all(parallel);
     }
