@@ -62,6 +62,25 @@ class Int4Weight:
         )
 
     @classmethod
+    def from_codes(
+        cls, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None = None, *, group_size: int
+    ) -> Int4Weight:
+        """Codes uint8 [N, K] and zeros uint8 [N, groups], both 0 to 15, and scales [N, groups]; no zeros: all are 8."""
+        op = "Int4Weight.from_codes"
+        _checks.tensor(op, "codes", codes, torch.uint8, ("N", "K"))
+        _checks.expect(codes.numel() > 0, op, "codes", "at least one row and column", list(codes.shape))
+        n, k = codes.shape
+        group_size = _group_size(op, group_size, k)
+        count = _group_count(group_size, k)
+        _checks.tensor(op, "scales", scales, _checks.FLOAT_DTYPES, (n, count), like=codes)
+        if zeros is not None:
+            _checks.tensor(op, "zeros", zeros, torch.uint8, (n, count), like=codes)
+        for name, x in (("codes", codes), ("zeros", zeros)):
+            if x is not None and bool((x > 15).any()):
+                _checks.fail(op, name, "values 0 to 15", f"{int(x.max())}")
+        return cls._of_codes(codes, scales, zeros, group_size)
+
+    @classmethod
     def quantize(cls, w: torch.Tensor, group_size: int = 128, symmetric: bool = False) -> Int4Weight:
         """Rounds w [N, K] to the nearest code, each group's range cut to where the squared error is least.
 
@@ -184,6 +203,8 @@ class Int4Weight:
         _checks.tensor(op, "weight_scale", scales, _checks.FLOAT_DTYPES, (n, count), like=packed)
         if zeros is not None and zeros.dtype == torch.int8:
             _checks.tensor(op, "weight_zero_point", zeros, torch.int8, (n, count), like=packed)
+            low, high = zeros.aminmax()
+            _checks.expect(low >= -8 and high <= 7, op, "weight_zero_point", "values -8 to 7", f"{low} to {high}")
             zeros = (zeros + 8).to(torch.uint8)
         elif zeros is not None:
             _checks.tensor(op, "weight_zero_point", zeros, torch.int32, (-(-n // 8), count), like=packed)

@@ -71,21 +71,21 @@ def _quantize_rows(w, group_size, symmetric, bits):
     groups = F.pad(w.float(), (0, -k % group)).unflatten(1, (-1, group))
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
     step = torch.maximum(-low, high) / (middle - 1) if symmetric else high / top - low / top
+    tried = torch.empty_like(groups)
     best = None
     for clip in CLIPS:
         scale = (step * clip).to(w.dtype).float()
         scale = torch.where(scale == 0, 1, scale)
         zero = torch.full_like(scale, middle) if symmetric else (-low * clip / scale).round().clamp(0, top)
-        code = (groups / scale).round().add(zero).clamp(0, top)
-        error = ((code - zero) * scale - groups).square().sum(-1, keepdim=True)
+        torch.div(groups, scale, out=tried).round_().clamp_(-zero, top - zero)
+        error = tried.mul_(scale).sub_(groups).square_().sum(-1, keepdim=True)
         if best is None:
-            best = code, scale, zero, error
+            best = scale, zero, error
         else:
-            better = error < best[3]
-            tried = code, scale, zero, error
-            best = tuple(torch.where(better, new, old) for new, old in zip(tried, best, strict=True))
-    code, scale, zero, _ = best
-    codes = code.flatten(1)[:, :k].to(torch.uint8)
+            better = error < best[2]
+            best = tuple(torch.where(better, new, old) for new, old in zip((scale, zero, error), best, strict=True))
+    scale, zero, _ = best
+    codes = torch.div(groups, scale, out=tried).round_().add_(zero).clamp_(0, top).flatten(1)[:, :k].to(torch.uint8)
     return codes, scale.squeeze(-1).to(w.dtype), zero.squeeze(-1).to(torch.uint8)
 
 
