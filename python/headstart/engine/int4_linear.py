@@ -1,0 +1,109 @@
+"""`Int4Linear`: a linear layer whose weight is an `Int4Weight`, in the place of `torch.nn.Linear`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ..ops.int4_gemm import Int4Weight, _int4_gemm
+
+PANEL, SLAB = 16, 32  # of the packed layout (csrc/layouts/int4.h)
+
+
+class Int4Linear(nn.Module):
+    """``x @ weight.T + bias`` for x [..., K] in float32, float16 or bfloat16; the result [..., N] has x's dtype.
+
+    Everything is a parameter that takes no gradient, out dim first, so that tensor parallelism can shard it:
+
+    - ``packed``, ``scales``, ``zeros``: as in `Int4Weight`; zeros is None if symmetric;
+    - ``permutation`` int32 [K], or None without act-order: the one tensor without an out dim;
+    - ``bias`` [N] or None.
+
+    ``to(dtype)`` casts the bias alone: the codes were chosen for the scales as they are, and the kernels take scales of
+    any of the three dtypes beside activations of any.
+
+    Args:
+        in_features, out_features, group_size: K, N, and as in `Int4Weight`.
+        bias: whether there is one.
+        symmetric: without zeros.
+        act_order: with a permutation.
+        scale_dtype: of the scales; `dtype` if None.
+        dtype: of the bias; torch's default if None.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group_size: int,
+        *,
+        bias: bool = True,
+        symmetric: bool = False,
+        act_order: bool = False,
+        scale_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
+        panels = -(-out_features // PANEL)
+        groups = 1 if group_size == -1 else -(-in_features // group_size)
+
+        def tensor(*shape: int, dtype: torch.dtype | None) -> nn.Parameter:
+            return _frozen(torch.zeros(shape, dtype=dtype, device=device))
+
+        self.packed = tensor(panels, -(-in_features // SLAB), 4, PANEL, dtype=torch.int32)
+        self.scales = tensor(panels, groups, PANEL, dtype=scale_dtype or dtype)
+        self.zeros = None if symmetric else tensor(panels, groups, PANEL, dtype=torch.uint8)
+        order = torch.arange(in_features, dtype=torch.int32, device=device)
+        self.permutation = _frozen(order) if act_order else None
+        self.bias = tensor(out_features, dtype=dtype) if bias else None
+
+    @classmethod
+    def from_weight(cls, weight: Int4Weight, bias: torch.Tensor | None = None) -> Int4Linear:
+        """A layer with these very tensors; bias [N] or None."""
+        n, k = weight.shape
+        if bias is not None and (bias.shape != (n,) or not bias.is_floating_point()):
+            got = f"{str(bias.dtype).removeprefix('torch.')} {list(bias.shape)}"
+            raise ValueError(f"Int4Linear: bias: expected floating point [{n}], got {got}")
+        layer = cls(k, n, weight.group_size, bias=False, symmetric=True, device="meta")
+        layer.packed, layer.scales = _frozen(weight.packed), _frozen(weight.scales)
+        layer.zeros, layer.permutation, layer.bias = map(_frozen, (weight.zeros, weight.permutation, bias))
+        return layer
+
+    @property
+    def weight_int4(self) -> Int4Weight:
+        """The weight; its tensors are the layer's own."""
+        packed, scales, zeros, permutation = (
+            None if t is None else t.detach() for t in (self.packed, self.scales, self.zeros, self.permutation)
+        )
+        return Int4Weight(packed, scales, zeros, self.group_size, (self.out_features, self.in_features), permutation)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.permutation is not None:
+            x = x.index_select(-1, self.permutation)
+        elif x.stride(-1) != 1:  # torch.nn.Linear takes any strides
+            x = x.contiguous()
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        n = min(self.out_features, PANEL * self.packed.shape[0])  # a shard has fewer panels
+        return _int4_gemm(x, self.packed, self.scales, self.zeros, bias, group_size=self.group_size, n=n)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Int4Linear:
+        """`nn.Module.to` and its like: all but the bias keep their dtype."""
+
+        def apply(t: torch.Tensor) -> torch.Tensor:
+            out = fn(t)
+            return out if t is self.bias or out.dtype == t.dtype else t.to(out.device)
+
+        return super()._apply(apply, recurse)
+
+    def extra_repr(self) -> str:
+        features = f"in_features={self.in_features}, out_features={self.out_features}"
+        kind = f"symmetric={self.zeros is None}, act_order={self.permutation is not None}"
+        return f"{features}, bias={self.bias is not None}, group_size={self.group_size}, {kind}"
+
+
+def _frozen(t: torch.Tensor | None) -> nn.Parameter | None:
+    return None if t is None else nn.Parameter(t.detach(), requires_grad=False)
