@@ -114,12 +114,12 @@ def test_every_make_target_a_page_names_exists():
 
 # From the bottom up: a file imports from its own layer and from those before it.
 LAYERS = (
-    ("_library", "_files", "_environment"),
+    ("_library", "_files", "_checkpoint_files", "_environment"),
     ("reference", "triton"),
     ("ops",),
     ("offline",),
     ("engine",),
-    ("", "reporting", "demo", "inspect", "search", "context", "texts", "tune", "doctor", "cli", "__main__"),
+    ("", "reporting", "demo", "inspect", "search", "quantize", "context", "texts", "tune", "doctor", "cli", "__main__"),
 )
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 

