@@ -1,4 +1,4 @@
-"""The commands behind `headstart`: `demo`, `search`, `inspect`, `context`, `tune`, `bench`, `doctor`.
+"""The commands behind `headstart`: `demo`, `search`, `inspect`, `quantize`, `context`, `tune`, `bench`, `doctor`.
 
 Heavy imports wait until a command runs.
 """
@@ -83,6 +83,23 @@ def inspect(
     from headstart.inspect import run
 
     run(plan, model=model, text=text, tokens=tokens, prefill=prefill, heads=head or (), output=output)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A directory, a .gguf file, or smollm2.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale: a multiple of 32, or -1, a row.")] = 128,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="Without zero points.")] = False,
+    dtype: Annotated[str | None, typer.Option(help="Of the rest and the scales: bfloat16, float16, float32.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="A layer, or a pattern of layers, that stays as it is; may be repeated.")
+    ] = None,
+) -> None:
+    """Write a model whose linear layers have 4 bits, for from_pretrained and headstart.load. Uses no texts."""
+    from headstart.quantize import run
+
+    run(model, output, group_size=group_size, symmetric=symmetric, dtype=dtype, exclude=exclude or ())
 
 
 @contexts.command("build")

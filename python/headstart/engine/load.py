@@ -42,7 +42,7 @@ def load(
         raise ValueError("load: memory_budget: expected None, streaming is not available for this checkpoint")
     import transformers
 
-    path, names = _find(model, "load")
+    path, names = find(model, "load")
     options = {"attn_implementation": "sdpa"} | ({} if device is None else {"device_map": {"": device}})
     transformers.utils.logging.disable_progress_bar()
     with contextlib.redirect_stderr(io.StringIO()):
@@ -132,15 +132,15 @@ def load_model(model: str | os.PathLike, *, dtype: torch.dtype | None = None):
     """
     import transformers
 
-    path, names = _find(model, "load_model")
+    path, names = find(model, "load_model")
     transformers.utils.logging.disable_progress_bar()
     with contextlib.redirect_stderr(io.StringIO()):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **names)
     return load(model, dtype=dtype), tokenizer
 
 
-def _find(model: str | os.PathLike, op: str) -> tuple[Path, dict[str, str]]:
-    """The folder, and what names the file in it if it is a GGUF."""
+def find(model: str | os.PathLike, op: str) -> tuple[Path, dict[str, str]]:
+    """The folder of a model, and what names the file in it if that is a GGUF."""
     path = smollm2_file() if os.fspath(model) == SMOLLM2 else Path(model)
     if path.is_file() and path.suffix == ".gguf":
         return path.parent, {"gguf_file": path.name}

@@ -178,14 +178,6 @@ class Waiting(nn.Module):
         self.has_bias, self.dtype = linear.bias is not None, linear.weight.dtype
 
 
-def register() -> None:
-    """Makes the method known to transformers; one registered before, by a headstart since reloaded, makes room."""
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
-    auto.AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
-    auto.register_quantization_config(METHOD)(HeadstartConfig)
-    auto.register_quantizer(METHOD)(HeadstartQuantizer)
-
-
 def int4_layers(model: nn.Module) -> dict[str, Int4Linear]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, Int4Linear)}
 
@@ -255,3 +247,10 @@ def _check_values(name: str, layer: Int4Linear) -> None:
         columns = torch.arange(layer.in_features, device=layer.permutation.device)
         whole = torch.equal(layer.permutation.long().sort().values, columns)
         expect(whole, "permutation", "every column once")
+
+
+# A headstart that was imported before, and again since, makes room.
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
+auto.AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
+auto.register_quantization_config(METHOD)(HeadstartConfig)
+auto.register_quantizer(METHOD)(HeadstartQuantizer)

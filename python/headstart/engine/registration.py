@@ -16,7 +16,7 @@ MODULE = "transformers.quantizers.auto"
 
 
 def install() -> None:
-    """Registers now or when transformers gets so far; again, after a reload, replaces what was registered."""
+    """Registers now, or when transformers gets so far. May be called again, as a reload does."""
     for finder in [f for f in sys.meta_path if getattr(f, "headstart", False)]:
         sys.meta_path.remove(finder)
     if hasattr(sys.modules.get(MODULE), "register_quantizer"):  # else it is missing, or being imported right now
@@ -48,8 +48,6 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def _register() -> None:
     try:
-        from . import quantizer
+        from . import quantizer  # noqa: F401  registers itself, also where its own import was what led here
     except ImportError as error:  # never break an import of transformers
         warnings.warn(f"headstart's int4 models cannot be opened by from_pretrained: {error}", stacklevel=2)
-        return
-    quantizer.register()
