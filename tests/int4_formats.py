@@ -10,15 +10,18 @@ import json
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+GPTQ = ("qweight", "qzeros", "scales", "g_idx")
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word is this column of its eight
 
 
 def words(nibbles):
     """[..., 8], nibble 0 lowest, to int32 [...]."""
     nibbles = np.ascontiguousarray(nibbles).astype(np.uint32)
-    return torch.from_numpy((nibbles << (4 * np.arange(8, dtype=np.uint32))).sum(-1, dtype=np.uint32).copy("C").view(np.int32))
+    return torch.from_numpy(
+        (nibbles << (4 * np.arange(8, dtype=np.uint32))).sum(-1, dtype=np.uint32).copy("C").view(np.int32)
+    )
 
 
 def sequential(codes, order=range(8)):
@@ -91,14 +94,27 @@ def random_layer(n, k, group_size, symmetric, act_order, rng):
 
 @torch.no_grad()
 def write(
-    folder, model, method, group_size=32, symmetric=False, act_order=False, version=1, shards=1, plain=("lm_head",)
+    folder,
+    model,
+    method,
+    group_size=32,
+    symmetric=False,
+    act_order=False,
+    version=1,
+    shards=1,
+    plain=("lm_head",),
+    sizes=None,
 ):
-    """Writes the folder. Returns the codes [N, K] of every int4 layer."""
+    """Writes the folder. Returns the codes [N, K] of every int4 layer.
+
+    `plain` are parts of the names of layers that stay as they are, `sizes` other group sizes by such parts.
+    """
     rng, codes_of, tensors = np.random.default_rng(0), {}, {}
     for name, layer in model.named_modules():
         if isinstance(layer, torch.nn.Linear) and not any(part in name for part in plain):
             n, k = layer.weight.shape
-            codes, zeros, scales, g_idx = random_layer(n, k, group_size, symmetric, act_order, rng)
+            size = next((size for part, size in (sizes or {}).items() if part in name), group_size)
+            codes, zeros, scales, g_idx = random_layer(n, k, size, symmetric, act_order, rng)
             packed = PACKERS[method](codes, zeros, scales, g_idx, version)
             tensors |= {f"{name}.{field}": x for field, x in packed.items()}
             if layer.bias is not None:
@@ -109,7 +125,8 @@ def write(
     taken = {f"{name}.{field}" for name in codes_of for field in ("weight", "bias")}
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     tensors |= {name: x.clone() for name, x in model.state_dict().items() if name not in taken | tied}
-    write_files(folder, model.config, quantization_config(method, group_size, symmetric, act_order, version), tensors, shards)
+    config = quantization_config(method, group_size, symmetric, act_order, version)
+    write_files(folder, model.config, config, tensors, shards)
     return codes_of
 
 
@@ -124,3 +141,12 @@ def write_files(folder, config, quantization, tensors, shards=1):
     for file in files:
         save_file({name: tensors[name] for name in names if weight_map[name] == file}, folder / file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def read(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def moved(tensors, layer, to):
+    """The tensors of a layer under another name."""
+    return {to + name.removeprefix(layer): x.clone() for name, x in tensors.items() if name.startswith(f"{layer}.")}

@@ -57,3 +57,563 @@ def test_every_format(tmp_path, method, options):
     assert (layer.zeros is None) == options.get("symmetric", False)
     assert (layer.permutation is not None) == options.get("act_order", False)
     assert layer.scales.dtype == torch.float16  # as in the file
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("method", int4_formats.PACKERS)
+def test_odd_shapes_biases_and_shards(tmp_path, method, group_size):
+    """K of 288 and 200, N of 200, which no power of two divides; a layer's tensors lie in several files."""
+    sizes = dict(hidden_size=288, intermediate_size=200, num_hidden_layers=1, attention_bias=True)
+    model = make(**sizes)
+    for layer in model.modules():
+        if getattr(layer, "bias", None) is not None:
+            torch.nn.init.normal_(layer.bias)
+    codes = int4_formats.write(tmp_path, model, method, group_size=group_size, shards=3)
+    assert {tuple(c.shape) for c in codes.values()} >= {(200, 288), (288, 200)}
+    check(headstart.load(tmp_path), model, codes)
+
+
+@pytest.mark.parametrize("method", int4_formats.PACKERS)
+def test_tied_embeddings_and_layers_left_plain(tmp_path, method):
+    model = make(tie_word_embeddings=True)
+    codes = int4_formats.write(tmp_path, model, method, plain=("lm_head", "layers.0.mlp", "v_proj"))
+    assert len(codes) == LAYERS - 5
+    if method == "compressed-tensors":
+        edit(tmp_path, lambda q: q.update(ignore=["lm_head", "re:.*layers\\.0\\.mlp.*", "re:.*v_proj"]))
+    loaded = headstart.load(tmp_path)
+    check(loaded, model, codes)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert type(loaded.model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("method", int4_formats.PACKERS)
+def test_an_int4_output_layer(tmp_path, method):
+    model = make(vocab_size=200)  # AWQ packs eights of rows
+    codes = int4_formats.write(tmp_path, model, method, plain=())
+    if method == "compressed-tensors":
+        edit(tmp_path, lambda q: q.update(ignore=[]))
+    check(headstart.load(tmp_path), model, codes)
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Mistral", "Gemma2", "Phi3"])
+def test_other_families(tmp_path, family):
+    model = make(family, head_dim=16) if family == "Gemma2" else make(family)
+    codes = int4_formats.write(tmp_path, model, "gptq")
+    check(headstart.load(tmp_path), model, codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtype_is_that_of_the_rest(tmp_path, dtype):
+    model = make()
+    codes = int4_formats.write(tmp_path, model, "awq")
+    loaded = headstart.load(tmp_path, dtype=dtype)
+    assert loaded.dtype == dtype and loaded.model.embed_tokens.weight.dtype == dtype
+    for name, layer in int4(loaded).items():
+        assert layer.scales.dtype == torch.float16 and torch.equal(layer.weight_int4.codes(), codes[name])
+    want = logits(model, tokens())
+    assert (logits(loaded, tokens()) - want).norm() < 0.02 * want.norm()
+
+
+def test_device(tmp_path):
+    model = make()
+    codes = int4_formats.write(tmp_path, model, "gptq", act_order=True)
+    check(headstart.load(tmp_path, device="cpu"), model, codes)
+
+
+def test_generation_config_comes_along(tmp_path):
+    model = make()
+    int4_formats.write(tmp_path, model, "awq")
+    transformers.GenerationConfig(max_new_tokens=7, pad_token_id=0).save_pretrained(tmp_path)
+    loaded = headstart.load(tmp_path)
+    assert loaded.generation_config.max_new_tokens == 7 and loaded.name_or_path == str(tmp_path)
+    assert loaded.generate(tokens(2, 5)).shape == (2, 12)
+
+
+def test_keys_without_the_base_models_prefix(tmp_path):
+    model = make()
+    codes = int4_formats.write(tmp_path, model, "gptq")
+    tensors = int4_formats.read(tmp_path)
+    bare = {name.removeprefix("model."): x for name, x in tensors.items()}
+    int4_formats.save_file(bare, tmp_path / "model.safetensors")
+    loaded = headstart.load(tmp_path)
+    check(loaded, model, codes)
+    loaded.save_pretrained(tmp_path / "own")
+    check(headstart.load(tmp_path / "own"), model, codes)
+
+
+def edit(folder, change):
+    """Changes the quantization_config in place."""
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    change(content["quantization_config"])
+    path.write_text(json.dumps(content))
+
+
+# --- what single formats have ---------------------------------------------------------------------------------------
+
+
+def test_awq_as_older_tools_write_its_config(tmp_path):
+    model = make()
+    codes = int4_formats.write(tmp_path, model, "awq")
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    old = {"quant_method": "awq", "w_bit": 4, "q_group_size": 32, "version": "GEMM", "modules_to_not_convert": None}
+    content["quantization_config"] = old
+    path.write_text(json.dumps(content))
+    check(headstart.load(tmp_path), model, codes)
+
+
+def test_gptq_biases_of_zeros_are_no_biases(tmp_path):
+    model = make()
+    codes = int4_formats.write(tmp_path, model, "gptq")
+    tensors = int4_formats.read(tmp_path)
+    extra = {f"{name}.bias": torch.zeros(c.shape[0]) for name, c in codes.items()}
+    int4_formats.save_file(tensors | extra, tmp_path / "model.safetensors")
+    loaded = headstart.load(tmp_path)
+    check(loaded, model, codes)
+    assert all(layer.bias is None for layer in int4(loaded).values())
+    extra["model.layers.1.mlp.up_proj.bias"] += 1
+    int4_formats.save_file(tensors | extra, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj: bias: expected none, as the model has none, or zeros"):
+        headstart.load(tmp_path)
+
+
+def test_gptq_dynamic_rules(tmp_path):
+    model = make()
+    codes = int4_formats.write(tmp_path, model, "gptq", sizes={"down_proj": 96}, plain=("lm_head", "v_proj"))
+    edit(tmp_path, lambda q: q.update(dynamic={r"-:.*v_proj": {}, r"+:.*down_proj": {"group_size": 96}}))
+    loaded = headstart.load(tmp_path)
+    check(loaded, model, codes)
+    assert loaded.model.layers[0].mlp.down_proj.group_size in (96, -1)
+    edit(tmp_path, lambda q: q.update(dynamic={r"+:.*down_proj": {"bits": 8}}))
+    with pytest.raises(ValueError, match=r"dynamic: \+:\.\*down_proj: bits: expected 4, got 8"):
+        headstart.load(tmp_path)
+
+
+def test_gptq_under_autogptqs_file_name(tmp_path):
+    model = make()
+    codes = int4_formats.write(tmp_path, model, "gptq")
+    (tmp_path / "model.safetensors").rename(tmp_path / "gptq_model-4bit-32g.safetensors")
+    check(headstart.load(tmp_path), model, codes)
+
+
+def test_compressed_tensors_groups(tmp_path):
+    """A layer's own name goes before a pattern, and that before the class, whatever their order."""
+    model = make()
+    sizes = {"layers.0.mlp.up_proj": 64, "down_proj": -1}
+    codes = int4_formats.write(tmp_path, model, "compressed-tensors", sizes=sizes)
+
+    def change(q):
+        group = q["config_groups"]["group_0"]
+        down = group["weights"] | {"strategy": "channel", "group_size": None}
+        up = group["weights"] | {"group_size": 64}
+        byte = group["weights"] | {"num_bits": 8}
+        q["config_groups"] |= {
+            "down": {"targets": ["re:.*down_proj$"], "weights": down},
+            "up": {"targets": ["model.layers.0.mlp.up_proj"], "weights": up},
+            "unused": {"targets": ["re:vision.*"], "weights": byte, "format": "int-quantized"},
+        }
+
+    edit(tmp_path, change)
+    loaded = headstart.load(tmp_path)
+    check(loaded, model, codes)
+    mlp = loaded.model.layers[0].mlp
+    assert (mlp.up_proj.scales.shape[1], mlp.gate_proj.scales.shape[1], mlp.down_proj.scales.shape[1]) == (1, 2, 1)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_against_the_package_compressed_tensors(tmp_path, symmetric):
+    package = pytest.importorskip("compressed_tensors.compressors.quantized_compressors.pack_quantized")
+    rng = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (40, 100), generator=rng, dtype=torch.int8)
+    zeros = torch.zeros(40, 4, dtype=torch.int8)
+    if not symmetric:
+        zeros = torch.randint(-8, 8, (40, 4), generator=rng, dtype=torch.int8)
+    tensors = {
+        "weight_packed": package.pack_to_int32(codes, 4),
+        "weight_scale": torch.rand(40, 4, generator=rng),
+        "weight_shape": torch.tensor([40, 100]),
+    }
+    if not symmetric:
+        tensors["weight_zero_point"] = package.pack_to_int32(zeros, 4, packed_dim=0).contiguous()
+    weight = headstart.Int4Weight.from_compressed_tensors(tensors, 32)
+    group = torch.arange(100) // 32
+    want = (codes.double() - zeros[:, group]) * tensors["weight_scale"].double()[:, group]
+    torch.testing.assert_close(weight.dequantize(torch.float64), want, rtol=1e-6, atol=1e-6)
+    written = weight.to_compressed_tensors()
+    assert torch.equal(package.unpack_from_int32(written["weight_packed"], 4, torch.Size([40, 100])), codes)
+
+
+# --- our own --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "options"), FORMATS[::3], ids=str)
+def test_a_foreign_checkpoint_is_saved_as_our_own(tmp_path, method, options):
+    model = make(attention_bias=True)
+    codes = int4_formats.write(tmp_path / "in", model, method, **options)
+    loaded = headstart.load(tmp_path / "in")
+    loaded.save_pretrained(tmp_path / "out")
+    quantization = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert quantization["quant_method"] == "headstart" and quantization["modules"].keys() == codes.keys()
+    assert quantization["symmetric"] == options.get("symmetric", False) and "source" not in quantization
+    for again in (
+        headstart.load(tmp_path / "out"),
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out"),
+        transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32),
+    ):
+        check(again, model, codes)
+        assert torch.equal(logits(again, tokens()), logits(loaded, tokens()))
+    again.save_pretrained(tmp_path / "out", max_shard_size="20KB")  # in its own place, in shards
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    (tmp_path / "out" / "model.safetensors").unlink()
+    check(headstart.load(tmp_path / "out"), model, codes)
+
+
+def test_patch_and_int4_layers(tmp_path):
+    model = make()
+    codes = int4_formats.write(tmp_path, model, "awq", plain=("lm_head", "down_proj"))
+    loaded = headstart.patch(headstart.load(tmp_path), "dense", linear="fp32")
+    check(loaded, model, codes)
+    assert "forward" not in vars(loaded.model.layers[0].mlp.up_proj)
+    check(headstart.unpatch(loaded), model, codes)
+
+
+def test_compile(tmp_path):
+    model = make()
+    int4_formats.write(tmp_path, model, "gptq", act_order=True)
+    loaded = headstart.load(tmp_path)
+    compiled = torch.compile(loaded, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled, tokens(1, 9)), logits(model, tokens(1, 9)), rtol=1e-4, atol=1e-4)
+
+
+# --- registration ---------------------------------------------------------------------------------------------------
+
+OPEN = (
+    "model = transformers.AutoModelForCausalLM.from_pretrained(folder); print(type(model.model.layers[0].mlp.up_proj))"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import transformers, headstart",
+        "import headstart, transformers",
+        "import headstart; assert 'transformers' not in sys.modules; import transformers",
+        "import transformers.quantizers.auto, headstart",
+        "import headstart, importlib, transformers; importlib.reload(headstart)",
+        "import headstart, importlib; importlib.reload(headstart); import transformers",
+        "import transformers.quantizers.auto, headstart, importlib; importlib.reload(headstart)",
+        "import headstart.engine.quantizer, transformers",
+        "import headstart, transformers.quantizers.auto\n"
+        "for name in [n for n in sys.modules if n.startswith('headstart')]: del sys.modules[name]\n"
+        "import headstart, transformers",
+    ],
+)
+def test_order_of_imports(own, imports):
+    program = f"import sys\nfolder = {str(own)!r}\n{imports}\n{OPEN}\nassert not [f for f in sys.meta_path if hasattr(f, 'headstart')]"
+    if "del sys.modules" in imports:  # the operators are defined once a process
+        program = program.replace("import headstart, transformers\n" + OPEN, "pass")
+        pytest.skip("operators cannot be defined twice")
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "Int4Linear" in result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """An artifact of our own."""
+    folder = tmp_path_factory.mktemp("own")
+    int4_formats.write(folder / "in", make(), "gptq", act_order=True)
+    headstart.load(folder / "in").save_pretrained(folder / "out")
+    return folder / "out"
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+
+def group(q):
+    return q["config_groups"]["group_0"]
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        ("awq", lambda q: q.update(bits=3), "bits: expected 4, got 3"),
+        (
+            "awq",
+            lambda q: q.update(group_size=40),
+            r"group_size: expected a multiple of 32, or -1 \(a whole row\), got 40",
+        ),
+        ("awq", lambda q: q.update(group_size=64), "model.layers.0.*: qzeros: expected int32"),
+        ("awq", lambda q: q.update(version="gemv"), "version: expected 'gemm' .*, got 'gemv'"),
+        ("awq", lambda q: q.update(version="gemv_fast"), "version: expected 'gemm' .*, got 'gemv_fast'"),
+        ("awq", lambda q: q.update(backend="llm-awq"), "version: expected 'gemm' .*, got 'llm-awq'"),
+        ("awq", lambda q: q.pop("version"), "version: expected 'gemm' .*, got None"),
+        ("awq", lambda q: q.update(zero_point=False), "zero_point: expected true, got False"),
+        ("gptq", lambda q: q.update(bits=8), "bits: expected 4, got 8"),
+        ("gptq", lambda q: q.pop("checkpoint_format"), '"checkpoint_format": "gptq", into config.json, got None'),
+        ("gptq", lambda q: q.update(checkpoint_format="marlin"), "'gptq_v2' .*, got 'marlin'"),
+        ("gptq", lambda q: q.update(group_size=0), "group_size: expected a multiple of 32"),
+        ("gptq", lambda q: q.update(group_size=64), "model.layers.0.*: .*qzeros: expected int32"),
+        ("gptq", lambda q: q.update(pack_dtype="int8"), "pack_dtype: expected 'int32', got 'int8'"),
+        ("gptq", lambda q: q.update(dynamic={"-:.*up_proj": {}}), "dynamic: -:.*up_proj: expected a pattern of plain"),
+        (
+            "compressed-tensors",
+            lambda q: q.update(format="int-quantized"),
+            "format: expected 'pack-quantized', got 'int-q",
+        ),
+        (
+            "compressed-tensors",
+            lambda q: group(q)["weights"].update(num_bits=8),
+            "group_0: weights: num_bits: expected 4",
+        ),
+        ("compressed-tensors", lambda q: group(q)["weights"].update(type="float"), "weights: type: expected 'int'"),
+        (
+            "compressed-tensors",
+            lambda q: group(q)["weights"].update(strategy="tensor"),
+            "strategy: expected 'group' or",
+        ),
+        (
+            "compressed-tensors",
+            lambda q: group(q)["weights"].update(actorder="best"),
+            "actorder: expected .*, got 'best'",
+        ),
+        (
+            "compressed-tensors",
+            lambda q: group(q)["weights"].update(actorder="group"),
+            "weight_g_idx: expected a tensor, as",
+        ),
+        (
+            "compressed-tensors",
+            lambda q: group(q)["weights"].update(group_size=16),
+            "group_size: expected a multiple of 32",
+        ),
+        ("compressed-tensors", lambda q: group(q)["weights"].update(group_size=96), "weight_scale: expected"),
+        (
+            "compressed-tensors",
+            lambda q: group(q).update(input_activations={"num_bits": 8}),
+            "input_activations: expected none",
+        ),
+        (
+            "compressed-tensors",
+            lambda q: group(q).update(targets=["re:.*attn.*"]),
+            "a group whose targets name model.layers.0.mlp",
+        ),
+        (
+            "compressed-tensors",
+            lambda q: q.update(ignore=["re:.*o_proj"]),
+            "ignore: expected no name of model.layers.0.self_attn.o",
+        ),
+        ("compressed-tensors", lambda q: q.update(config_groups={}), "config_groups: expected at least one group"),
+        ("compressed-tensors", lambda q: q.update(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme: expected none"),
+        (
+            "compressed-tensors",
+            lambda q: q.update(sparsity_config={"format": "sparse-24-bitmask"}),
+            "sparsity_config: format",
+        ),
+    ],
+)
+def test_configs_that_are_refused(tmp_path, method, change, message):
+    int4_formats.write(tmp_path, make(num_hidden_layers=1), method)
+    edit(tmp_path, change)
+    with pytest.raises(ValueError, match=message) as error:
+        headstart.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "message"),
+    [
+        ("awq", lambda t: t.pop(f"{UP}.scales"), f"{UP}: scales: expected a tensor beside qweight, qzeros"),
+        ("awq", lambda t: t.pop(f"{UP}.qweight"), f"{UP}: qweight: expected a tensor beside qzeros, scales"),
+        ("gptq", lambda t: t.pop(f"{UP}.qzeros"), f"{UP}: qzeros: expected a tensor beside"),
+        ("compressed-tensors", lambda t: t.pop(f"{UP}.weight_shape"), f"{UP}: weight_shape: expected a tensor beside"),
+        (
+            "compressed-tensors",
+            lambda t: t.pop(f"{UP}.weight_zero_point"),
+            f"{UP}: weight_zero_point: expected a tensor",
+        ),
+        ("awq", lambda t: t.update({f"{UP}.qzeros": t[f"{UP}.qzeros"].float()}), f"{UP}: .*qzeros: expected int32"),
+        (
+            "gptq",
+            lambda t: t.update({f"{UP}.qzeros": t[f"{UP}.qzeros"][:, :2].contiguous()}),
+            f"{UP}: .*qzeros: expected",
+        ),
+        (
+            "gptq",
+            lambda t: t.update({f"{UP}.scales": t[f"{UP}.scales"].double()}),
+            f"{UP}: .*scales: expected float32 or",
+        ),
+        ("gptq", lambda t: t.update({f"{UP}.g_idx": t[f"{UP}.g_idx"] + 1}), f"{UP}: .*g_idx: expected groups of 32"),
+        (
+            "compressed-tensors",
+            lambda t: t.update({f"{UP}.weight_zero_point": torch.full((96, 2), 99, dtype=torch.int8)}),
+            f"{UP}: .*weight_zero_point: expected values -8 to 7, got 99 to 99",
+        ),
+        (
+            "gptq",
+            lambda t: t.update({f"{UP}.{f}": t[f"model.layers.0.mlp.down_proj.{f}"] for f in int4_formats.GPTQ}),
+            rf"{UP}: .*expected a weight of \[96, 64\], got one of \[64, 96\]",
+        ),
+        ("awq", lambda t: t.pop("model.norm.weight"), "model.norm.weight: expected a tensor, which no file has"),
+        ("awq", lambda t: t.update({"model.odd": torch.ones(1)}), "model.odd: expected no such tensor"),
+        ("awq", lambda t: t.update({f"{UP}.weight": torch.ones(96, 64)}), f"{UP}.weight: expected no such tensor"),
+        (
+            "awq",
+            lambda t: t.update(int4_formats.moved(t, UP, "model.layers.7.mlp.up_proj")),
+            "7.mlp.up_proj: expected a lin",
+        ),
+        ("awq", lambda t: t.update({"model.norm.weight": torch.ones(5)}), "norm.weight"),
+    ],
+)
+def test_tensors_that_are_refused(tmp_path, method, change, message):
+    int4_formats.write(tmp_path, make(num_hidden_layers=1), method)
+    tensors = int4_formats.read(tmp_path)
+    change(tensors)
+    int4_formats.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        headstart.load(tmp_path)
+
+
+def test_files_that_are_refused(tmp_path):
+    folder = tmp_path / "sharded"
+    int4_formats.write(folder, make(num_hidden_layers=1), "gptq", shards=3)
+    second = folder / "model-00002-of-00003.safetensors"
+    whole = second.read_bytes()
+    second.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="model-00002-of-00003.safetensors: not a whole safetensors file"):
+        headstart.load(folder)
+    second.unlink()
+    with pytest.raises(FileNotFoundError, match="model-00002-of-00003.safetensors: expected a file with .* is missing"):
+        headstart.load(folder)
+    second.write_bytes((folder / "model-00001-of-00003.safetensors").read_bytes())
+    with pytest.raises(
+        ValueError, match="model-00002-of-00003.safetensors: .*: expected a tensor, as model.safetensors.index"
+    ):
+        headstart.load(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="index.json: weight_map: expected tensors and their files"):
+        headstart.load(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(FileNotFoundError, match="expected model.safetensors or model.safetensors.index.json"):
+        headstart.load(folder)
+
+
+def test_an_int4_output_layer_that_is_tied_is_refused(tmp_path):
+    model = make(vocab_size=200)
+    int4_formats.write(tmp_path, model, "gptq", plain=())
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    with pytest.raises(ValueError, match='lm_head: expected a plain weight.*write "tie_word_embeddings": false'):
+        headstart.load(tmp_path)
+
+
+def test_other_folders_that_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="load: model: expected a directory with a config.json"):
+        headstart.load(tmp_path)
+    model = make(num_hidden_layers=1)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(headstart.load(tmp_path), tokens()), logits(model, tokens()))
+    with pytest.raises(ValueError, match="memory_budget: expected None, streaming is not available"):
+        headstart.load(tmp_path, memory_budget=2**30)
+    (tmp_path / "quantize_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="config.json: quantization_config: expected what quantize_config.json has"):
+        headstart.load(tmp_path)
+    (tmp_path / "quantize_config.json").unlink()
+    tensors = int4_formats.read(tmp_path)
+    del tensors["model.norm.weight"]
+    int4_formats.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="model.norm.weight: expected a tensor, which no file has"):
+        headstart.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda q: q.update(version=2), "version: expected 1"),
+        (lambda q: q.update(weights="int3"), "weights: expected 'int4', got 'int3'"),
+        (lambda q: q.update(group_size=33), "group_size: expected a multiple of 32, or -1, got 33"),
+        (lambda q: q.update(group_size="32"), "group_size: expected a multiple of 32, or -1, got '32'"),
+        (lambda q: q.update(symmetric=3), "symmetric: expected true or false, got 3"),
+        (lambda q: q.update(scale_dtype="int8"), "scale_dtype: expected one of float32, float16, bfloat16, got 'int8'"),
+        (lambda q: q.update(scale_dtype=[]), "scale_dtype: expected one of"),
+        (lambda q: q.update(modules=["a"]), "modules: expected an object"),
+        (lambda q: q.update(colour="red"), "colour: expected no such field, got 'red'"),
+        (
+            lambda q: q["modules"].update({UP: {"group": 32}}),
+            f"modules: {UP}: expected only group_size, .*, got 'group'",
+        ),
+        (
+            lambda q: q["modules"].update({UP: {"group_size": 5}}),
+            f"modules: {UP}: group_size: expected a multiple of 32",
+        ),
+        (lambda q: q["modules"].update({UP: 5}), f"modules: {UP}: expected an object, got 5"),
+        (lambda q: q["modules"].update({"model.norm": {}}), "modules: model.norm: expected an untied linear layer"),
+        (lambda q: q["modules"].update({"odd": {}}), "modules: odd: expected an untied linear layer .*, got 'None'"),
+        (lambda q: q["modules"].update({UP: {"group_size": 128}}), f"{UP}.scales: expected float16"),
+        (
+            lambda q: q["modules"].update({UP: {"scale_dtype": "float32"}}),
+            f"{UP}.scales: expected float32 .*, got float16",
+        ),
+        (lambda q: q["modules"].update({"lm_head": {}}), "lm_head.packed: expected a tensor, which no file"),
+    ],
+)
+def test_own_configs_that_are_refused(tmp_path, own, change, message):
+    copy(own, tmp_path)
+    edit(tmp_path, change)
+    for opened in (headstart.load, transformers.AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{UP}.packed"), f"{UP}.packed: expected a tensor, which no file"),
+        (lambda t: t.pop(f"{UP}.permutation"), f"{UP}.permutation: expected a tensor, which no file"),
+        (
+            lambda t: t.update({f"{UP}.packed": t[f"{UP}.packed"][1:].clone()}),
+            rf"{UP}.packed: expected int32 \[6, 2, 4, 16\]",
+        ),
+        (
+            lambda t: t.update({f"{UP}.packed": t[f"{UP}.packed"].float()}),
+            f"{UP}.packed: expected int32 .*, got float32",
+        ),
+        (lambda t: t[f"{UP}.zeros"].fill_(16), f"{UP}.zeros: expected zero points 0 to 15; the data are damaged"),
+        (lambda t: t[f"{UP}.scales"].fill_(torch.nan), f"{UP}.scales: expected finite scales; the data are damaged"),
+        (lambda t: t[f"{UP}.permutation"].fill_(3), f"{UP}.permutation: expected every column once"),
+        (lambda t: t[f"{UP}.permutation"].add_(9), f"{UP}.permutation: expected every column once"),
+    ],
+)
+def test_own_tensors_that_are_refused(tmp_path, own, change, message):
+    copy(own, tmp_path)
+    tensors = int4_formats.read(tmp_path)
+    change(tensors)
+    int4_formats.save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    for opened in (headstart.load, transformers.AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            opened(tmp_path)
+
+
+def test_own_file_cut_short_is_refused(tmp_path, own):
+    copy(own, tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match="model.safetensors: not a whole safetensors file"):
+        headstart.load(tmp_path)
+
+
+def test_quantising_in_from_pretrained_points_to_the_command(tmp_path):
+    from headstart.engine.quantizer import HeadstartConfig
+
+    make(num_hidden_layers=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not quantised: `headstart quantize`"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=HeadstartConfig())
+
+
+def copy(folder, to):
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
