@@ -12,6 +12,16 @@ from safetensors import SafetensorError, safe_open
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
+def open_safetensors(path: str | os.PathLike) -> safe_open:
+    """Raises FileNotFoundError or ValueError, naming the file."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: expected a file, which {INDEX} names; it is missing")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+
+
 class CheckpointFiles:
     """Raises ValueError or FileNotFoundError for what is missing, cut short, or not as the index says."""
 
@@ -20,13 +30,7 @@ class CheckpointFiles:
         self._files: dict[str, tuple[Path, safe_open]] = {}  # by tensor
         shards = self._shards()
         for path, expected in shards.items():
-            if not path.is_file():
-                some = f" with {expected[0]}" if expected else ""
-                raise FileNotFoundError(f"{path}: expected a file{some}, which {INDEX} names; it is missing")
-            try:
-                file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path}: not a whole safetensors file: {error}") from None
+            file = open_safetensors(path)
             names = set(file.keys())
             if missing := sorted(set(expected) - names):
                 raise ValueError(f"{path}: {missing[0]}: expected a tensor, as {INDEX} says; the file has none")

@@ -49,8 +49,10 @@ def run(
     from .engine.quantizer import renamer
 
     output, start = Path(output), time.perf_counter()
-    if dtype is not None and (dtype := DTYPES.get(str(dtype).removeprefix("torch."))) is None:
-        raise ValueError(f"quantize: dtype: expected one of {', '.join(DTYPES)}")
+    if dtype is not None:
+        if str(dtype).removeprefix("torch.") not in DTYPES:
+            raise ValueError(f"quantize: dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+        dtype = DTYPES[str(dtype).removeprefix("torch.")]
     if group_size != -1 and (group_size < 1 or group_size % 32):
         raise ValueError(f"quantize: group_size: expected a multiple of 32, or -1 (a row), got {group_size}")
     _check_output(output)

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 SMOLLM2 = "smollm2"
 
@@ -20,7 +21,7 @@ def load(
     dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
 ):
-    """A transformers model in evaluation mode, with SDPA attention; quantised layers are `Int4Linear`.
+    """A transformers model in evaluation mode, with the attention it has by default; int4 layers are `Int4Linear`.
 
     Opened are, besides what AutoModelForCausalLM opens, checkpoints in 4 bits of AWQ ("gemm"), GPTQ (both versions,
     act-order) and compressed-tensors ("pack-quantized"), with codes and scales bit for bit, and what `headstart
@@ -43,7 +44,8 @@ def load(
     import transformers
 
     path, names = find(model, "load")
-    options = {"attn_implementation": "sdpa"} | ({} if device is None else {"device_map": {"": device}})
+    # Other sizes are found below, where the tensor can be named.
+    options = {"ignore_mismatched_sizes": True} | ({} if device is None else {"device_map": {"": device}})
     transformers.utils.logging.disable_progress_bar()
     with contextlib.redirect_stderr(io.StringIO()):
         if names:
@@ -61,9 +63,12 @@ def load(
                 f"{path / 'config.json'}: quantization_config: expected what quantize_config.json has, got none; copy "
                 'it there, with "quant_method": "gptq" or "awq"'
             )
-        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", output_loading_info=True, **options
-        )
+        try:
+            loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype or "auto", output_loading_info=True, **options
+            )
+        except SafetensorError as error:
+            raise ValueError(f"{path}: a safetensors file there is not whole: {error}") from None
     _check_loaded(path, info, unexpected=bool(quantization))
     return loaded.eval()
 
@@ -112,9 +117,10 @@ def _float_dtype(plain) -> torch.dtype:
 
 def _check_loaded(path, info: dict, unexpected: bool) -> None:
     """What transformers would only warn of: weights that no file has are random."""
+    for name, got, expected in info.get("mismatched_keys") or ():
+        raise ValueError(f"{path}: {name}: expected {list(expected)}, as config.json says, got {list(got)}")
     for key, words in (
         ("missing_keys", "expected a tensor, which no file has"),
-        ("mismatched_keys", "expected another shape"),
         ("error_msgs", ""),
         ("unexpected_keys", "expected no such tensor: the model has no place for it"),
     ):

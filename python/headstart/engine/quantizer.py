@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -20,6 +19,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .._checkpoint_files import open_safetensors
 from .int4_linear import Int4Linear
 
 METHOD, VERSION = "headstart", 1
@@ -214,7 +214,7 @@ def _check_files(model: nn.Module, files: list[str]) -> None:
     rename = renamer(model)
     stored = {}
     for path in files:
-        with safe_open(path, framework="pt") as file:
+        with open_safetensors(path) as file:
             for key in file.keys():
                 part = file.get_slice(key)
                 stored[rename(key)] = path, SAFETENSORS_DTYPES.get(part.get_dtype()), part.get_shape()
