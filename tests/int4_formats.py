@@ -130,6 +130,15 @@ def write(
     return codes_of
 
 
+def replace(tensors, layer, group_size=32):
+    """Puts a random GPTQ layer in the place of a plain one. Returns its codes and the weight [N, K] that it means."""
+    n, k = tensors.pop(f"{layer}.weight").shape
+    codes, zeros, scales, g_idx = random_layer(n, k, group_size, False, False, np.random.default_rng(0))
+    tensors |= {f"{layer}.{field}": x for field, x in gptq(codes, zeros, scales, g_idx, 1).items()}
+    true = (codes.astype(np.float64) - zeros[:, g_idx]) * scales.double().numpy()[:, g_idx]
+    return torch.from_numpy(codes), torch.from_numpy(true)
+
+
 def write_files(folder, config, quantization, tensors, shards=1):
     folder.mkdir(exist_ok=True)
     content = json.loads(config.to_json_string(use_diff=False)) | {"quantization_config": quantization}

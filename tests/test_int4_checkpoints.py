@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 import headstart  # noqa: E402
 import int4_formats  # noqa: E402
+from headstart._checkpoint_files import CheckpointFiles  # noqa: E402
 from headstart.engine.int4_linear import Int4Linear  # noqa: E402
 from models import logits, make, tokens  # noqa: E402
 
@@ -139,6 +141,45 @@ def test_keys_without_the_base_models_prefix(tmp_path):
     check(loaded, model, codes)
     loaded.save_pretrained(tmp_path / "own")
     check(headstart.load(tmp_path / "own"), model, codes)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
+def test_experts_that_transformers_fuses(tmp_path, family):
+    """Their weights have other names in the model, and no linear layers: they stay plain, or are refused by name."""
+    model = make(family, num_hidden_layers=1)
+    model.save_pretrained(tmp_path)
+    tensors, codes, true = int4_formats.read(tmp_path), {}, {}
+    for layer in ("self_attn.q_proj", "self_attn.o_proj"):
+        name = f"model.layers.0.{layer}"
+        codes[name], true[name] = int4_formats.replace(tensors, name)
+    quantization = int4_formats.quantization_config("gptq", 32, False)
+    int4_formats.write_files(tmp_path, model.config, quantization, tensors)
+    for name, weight in true.items():
+        model.get_submodule(name).weight.data.copy_(weight)
+    loaded = headstart.load(tmp_path)
+    check(loaded, model, codes)
+    loaded.save_pretrained(tmp_path / "own")
+    check(headstart.load(tmp_path / "own"), model, codes)
+    expert = next(name for name in tensors if "experts.0." in name).removesuffix(".weight")
+    int4_formats.replace(tensors, expert)
+    int4_formats.write_files(tmp_path, model.config, quantization, tensors)
+    with pytest.raises(ValueError, match=f"{expert}: expected a linear layer of .*fuses are not read"):
+        headstart.load(tmp_path)
+
+
+def test_one_layer_is_read_at_a_time(tmp_path, monkeypatch):
+    int4_formats.write(tmp_path, make(), "gptq", act_order=True)
+    read, tensor = [], CheckpointFiles.tensor
+
+    def watched(self, name):
+        layer, x = name.rpartition(".")[0], tensor(self, name)
+        assert all(alive() is None for other, alive in read if other != layer)
+        read.append((layer, weakref.ref(x)))
+        return x
+
+    monkeypatch.setattr(CheckpointFiles, "tensor", watched)
+    headstart.load(tmp_path)
+    assert len({layer for layer, _ in read}) == LAYERS
 
 
 def edit(folder, change):

@@ -6,9 +6,12 @@ import pickle
 import pytest
 import torch
 
-from headstart import Int4Weight
-from headstart.engine.int4_linear import Int4Linear
-from tolerances import assert_close
+hypothesis = pytest.importorskip("hypothesis")
+from hypothesis import strategies as st  # noqa: E402
+
+from headstart import Int4Weight  # noqa: E402
+from headstart.engine.int4_linear import Int4Linear  # noqa: E402
+from tolerances import assert_close  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -25,7 +28,9 @@ def make(n=200, k=288, group_size=32, symmetric=False, bias=True, act_order=Fals
     true = (codes.double() - (8 if symmetric else zeros.double()[:, group])) * scales.double()[:, group]
     if act_order:
         order = torch.randperm(k)
-        weight = Int4Weight(*(getattr(weight, f) for f in ("packed", "scales", "zeros")), size, (n, k), order.int())
+        weight = Int4Weight(
+            *(getattr(weight, f) for f in ("packed", "scales", "zeros")), group_size, (n, k), order.int()
+        )
         true = true[:, order.argsort()]
     b = torch.randn(n).to(dtype) if bias else None
     return Int4Linear.from_weight(weight, b), true, 0 if b is None else b.double()
@@ -42,6 +47,30 @@ def test_is_the_linear_layer(dtype, group_size, symmetric, bias, act_order):
         assert out.dtype == dtype and out.shape == (*shape[:-1], 200) and not out.requires_grad
         by_torch = torch.nn.functional.linear(x, weight.to(dtype), b.to(dtype) if bias else None)
         assert_close(out, x.double() @ weight.T + b, by_torch, "out")
+
+
+@hypothesis.settings(max_examples=40, deadline=None)
+@hypothesis.given(
+    n=st.integers(1, 70),
+    groups=st.integers(1, 4),
+    group_size=st.sampled_from([32, 64, 96, -1]),
+    options=st.fixed_dictionaries(dict(symmetric=st.booleans(), bias=st.booleans(), act_order=st.booleans())),
+    rows=st.lists(st.integers(0, 3), max_size=2),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_layer(n, groups, group_size, options, rows, dtype):
+    k = groups * 33 if group_size == -1 else groups * group_size
+    layer, weight, b = make(n, k, group_size, dtype=dtype, **options)
+    x = torch.randn(*rows, k).to(dtype)
+    out = layer(x)
+    assert out.dtype == dtype and out.shape == (*rows, n)
+    want = x.double() @ weight.T + b
+    room = x.double().abs() @ weight.T.abs() + (b.abs() if options["bias"] else 0)
+    assert ((out - want).abs() <= torch.finfo(dtype).eps * want.abs() + 1e-6 * room + 1e-30).all()
+    copy = Int4Linear(k, n, layer.group_size, bias=options["bias"], symmetric=layer.zeros is None,
+                      act_order=options["act_order"], dtype=dtype)  # fmt: skip
+    copy.load_state_dict(layer.state_dict())
+    assert torch.equal(copy(x), out)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
