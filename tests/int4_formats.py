@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+import headstart
+
 GPTQ = ("qweight", "qzeros", "scales", "g_idx")
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word is this column of its eight
 
@@ -159,3 +161,23 @@ def read(folder):
 def moved(tensors, layer, to):
     """The tensors of a layer under another name."""
     return {to + name.removeprefix(layer): x.clone() for name, x in tensors.items() if name.startswith(f"{layer}.")}
+
+
+def edit(folder, change):
+    """Changes the quantization_config in place."""
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    change(content["quantization_config"])
+    path.write_text(json.dumps(content))
+
+
+def write_own(folder, model):
+    """An artifact of headstart's own, with zero points and act-order. Returns its folder."""
+    write(folder / "in", model, "gptq", act_order=True)
+    headstart.load(folder / "in").save_pretrained(folder / "out")
+    return folder / "out"
+
+
+def copy(folder, to):
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())

@@ -210,7 +210,7 @@ def renamer(model: nn.Module) -> Callable[[str], str]:
 
 
 def _check_files(model: nn.Module, files: list[str]) -> None:
-    """That the files have every tensor of every int4 layer, before any is read."""
+    """That the files have every tensor of every int4 layer, and no others, before any is read."""
     rename = renamer(model)
     stored = {}
     for path in files:
@@ -218,6 +218,10 @@ def _check_files(model: nn.Module, files: list[str]) -> None:
             for key in file.keys():
                 part = file.get_slice(key)
                 stored[rename(key)] = path, SAFETENSORS_DTYPES.get(part.get_dtype()), part.get_shape()
+    known = model.state_dict()
+    for name, (path, _, _) in stored.items():
+        if name.rpartition(".")[2] in TENSORS and name not in known:
+            raise ValueError(f"{path}: {name}: expected no such tensor, as the quantization_config of config.json says")
     for name, layer in int4_layers(model).items():
         for field, want in layer.state_dict().items():
             if f"{name}.{field}" not in stored:
