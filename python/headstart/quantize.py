@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import time
@@ -82,12 +83,14 @@ def run(
         options = {"group_size": group_size, "symmetric": symmetric, "dtype": dtype}
         source = Quantized(tensors, layers, **options, advance=lambda weights: progress.advance(task, weights))
         del tensors
-        quantized = load_from(source, config, dtype, None if names else folder)
+        with contextlib.redirect_stderr(io.StringIO()):  # transformers' own progress bars
+            quantized = load_from(source, config, dtype, None if names else folder)
     if generation is not None:
         quantized.generation_config = generation
 
     def write(partial: Path) -> None:
-        quantized.save_pretrained(partial)
+        with contextlib.redirect_stderr(io.StringIO()):
+            quantized.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
 

@@ -53,7 +53,8 @@ def load(
             options["dtype"] = dtype or torch.bfloat16
             return transformers.AutoModelForCausalLM.from_pretrained(path, **names, **options).eval()
         config = transformers.AutoConfig.from_pretrained(path)
-        quantization = getattr(config, "quantization_config", None) or {}
+        parts = (config, config.get_text_config())
+        quantization = next(filter(None, (getattr(part, "quantization_config", None) for part in parts)), {})
         from .int4_checkpoint import METHODS, Int4Checkpoint
 
         if quantization.get("quant_method") in METHODS:
@@ -131,11 +132,7 @@ def _check_loaded(path, info: dict, unexpected: bool) -> None:
 
 
 def load_model(model: str | os.PathLike, *, dtype: torch.dtype | None = None):
-    """(model, tokenizer) of what `load` opens.
-
-    Raises:
-        ValueError or FileNotFoundError: naming the path and what was expected there.
-    """
+    """(model, tokenizer) of what `load` opens; it raises what `load` raises."""
     import transformers
 
     path, names = find(model, "load_model")
