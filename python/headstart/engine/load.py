@@ -44,14 +44,14 @@ def load(
     import transformers
 
     path, names = find(model, "load")
-    # Other sizes are found below, where the tensor can be named.
-    options = {"ignore_mismatched_sizes": True} | ({} if device is None else {"device_map": {"": device}})
+    options = {} if device is None else {"device_map": {"": device}}
     transformers.utils.logging.disable_progress_bar()
     with contextlib.redirect_stderr(io.StringIO()):
         if names:
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
             options["dtype"] = dtype or torch.bfloat16
             return transformers.AutoModelForCausalLM.from_pretrained(path, **names, **options).eval()
+        options["ignore_mismatched_sizes"] = True  # these are found below, where the tensor can be named
         config = transformers.AutoConfig.from_pretrained(path)
         parts = (config, config.get_text_config())
         quantization = next(filter(None, (getattr(part, "quantization_config", None) for part in parts)), {})
