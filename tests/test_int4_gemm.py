@@ -12,27 +12,12 @@ from hypothesis import strategies as st
 
 from headstart.ops.int4_gemm import Int4Weight, int4_gemm
 from headstart.reference import int4_gemm as reference
+from int4_judge import exact, random_weight
 from tolerances import assert_close
 
 ops = torch.ops.headstart
 ROOT = Path(__file__).parent.parent
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
-
-
-def random_weight(n, k, group_size=32, symmetric=False, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
-    groups = 1 if group_size == -1 else -(-k // group_size)
-    scales = (torch.rand(n, groups, generator=generator) + 0.1).to(dtype)
-    zeros = None if symmetric else torch.randint(0, 16, (n, groups), generator=generator, dtype=torch.uint8)
-    return codes, scales, zeros, Int4Weight._of_codes(codes, scales, zeros, group_size)
-
-
-def exact(codes, scales, zeros, group_size):
-    """The weight in float64, element by element as the definition says."""
-    k = codes.shape[1]
-    group = torch.arange(k) // (k if group_size == -1 else group_size)
-    return (codes.double() - (8 if zeros is None else zeros.double()[:, group])) * scales.double()[:, group]
 
 
 def words(nibbles):

@@ -5,7 +5,8 @@ dequantises it with one shift and one logic operation per register, and multipli
 device, and everything that belongs to 16 output columns stands together, so that a slice of 16, 32, ... columns of a
 weight is a slice of each of its tensors along dim 0, and neither slicing nor joining repacks anything.
 
-The layout: `csrc/layouts/int4.h`; the maths in plain torch: `reference/int4_gemm.py`.
+The layout: `csrc/layouts/int4.h`; kernels: `csrc/cpu/int4_gemm.cpp`, `csrc/cuda/int4_gemm_*.cu`, `triton/int4_gemm.py`;
+the maths in plain torch: `reference/int4_gemm.py`.
 """
 
 from __future__ import annotations
@@ -360,6 +361,13 @@ def _int4_gemm_impl(x, packed, scales, zeros=None, bias=None, *, group_size, n):
     return reference.int4_gemm(x, packed, scales, zeros, bias, group_size=group_size, n=n)
 
 
+def _int4_gemm_triton(x, packed, scales, zeros=None, bias=None, *, group_size, n):
+    from ..triton import int4_gemm as kernels
+
+    _check_gemm(x, packed, scales, zeros, bias, group_size, n)
+    return kernels.int4_gemm(x, packed, scales, zeros, bias, group_size=group_size, n=n)
+
+
 def _int4_gemm_fake(x, packed, scales, zeros=None, bias=None, *, group_size, n):
     _check_gemm(x, packed, scales, zeros, bias, group_size, n)
     return x.new_empty((*x.shape[:-1], n))
@@ -400,4 +408,5 @@ _int4_gemm = _library.define(
     "-> Tensor",
     reference=_int4_gemm_impl,
     fake=_int4_gemm_fake,
+    triton=_int4_gemm_triton,
 )
