@@ -45,12 +45,12 @@ class Tile(NamedTuple):
 
 def choose_tile(m: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
-        return Tile(64, 16, 4, 3) if m <= 16 else Tile(64, 64, 8, 2)
+        return Tile(64, 16, 4, 3) if m <= 16 else Tile(64, 64, 8, 3)
     if m <= 16:
         return Tile(64, 16, 4, 5)
     if m <= 32:
         return Tile(64, 32, 4, 4)
-    return Tile(64, 64, 4, 4) if m <= 64 else Tile(128, 128, 8, 3)
+    return Tile(64, 64, 4, 4) if m <= 64 else Tile(64, 128, 8, 3)
 
 
 def choose_parts(k: int) -> tuple[int, int]:
