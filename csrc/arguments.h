@@ -50,4 +50,19 @@ struct AdaptiveArgs : PrefillIndexArgs {
   int64_t samples;  // queries of a row whose scores are computed exactly
 };
 
+// A linear layer with a headstart::Int4Weight (layouts/int4.h). All tensors are contiguous but x, whose rows are `x_row`
+// apart.
+struct Int4GemmArgs {
+  Dtype dtype, scale_dtype;
+  const void* x;  // [M, K]
+  int64_t x_row;
+  const uint32_t* packed;
+  const void* scales;
+  const uint8_t* zeros;  // null: 8
+  const void* bias;      // [N] or null
+  void* out;             // [M, N]
+  int64_t m, n, k;
+  int64_t group_size;  // a multiple of 32, or -1: the whole row
+};
+
 }  // namespace headstart

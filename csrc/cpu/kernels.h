@@ -68,40 +68,28 @@ struct CentroidLookupArgs {
   float scale;
   int32_t* column_count;  // [B, Hkv, R]
   int32_t* column_index;  // [B, Hkv, R, max_columns]; entries past the count may be anything
-  // headstart::Int4Weight (layouts/int4.h). All tensors are contiguous but x, whose rows are `x_row` apart.
-  struct Int4GemmArgs {
-    Dtype dtype, scale_dtype;
-    const void* x;  // [M, K]
-    int64_t x_row;
-    const uint32_t* packed;
-    const void* scales;
-    const uint8_t* zeros;  // null: 8
-    const void* bias;      // [N] or null
-    void* out;             // [M, N]
-    int64_t m, n, k;
-    int64_t group_size;  // a multiple of 32, or -1: the whole row
-  };
+};
 
-  struct Int4PackArgs {
-    uint8_t* codes;  // [N, K] contiguous; one of the two is written
-    uint32_t* packed;
-    int64_t n, k;
-  };
+struct Int4PackArgs {
+  uint8_t* codes;  // [N, K] contiguous; one of the two is written
+  uint32_t* packed;
+  int64_t n, k;
+};
 
-  struct Kernels {
-    void (*sparse_attention)(const SparseAttentionArgs&, const Parallel&);
-    void (*merge_attention)(const MergeAttentionArgs&, const Parallel&);
-    void (*vertical_slash_index)(const VerticalSlashArgs&, const Parallel&);
-    void (*block_topk_index)(const PrefillIndexArgs&, const Parallel&);
-    void (*adaptive_block_index)(const AdaptiveArgs&, const Parallel&);
-    void (*centroid_lookup)(const CentroidLookupArgs&, const Parallel&);
-    void (*int4_gemm)(const Int4GemmArgs&, const Parallel&);
-    void (*int4_pack)(const Int4PackArgs&, const Parallel&);
-    void (*int4_unpack)(const Int4PackArgs&, const Parallel&);
-  };
+struct Kernels {
+  void (*sparse_attention)(const SparseAttentionArgs&, const Parallel&);
+  void (*merge_attention)(const MergeAttentionArgs&, const Parallel&);
+  void (*vertical_slash_index)(const VerticalSlashArgs&, const Parallel&);
+  void (*block_topk_index)(const PrefillIndexArgs&, const Parallel&);
+  void (*adaptive_block_index)(const AdaptiveArgs&, const Parallel&);
+  void (*centroid_lookup)(const CentroidLookupArgs&, const Parallel&);
+  void (*int4_gemm)(const Int4GemmArgs&, const Parallel&);
+  void (*int4_pack)(const Int4PackArgs&, const Parallel&);
+  void (*int4_unpack)(const Int4PackArgs&, const Parallel&);
+};
 
-  // The table of the tier in use (tiers.cpp).
-  const Kernels& kernels();
+// The table of the tier in use (tiers.cpp).
+const Kernels& kernels();
 
 // Each tier's sources define its functions in a namespace of their own: generic::, avx2::, avx512::, avx512_bf16::.
 #define HEADSTART_DECLARE_TIER(tier)                                    \
@@ -116,11 +104,11 @@ struct CentroidLookupArgs {
   void int4_pack(const Int4PackArgs&, const Parallel&);                 \
   void int4_unpack(const Int4PackArgs&, const Parallel&);               \
   }
-  HEADSTART_DECLARE_TIER(generic)
-  HEADSTART_DECLARE_TIER(avx2)
-  HEADSTART_DECLARE_TIER(avx512)
-  HEADSTART_DECLARE_TIER(avx512_bf16)
-  HEADSTART_DECLARE_TIER(avx512_bf16_emulated)
+HEADSTART_DECLARE_TIER(generic)
+HEADSTART_DECLARE_TIER(avx2)
+HEADSTART_DECLARE_TIER(avx512)
+HEADSTART_DECLARE_TIER(avx512_bf16)
+HEADSTART_DECLARE_TIER(avx512_bf16_emulated)
 #undef HEADSTART_DECLARE_TIER
 
 }  // namespace headstart

@@ -8,7 +8,7 @@
 
 #include <vector>
 
-#include "../layouts/int4.h"
+#include "../int4_gemm.h"
 #include "../prefill_index.h"
 #include "kernels.h"
 
@@ -316,91 +316,6 @@ Pair centroid_lookup(const Tensor q, const Tensor centroids, const Tensor cluste
 
 // --- int4 weights ------------------------------------------------------------------------------------------------
 
-void check_contiguous(const Checks& check, const char* argument, const Tensor& x) {
-  if (x.is_contiguous()) return;
-  std::string strides;
-  for (int64_t i = 0; i < x.dim(); ++i) strides += (i ? ", " : "") + std::to_string(x.stride(i));
-  check.fail(argument, "a contiguous tensor", "strides (" + strides + ")");
-}
-
-void check_packed(const Checks& check, const Tensor& packed, int64_t n, int64_t k, const Tensor* like = nullptr) {
-  check.expect(n > 0 && k > 0, "packed", "a weight with at least one row and column",
-               "(" + std::to_string(n) + ", " + std::to_string(k) + ")");
-  check.tensor("packed", packed, {ScalarType::Int},
-               {int4::panels(n), int4::slabs(k), int4::kWordsPerColumn, int4::kPanel}, like);
-  check_contiguous(check, "packed", packed);
-}
-
-// x as rows of K: (rows, distance of two). Leading dims that do not run on evenly take a copy.
-Tensor as_rows(const Tensor& x, int64_t& rows, int64_t& stride) {
-  rows = 1;
-  stride = 0;
-  int64_t expected = 0;  // the stride that goes on with the rows so far
-  for (int64_t i = x.dim() - 2; i >= 0; --i) {
-    if (x.size(i) != 1) {
-      if (rows == 1) {
-        stride = expected = x.stride(i);
-      } else if (x.stride(i) != expected) {
-        const Tensor copy = dense(x);
-        rows = 1;
-        for (int64_t j = 0; j < x.dim() - 1; ++j) rows *= x.size(j);
-        stride = x.size(x.dim() - 1);
-        return copy;
-      }
-    }
-    rows *= x.size(i);
-    expected *= x.size(i);
-  }
-  return x;
-}
-
-Tensor int4_gemm(const Tensor x, const Tensor packed, const Tensor scales, const OptionalTensor zeros,
-                 const OptionalTensor bias, int64_t group_size, int64_t n) {
-  const Checks check("int4_gemm");
-  check.expect(x.dim() > 0, "x", "[..., K]", "a scalar");
-  std::vector<Dim> any;
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; i < x.dim(); ++i) {
-    any.emplace_back(x.size(i));
-    shape.push_back(i + 1 < x.dim() ? x.size(i) : n);
-  }
-  check.floating("x", x, any);
-  check.contiguous_last("x", x);
-  const int64_t k = x.size(x.dim() - 1);
-  check_packed(check, packed, n, k, &x);
-  check.expect(group_size == -1 || (group_size > 0 && group_size % int4::kSlab == 0), "group_size",
-               "a positive multiple of 32, or -1 (one group a row)", group_size);
-  const std::vector<Dim> panels{int4::panels(n), group_size == -1 ? 1 : ceil_div(k, group_size), int4::kPanel};
-  check.floating("scales", scales, panels);
-  check.same_device("scales", scales, packed);
-  check_contiguous(check, "scales", scales);
-  if (zeros.has_value()) {
-    check.tensor("zeros", *zeros, {ScalarType::Byte}, panels, &packed);
-    check_contiguous(check, "zeros", *zeros);
-  }
-  if (bias.has_value()) {
-    check.tensor("bias", *bias, {x.scalar_type()}, {n}, &x);
-    check.contiguous_last("bias", *bias);
-  }
-  Tensor out = torch::stable::new_empty(x, shape);
-  if (out.numel() == 0) return out;
-  Int4GemmArgs args{};
-  const Tensor rows = as_rows(x, args.m, args.x_row);
-  args.dtype = dtype_of(x);
-  args.scale_dtype = dtype_of(scales);
-  args.x = rows.const_data_ptr();
-  args.packed = static_cast<const uint32_t*>(packed.const_data_ptr());
-  args.scales = scales.const_data_ptr();
-  args.zeros = zeros.has_value() ? static_cast<const uint8_t*>(zeros->const_data_ptr()) : nullptr;
-  args.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
-  args.out = out.mutable_data_ptr();
-  args.n = n;
-  args.k = k;
-  args.group_size = group_size;
-  kernels().int4_gemm(args, threads());
-  return out;
-}
-
 Tensor int4_pack(const Tensor codes) {
   const Checks check("int4_pack");
   check.tensor("codes", codes, {ScalarType::Byte}, {"N", "K"});
@@ -416,7 +331,7 @@ Tensor int4_pack(const Tensor codes) {
 }
 
 Tensor int4_unpack(const Tensor packed, int64_t n, int64_t k) {
-  check_packed(Checks("int4_unpack"), packed, n, k);
+  check_int4_packed(Checks("int4_unpack"), packed, n, k);
   Tensor codes = torch::stable::new_empty(packed, {n, k}, ScalarType::Byte);
   const Int4PackArgs args{static_cast<uint8_t*>(codes.mutable_data_ptr()),
                           const_cast<uint32_t*>(static_cast<const uint32_t*>(packed.const_data_ptr())), n, k};
@@ -425,6 +340,7 @@ Tensor int4_unpack(const Tensor packed, int64_t n, int64_t k) {
 }
 
 struct CpuKernels {
+  static void int4_gemm(const Int4GemmArgs& args, const Tensor&) { kernels().int4_gemm(args, threads()); }
   static void vertical_slash_index(const VerticalSlashArgs& args, const Tensor&) {
     kernels().vertical_slash_index(args, threads());
   }
@@ -446,7 +362,7 @@ STABLE_TORCH_LIBRARY_IMPL(HEADSTART_NAMESPACE, CPU, m) {
   m.impl("block_topk_index", TORCH_BOX(&headstart::block_topk_index<headstart::CpuKernels>));
   m.impl("adaptive_block_index", TORCH_BOX(&headstart::adaptive_block_index<headstart::CpuKernels>));
   m.impl("centroid_lookup", TORCH_BOX(&headstart::centroid_lookup));
-  m.impl("int4_gemm", TORCH_BOX(&headstart::int4_gemm));
+  m.impl("int4_gemm", TORCH_BOX(&headstart::int4_gemm<headstart::CpuKernels>));
   m.impl("int4_pack", TORCH_BOX(&headstart::int4_pack));
   m.impl("int4_unpack", TORCH_BOX(&headstart::int4_unpack));
 }

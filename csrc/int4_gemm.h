@@ -1,0 +1,101 @@
+// int4_gemm as an operator: checks, output allocation and plain arguments, the same for every device.
+//
+// `Kernels` has the kernel as a static function (args, x); `register.cpp` of each library gives its own.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "layouts/int4.h"
+#include "tensors.h"
+
+namespace headstart {
+
+inline void check_contiguous(const Checks& check, const char* argument, const Tensor& x) {
+  if (x.is_contiguous()) return;
+  std::string strides;
+  for (int64_t i = 0; i < x.dim(); ++i) strides += (i ? ", " : "") + std::to_string(x.stride(i));
+  check.fail(argument, "a contiguous tensor", "strides (" + strides + ")");
+}
+
+inline void check_int4_packed(const Checks& check, const Tensor& packed, int64_t n, int64_t k,
+                              const Tensor* like = nullptr) {
+  check.expect(n > 0 && k > 0, "packed", "a weight with at least one row and column",
+               "(" + std::to_string(n) + ", " + std::to_string(k) + ")");
+  check.tensor("packed", packed, {ScalarType::Int},
+               {int4::panels(n), int4::slabs(k), int4::kWordsPerColumn, int4::kPanel}, like);
+  check_contiguous(check, "packed", packed);
+}
+
+// x as rows of K: (rows, distance of two). Leading dims that do not run on evenly take a copy.
+inline Tensor as_rows(const Tensor& x, int64_t& rows, int64_t& stride) {
+  rows = 1;
+  stride = 0;
+  int64_t expected = 0;  // the stride that goes on with the rows so far
+  for (int64_t i = x.dim() - 2; i >= 0; --i) {
+    if (x.size(i) != 1) {
+      if (rows == 1) {
+        stride = expected = x.stride(i);
+      } else if (x.stride(i) != expected) {
+        const Tensor copy = dense(x);
+        rows = 1;
+        for (int64_t j = 0; j < x.dim() - 1; ++j) rows *= x.size(j);
+        stride = x.size(x.dim() - 1);
+        return copy;
+      }
+    }
+    rows *= x.size(i);
+    expected *= x.size(i);
+  }
+  return x;
+}
+
+template <typename Kernels>
+Tensor int4_gemm(const Tensor x, const Tensor packed, const Tensor scales, const OptionalTensor zeros,
+                 const OptionalTensor bias, int64_t group_size, int64_t n) {
+  const Checks check("int4_gemm");
+  check.expect(x.dim() > 0, "x", "[..., K]", "a scalar");
+  std::vector<Dim> any;
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < x.dim(); ++i) {
+    any.emplace_back(x.size(i));
+    shape.push_back(i + 1 < x.dim() ? x.size(i) : n);
+  }
+  check.floating("x", x, any);
+  check.contiguous_last("x", x);
+  const int64_t k = x.size(x.dim() - 1);
+  check_int4_packed(check, packed, n, k, &x);
+  check.expect(group_size == -1 || (group_size > 0 && group_size % int4::kSlab == 0), "group_size",
+               "a positive multiple of 32, or -1 (one group a row)", group_size);
+  const std::vector<Dim> panels{int4::panels(n), group_size == -1 ? 1 : ceil_div(k, group_size), int4::kPanel};
+  check.floating("scales", scales, panels);
+  check.same_device("scales", scales, packed);
+  check_contiguous(check, "scales", scales);
+  if (zeros.has_value()) {
+    check.tensor("zeros", *zeros, {ScalarType::Byte}, panels, &packed);
+    check_contiguous(check, "zeros", *zeros);
+  }
+  if (bias.has_value()) {
+    check.tensor("bias", *bias, {x.scalar_type()}, {n}, &x);
+    check.contiguous_last("bias", *bias);
+  }
+  Tensor out = torch::stable::new_empty(x, shape);
+  if (out.numel() == 0) return out;
+  Int4GemmArgs args{};
+  const Tensor rows = as_rows(x, args.m, args.x_row);
+  args.dtype = dtype_of(x);
+  args.scale_dtype = dtype_of(scales);
+  args.x = rows.const_data_ptr();
+  args.packed = static_cast<const uint32_t*>(packed.const_data_ptr());
+  args.scales = scales.const_data_ptr();
+  args.zeros = zeros.has_value() ? static_cast<const uint8_t*>(zeros->const_data_ptr()) : nullptr;
+  args.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
+  args.out = out.mutable_data_ptr();
+  args.n = n;
+  args.k = k;
+  args.group_size = group_size;
+  Kernels::int4_gemm(args, x);
+  return out;
+}
+
+}  // namespace headstart
