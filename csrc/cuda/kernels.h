@@ -65,5 +65,13 @@ struct CentroidLookupArgs {
 int64_t centroid_lookup_workspace(const CentroidLookupArgs& args);
 const char* centroid_lookup(const CentroidLookupArgs& args, void* workspace, CUstream_st* stream);
 
+// The product's workspace depends on the device, too; its result, on every device alike, does not depend on how many
+// rows x has.
+int64_t int4_gemm_workspace(const Int4GemmArgs& args);
+const char* int4_gemm(const Int4GemmArgs& args, void* workspace, CUstream_st* stream);
+
+// The weight [N, K] in args.dtype, contiguous, to args.out; nothing of x is read.
+const char* int4_dequantize(const Int4GemmArgs& args, CUstream_st* stream);
+
 }  // namespace cuda
 }  // namespace headstart

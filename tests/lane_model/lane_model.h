@@ -39,6 +39,9 @@ struct Index {
   uint32_t x;
 };
 inline Index threadIdx, blockIdx;
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct alignas(8) float2 {
   float x, y;
 };
@@ -272,6 +275,36 @@ inline float to_float(Float16 x) {
                      : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
                                      : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
   return x.bits >> 15 != 0 ? -size : size;
+}
+
+template <typename T>
+T from_float(float x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else {
+    const double size = std::fabs(static_cast<double>(x));
+    const bool half = std::is_same_v<T, Float16>;
+    const int digits = half ? 10 : 7, top = half ? 15 : 127;
+    const auto bits = [&](uint32_t number) { return T{static_cast<uint16_t>(number | (std::signbit(x) ? 0x8000 : 0))}; };
+    if (std::isnan(x)) return bits(0x7FFF);
+    const int exponent = size == 0 ? 1 - top : std::max(std::ilogb(size), 1 - top);
+    const double steps = std::nearbyint(std::ldexp(size, digits - exponent));  // to even; 2^digits and more: normal
+    if (std::isinf(size) || std::ldexp(steps, exponent - digits) >= std::ldexp(1.0, top + 1)) {
+      return bits((2 * top + 1) << digits);
+    }
+    return bits(static_cast<uint32_t>(steps) + ((exponent + top - 1) << digits));
+  }
+}
+
+// a · b + c of two neighbours in a register.
+template <typename T>
+uint32_t multiply_add_pair(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result = 0;
+  for (int half = 0; half < 2; ++half) {
+    const auto value = [&](uint32_t x) { return to_float(T{static_cast<uint16_t>(x >> 16 * half)}); };
+    result |= static_cast<uint32_t>(from_float<T>(std::fma(value(a), value(b), value(c))).bits) << 16 * half;
+  }
+  return result;
 }
 
 inline unsigned char* shared_memory() { return lane_model::shared.data(); }
