@@ -1,8 +1,12 @@
 // int4_gemm as an operator: checks, output allocation and plain arguments, the same for every device.
 //
-// `Kernels` has the kernel as a static function (args, x); `register.cpp` of each library gives its own.
+// `Kernels` has the kernel as a static function (args, x); `register.cpp` of each library gives its own. With
+// kDenseRows > 0, from so many rows on 16-bit activations take a GEMM of torch with what `dequantized(args, x)` returns.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
 #include <string>
 #include <vector>
 
@@ -50,6 +54,13 @@ inline Tensor as_rows(const Tensor& x, int64_t& rows, int64_t& stride) {
   return x;
 }
 
+inline Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 template <typename Kernels>
 Tensor int4_gemm(const Tensor x, const Tensor packed, const Tensor scales, const OptionalTensor zeros,
                  const OptionalTensor bias, int64_t group_size, int64_t n) {
@@ -79,8 +90,7 @@ Tensor int4_gemm(const Tensor x, const Tensor packed, const Tensor scales, const
     check.tensor("bias", *bias, {x.scalar_type()}, {n}, &x);
     check.contiguous_last("bias", *bias);
   }
-  Tensor out = torch::stable::new_empty(x, shape);
-  if (out.numel() == 0) return out;
+  if (x.numel() == 0) return torch::stable::new_empty(x, shape);
   Int4GemmArgs args{};
   const Tensor rows = as_rows(x, args.m, args.x_row);
   args.dtype = dtype_of(x);
@@ -90,10 +100,16 @@ Tensor int4_gemm(const Tensor x, const Tensor packed, const Tensor scales, const
   args.scales = scales.const_data_ptr();
   args.zeros = zeros.has_value() ? static_cast<const uint8_t*>(zeros->const_data_ptr()) : nullptr;
   args.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
-  args.out = out.mutable_data_ptr();
   args.n = n;
   args.k = k;
   args.group_size = group_size;
+  if constexpr (Kernels::kDenseRows > 0) {
+    if (args.m >= Kernels::kDenseRows && args.dtype != Dtype::kFloat32) {
+      return linear(x, Kernels::dequantized(args, x), bias);
+    }
+  }
+  Tensor out = torch::stable::new_empty(x, shape);
+  args.out = out.mutable_data_ptr();
   Kernels::int4_gemm(args, x);
   return out;
 }

@@ -340,6 +340,7 @@ Tensor int4_unpack(const Tensor packed, int64_t n, int64_t k) {
 }
 
 struct CpuKernels {
+  static constexpr int64_t kDenseRows = 0;
   static void int4_gemm(const Int4GemmArgs& args, const Tensor&) { kernels().int4_gemm(args, threads()); }
   static void vertical_slash_index(const VerticalSlashArgs& args, const Tensor&) {
     kernels().vertical_slash_index(args, threads());

@@ -30,7 +30,8 @@ __global__ void __launch_bounds__(kThreads) add_parts_kernel(const Int4GemmArgs 
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) dequantize_kernel(const Int4GemmArgs args, int64_t group_slabs) {
+__global__ void __launch_bounds__(kThreads)
+    dequantize_kernel(const Int4GemmArgs args, int64_t group_slabs, bool vectors) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, slabs = int4::slabs(args.k);
   const int64_t column = i / (slabs * int4::kPanel) * int4::kPanel + i % int4::kPanel;
   const int64_t slab = i / int4::kPanel % slabs, groups = (slabs + group_slabs - 1) / group_slabs;
@@ -44,11 +45,27 @@ __global__ void __launch_bounds__(kThreads) dequantize_kernel(const Int4GemmArgs
   uint32_t words[int4::kWordsPerColumn];
 #pragma unroll
   for (int t = 0; t < int4::kWordsPerColumn; ++t) {
-    words[t] = args.packed[int4::slab_word(column / int4::kPanel, slab, args.k) + t * int4::kPanel + column % int4::kPanel];
+    words[t] =
+        args.packed[int4::slab_word(column / int4::kPanel, slab, args.k) + t * int4::kPanel + column % int4::kPanel];
   }
+  constexpr int kUnit = mma::kUnitBytes / static_cast<int>(sizeof(T));
 #pragma unroll
-  for (int k = 0; k < int4::kSlab; ++k) {
-    if (k < left) to[k] = from_float<T>(codes.code(words[k % 8 / 2], k / 8, k % 2) * scale);
+  for (int first = 0; first < int4::kSlab; first += kUnit) {
+    if (first >= left) break;
+    alignas(mma::kUnitBytes) T unit[kUnit];
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) {
+      const int k = first + i;
+      unit[i] = from_float<T>(codes.code(words[k % 8 / 2], k / 8, k % 2) * scale);
+    }
+    if (vectors) {
+      *reinterpret_cast<uint4*>(to + first) = *reinterpret_cast<const uint4*>(unit);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) {
+        if (first + i < left) to[first + i] = unit[i];
+      }
+    }
   }
 }
 
@@ -61,7 +78,9 @@ template <typename T>
 const char* dequantize(const Int4GemmArgs& args, CUstream_st* stream) {
   const int64_t slabs = int4::slabs(args.k), size = int4::panels(args.n) * slabs * int4::kPanel;
   const int64_t group_slabs = args.group_size < 0 ? slabs : args.group_size / int4::kSlab;
-  return launch(dequantize_kernel<T>, (size + kThreads - 1) / kThreads, kThreads, 0, stream, args, group_slabs);
+  const bool vectors = args.k * sizeof(T) % mma::kUnitBytes == 0 && reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
+  return launch(dequantize_kernel<T>, (size + kThreads - 1) / kThreads, kThreads, 0, stream, args, group_slabs,
+                vectors);
 }
 
 }  // namespace

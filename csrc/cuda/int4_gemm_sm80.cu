@@ -62,7 +62,8 @@ class Block {
   static constexpr int kXAt = kZerosAt + kPanelSlabs * int4::kPanel;
   static constexpr int kXTileBytes = kRows * mma::kRowBytes;
   static constexpr int kStageBytes = kXAt + kTeams * kXTiles * kXTileBytes;
-  static_assert(kXTiles * mma::kRowBytes == kSlabs * int4::kSlab * static_cast<int>(sizeof(T)), "whole rows of 128 bytes");
+  static_assert(kXTiles * mma::kRowBytes == kSlabs * int4::kSlab * static_cast<int>(sizeof(T)),
+                "whole rows of 128 bytes");
   static_assert(kPartStep % kSlabs == 0 && (kTeams == 1 || kTeams == kParts), "a stage lies in one part");
   static_assert(kTeams * kColumnWarps * kSums * 32 * 4 <= kStages * kStageBytes || kTeams == 1, "sums fit the stages");
 
@@ -199,9 +200,10 @@ class Block {
                       panel < panels ? int4::kPanel : 0, plan_.weight_vectors);
           }
         } else if (unit < plan_.scale_bytes) {  // 16 scales of as many bytes are as many units
-          load_unit(stage + kScalesAt + at * kScaleBytes + unit * mma::kUnitBytes,
-                    static_cast<const uint16_t*>(args_.scales) + row * (int4::kPanel * plan_.scale_bytes / 2) + unit * 8,
-                    panel < panels ? 8 : 0, plan_.weight_vectors);
+          load_unit(
+              stage + kScalesAt + at * kScaleBytes + unit * mma::kUnitBytes,
+              static_cast<const uint16_t*>(args_.scales) + row * (int4::kPanel * plan_.scale_bytes / 2) + unit * 8,
+              panel < panels ? 8 : 0, plan_.weight_vectors);
         }
       }
 #pragma unroll

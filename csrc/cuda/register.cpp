@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "../int4_gemm.h"
 #include "../prefill_index.h"
 #include "kernels.h"
 
@@ -87,6 +88,20 @@ struct CudaKernels {
   }
   static void adaptive_block_index(const AdaptiveArgs& args, const Tensor& q) {
     launch("adaptive_block_index", args, q, cuda::adaptive_workspace, cuda::adaptive_block_index);
+  }
+
+  // Where a GEMM of 16-bit weights, bound by its operations, gains more than writing and reading them costs (5 bytes a
+  // weight). Not yet measured on a GPU. From here on a row's result may depend on the number of rows, as torch's does.
+  static constexpr int64_t kDenseRows = 1024;
+  static void int4_gemm(const Int4GemmArgs& args, const Tensor& x) {
+    launch("int4_gemm", args, x, cuda::int4_gemm_workspace, cuda::int4_gemm);
+  }
+  static Tensor dequantized(Int4GemmArgs args, const Tensor& x) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    Tensor weight = torch::stable::new_empty(x, {args.n, args.k});
+    args.out = weight.mutable_data_ptr();
+    expect_launched("int4_gemm", cuda::int4_dequantize(args, current_stream(x)));
+    return weight;
   }
 };
 
@@ -185,5 +200,6 @@ STABLE_TORCH_LIBRARY_IMPL(HEADSTART_NAMESPACE, CUDA, m) {
   m.impl("vertical_slash_index", TORCH_BOX(&headstart::vertical_slash_index<headstart::CudaKernels>));
   m.impl("block_topk_index", TORCH_BOX(&headstart::block_topk_index<headstart::CudaKernels>));
   m.impl("adaptive_block_index", TORCH_BOX(&headstart::adaptive_block_index<headstart::CudaKernels>));
+  m.impl("int4_gemm", TORCH_BOX(&headstart::int4_gemm<headstart::CudaKernels>));
   m.impl("centroid_lookup", TORCH_BOX(&headstart::centroid_lookup));
 }

@@ -48,6 +48,7 @@ CUDA_KERNELS = frozenset(
         "block_topk_index",
         "adaptive_block_index",
         "centroid_lookup",
+        "int4_gemm",
     }
 )
 

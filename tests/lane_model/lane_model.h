@@ -285,7 +285,9 @@ T from_float(float x) {
     const double size = std::fabs(static_cast<double>(x));
     const bool half = std::is_same_v<T, Float16>;
     const int digits = half ? 10 : 7, top = half ? 15 : 127;
-    const auto bits = [&](uint32_t number) { return T{static_cast<uint16_t>(number | (std::signbit(x) ? 0x8000 : 0))}; };
+    const auto bits = [&](uint32_t number) {
+      return T{static_cast<uint16_t>(number | (std::signbit(x) ? 0x8000 : 0))};
+    };
     if (std::isnan(x)) return bits(0x7FFF);
     const int exponent = size == 0 ? 1 - top : std::max(std::ilogb(size), 1 - top);
     const double steps = std::nearbyint(std::ldexp(size, digits - exponent));  // to even; 2^digits and more: normal
