@@ -4,6 +4,7 @@ Sparse attention at 8K, 32K and 128K tokens, 32 query and 8 KV heads of 128 and 
 block listed and at densities 0.25, 0.1 and 0.05; the baseline is torch's scaled_dot_product_attention, each of its
 flash and cuDNN backends. `merge_attention` against the copy bandwidth. `centroid_lookup` over contexts of 32K and 128K
 keys, a twentieth as many clusters, a decode step and 2,048 queries, with and without parents, against plain torch.
+`int4_gemm` with groups of 128, one row to 4,096, against a bfloat16 linear layer and torch's own int4 operator.
 
 How: CUDA events, medians; baseline and kernel take turns within one run; L2 is flushed before each call; the numbers
 are checked against dense attention (all blocks) or against float32 attention over the listed keys (some query rows).
@@ -31,7 +32,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).resolve().parent.parent
 HEADS, KV_HEADS, BLOCK = 32, 8, 64
 LENGTHS = (8192, 32768, 131072)
-OPERATORS = ("sparse_attention", "merge_attention", "centroid_lookup")
+OPERATORS = ("sparse_attention", "merge_attention", "centroid_lookup", "int4_gemm")
+# Output columns, K, rows of x: one layer larger than any L2, and the layers of Llama 3 8B.
+INT4_CASES = (
+    (8192, 8192, (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)),
+    (28672, 4096, (1, 16, 64, 256)),
+    (4096, 14336, (1, 16, 64, 256)),
+    (6144, 4096, (1, 16, 64, 256)),
+)
 DENSITIES = (1.0, 0.25, 0.1, 0.05)
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
@@ -280,6 +288,61 @@ def lookup(clock: Clock, limits: dict, n: int, nq: int, parents: bool, d: int = 
     return result
 
 
+def torch_int4(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group_size: int):
+    """The same weight for torch's operator: there w = (code - 8) s + z', so z' = (8 - z) s. None where it has none."""
+    pairs = torch.stack([scales.mT.float(), ((8 - zeros.float()) * scales.float()).mT], -1).bfloat16().contiguous()
+    try:
+        packed = torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
+        torch.ops.aten._weight_int4pack_mm(pairs.new_zeros(1, codes.shape[1]), packed, group_size, pairs)
+    except RuntimeError:
+        return None
+    return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, group_size, pairs)
+
+
+def int4(clock: Clock, limits: dict, n: int, k: int, rows: tuple[int, ...], group_size: int = 128) -> list[dict]:
+    import headstart
+    from headstart import _library
+    from headstart.ops.int4_gemm import Int4Weight
+    from headstart.reference import int4_gemm as reference
+
+    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, device="cuda")
+    scales = (0.001 + 0.01 * torch.rand(n, k // group_size, device="cuda")).bfloat16()
+    zeros = torch.randint(4, 12, (n, k // group_size), dtype=torch.uint8, device="cuda")
+    panels = [reference.to_panels(part) for part in (scales, zeros)]
+    w = Int4Weight(torch.ops.headstart.int4_pack(codes), *panels, group_size, (n, k))
+    dense, theirs = w.dequantize(torch.bfloat16), torch_int4(codes, scales, zeros, group_size)
+    read, results = sum(part.nbytes for part in (w.packed, *panels)), []
+    for m in rows:
+        if clock.left() < 5:
+            break
+        x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
+        given = (x, w.packed, w.scales, w.zeros)
+        calls = {
+            "linear": lambda x=x: F.linear(x, dense),
+            "triton": lambda given=given: _library.triton_kernels["int4_gemm"](*given, group_size=group_size, n=n),
+            "headstart": lambda x=x: headstart.int4_gemm(x, w),
+        }
+        if theirs is not None:
+            calls["torch_int4"] = lambda x=x: theirs(x)
+        exact = calls["linear"]().float()
+        error = {name: float((call().float() - exact).abs().max() / exact.abs().max()) for name, call in calls.items()}
+        if not max(error["headstart"], error["triton"]) < 0.03:
+            raise SystemExit(f"bench/gpu.py: int4_gemm is wrong at {m} rows, {n} x {k}: {error}")
+        ms = clock.medians(calls)
+        gbps, tflops = (read + x.nbytes + 2 * m * n) / ms["headstart"] / 1e6, 2 * m * n * k / ms["headstart"] / 1e9
+        result = {"op": "int4_gemm", "rows": m, "columns": n, "k": k, "ms": ms["headstart"], "gbps": gbps}
+        result |= {"tflops": tflops, "of_copy": gbps / limits["copy_gbps"], "error": error["headstart"]}
+        result |= {"of_matmul": tflops / limits["bf16_matmul_tflops"]} | {f"{name}_ms": ms[name] for name in calls}
+        results.append(result)
+        versus = "  ".join(f"{ms[name] / ms['headstart']:6.2f}x {name}" for name in calls if name != "headstart")
+        print(
+            f"int4_gemm         {n:5d} x {k:5d}  rows {m:4d}  {ms['headstart']:9.4f} ms  {gbps:7.1f} GB/s "
+            f"{100 * result['of_copy']:5.1f} % of copy  {tflops:6.1f} TFLOP/s  {versus}",
+            flush=True,
+        )
+    return results
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=220, help="wall-clock bound; what does not fit is left out")
@@ -303,6 +366,11 @@ def main() -> int:
     report["results"] += [merge(clock, limits, n, 128) for n in (1, 1024, 32768)]
     for n in LENGTHS[1:]:
         report["results"] += [lookup(clock, limits, n, nq, parents) for nq in (1, 2048) for parents in (False, True)]
+    for columns, k, rows in INT4_CASES:
+        results = int4(clock, limits, columns, k, rows)
+        report["complete"] &= len(results) == len(rows)
+        report["results"] += results
+        torch.cuda.empty_cache()
     for n in LENGTHS:
         for d in (128, 64):
             if clock.left() < 15:

@@ -3,17 +3,18 @@
 The product is taken transposed, outᵀ = W · xᵀ, so that the side of W, never short, is the one that tensor cores want
 64 long (Hopper's wgmma), whether x has one row or a thousand, and W is the operand that may stay in registers.
 
-          x rows                 a block of K: BLOCK_K / 32 slabs, in the order of the packed words (csrc/layouts/int4.h)
-         ┌──────┐                   word [column, slab, t] ── >> 4 i + 16 h, & 15 ──▶ code [column, slab, i, t, h],
-    W    │ sum  │ += scale ·        which is [column, k] as it stands, since k = 32 slab + 8 i + 2 t + h:
- columns │      │    (codes - zero) · xᵀ   a broadcast and a reshape, no gather
-         └──────┘
+          x rows          a block of K is BLOCK_K / 32 slabs, in the order of the packed words (csrc/layouts/int4.h):
+         ┌──────┐            word [column, slab, t]  >> 4 i + 16 h & 15  =  code [column, slab, i, t, h]
+    W    │      │         and that is [column, k] as it stands, since k = 32 slab + 8 i + 2 t + h: a broadcast and a
+ columns │      │         reshape, no gather.
+         └──────┘            sum += scale · (code - zero) · xᵀ
+
 Codes become floats by a magic number: code | 0x4B000000 is 2^23 + code as float32, and 2^23 + zero is taken off
 exactly, so a fragment holds code - zero, an integer that every dtype represents. The scale is applied to float32 sums.
 
 K is cut into parts by its length alone. Where there are few tiles (small M), each part is a program of its own and
-`add_parts_kernel` adds them in order; where there are many, one program walks all parts and adds in the same order. With
-blocks of K that depend on nothing but the group size, a row's result does not depend on the batch around it.
+`add_parts_kernel` adds them in order; where there are many, one program walks all parts and adds in the same order.
+With blocks of K that depend on nothing but the group size, a row's result does not depend on the batch around it.
 
 Floor: few rows, K · N / 2 bytes and scales and zeros at the memory's rate (2.6 µs for 4096 × 4096, group 128, at 3.35
 TB/s); many rows, 2 · M · N · K operations. Parts cost 8 · parts · M · N bytes between the two kernels, mostly in L2.
