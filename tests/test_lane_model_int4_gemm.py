@@ -49,9 +49,9 @@ def library(tmp_path_factory) -> ctypes.CDLL:
     return library
 
 
-@pytest.fixture(params=["ascending", "descending"])
+@pytest.fixture(params=["ascending", "descending", "wgmma, ascending", "wgmma, descending"])
 def kernel(request, library, monkeypatch):
-    """`int4_judge.OP` is the launcher, run in the lane model, warps and lanes in either order."""
+    """`int4_judge.OP` is the launcher, run in the lane model on Ampere or Hopper, warps and lanes in either order."""
 
     def run(x, packed, scales, zeros=None, bias=None, *, group_size, n):
         rows = x.reshape(-1, x.shape[-1])
@@ -63,9 +63,11 @@ def kernel(request, library, monkeypatch):
         return out[32:-32].view(*x.shape[:-1], n)
 
     monkeypatch.setattr(judge, "OP", run)
-    library.descending(request.param == "descending")
+    library.descending("descending" in request.param)
+    library.warp_groups("wgmma" in request.param)
     yield
     library.descending(False)
+    library.warp_groups(False)
 
 
 # One row tile of many rows and one tile of columns are split into parts; more are not (the model has one processor).

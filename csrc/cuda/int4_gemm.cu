@@ -5,14 +5,10 @@
 //   dequantize    a thread a column of a slab: four words, 32 weights, 64 bytes side by side (float32: 128). 2.5 bytes a
 //                 weight.
 
-#include "int4_weight.h"
-#include "kernels.h"
+#include "int4_block.h"
 
 namespace headstart {
 namespace cuda {
-
-bool int4_gemm_sm80_splits(const Int4GemmArgs& args);
-const char* int4_gemm_sm80(const Int4GemmArgs& args, float* parts, CUstream_st* stream);
 
 namespace {
 
@@ -86,13 +82,15 @@ const char* dequantize(const Int4GemmArgs& args, CUstream_st* stream) {
 }  // namespace
 
 int64_t int4_gemm_workspace(const Int4GemmArgs& args) {
-  return int4_gemm_sm80_splits(args) ? kParts * args.m * args.n * static_cast<int64_t>(sizeof(float)) : 0;
+  const bool splits = int4_gemm_sm90_runs(args) ? int4_gemm_sm90_splits(args) : int4_gemm_sm80_splits(args);
+  return splits ? kParts * args.m * args.n * static_cast<int64_t>(sizeof(float)) : 0;
 }
 
 const char* int4_gemm(const Int4GemmArgs& args, void* workspace, CUstream_st* stream) {
   if (args.m * args.n == 0) return nullptr;
-  float* parts = int4_gemm_sm80_splits(args) ? static_cast<float*>(workspace) : nullptr;
-  const char* error = int4_gemm_sm80(args, parts, stream);
+  float* parts = int4_gemm_workspace(args) > 0 ? static_cast<float*>(workspace) : nullptr;
+  const char* error =
+      int4_gemm_sm90_runs(args) ? int4_gemm_sm90(args, parts, stream) : int4_gemm_sm80(args, parts, stream);
   if (error != nullptr || parts == nullptr) return error;
   switch (args.dtype) {
     case Dtype::kFloat32:

@@ -118,7 +118,5 @@ __device__ __forceinline__ float load_scale(const void* at, int64_t i, Dtype dty
   }
 }
 
-inline int64_t scale_bytes(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
-
 }  // namespace cuda
 }  // namespace headstart

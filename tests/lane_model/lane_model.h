@@ -26,6 +26,7 @@
 
 #include "../../csrc/arguments.h"
 #include "../../csrc/layouts/mma.h"
+#include "../../csrc/layouts/wgmma.h"
 
 struct CUstream_st;
 
@@ -64,6 +65,13 @@ struct Copy {
   bool valid;
 };
 
+// A product of four warps, which are not multiplied before they are waited for.
+struct Product {
+  float* c;
+  uint32_t a[4];
+  uint64_t b;
+};
+
 enum class State { kReady, kWarp, kBlock, kDone };
 
 struct Thread {
@@ -72,6 +80,9 @@ struct Thread {
   bool started;
   State state;
   std::deque<std::vector<Copy>> groups;  // of asynchronous copies; the last one is open
+  std::vector<Product> products;
+  bool half;           // whether they are of float16
+  bool fenced, shown;  // since registers were last multiplied; since copies last arrived
 };
 
 struct Warp {
@@ -89,6 +100,7 @@ inline std::vector<unsigned char> shared;
 inline std::function<void()> body;
 inline const char* failure;
 inline bool descending;
+inline bool warp_groups;  // whether the device has wgmma
 
 inline void leave() {
   if (_setjmp(threads[current].jump) == 0) _longjmp(scheduler, 1);
@@ -146,6 +158,8 @@ inline void run_block(int count) {
     thread.started = false;
     thread.state = State::kReady;
     thread.groups.assign(1, {});
+    thread.products.clear();
+    thread.fenced = thread.shown = false;
     warps[t / kLanes].arrived = 0;
   }
   for (;;) {
@@ -367,6 +381,7 @@ inline void copy_commit() { lane_model::threads[lane_model::current].groups.empl
 template <int kPending>
 void copy_wait() {
   auto& groups = lane_model::threads[lane_model::current].groups;
+  lane_model::threads[lane_model::current].shown = false;
   for (; groups.size() > kPending + 1; groups.pop_front()) {
     for (const lane_model::Copy& copy : groups.front()) {
       if (copy.valid) {
@@ -377,6 +392,67 @@ void copy_wait() {
     }
   }
 }
+
+inline void fence_async_proxy() { lane_model::threads[lane_model::current].shown = true; }
+inline void group_fence() { lane_model::threads[lane_model::current].fenced = true; }
+inline void group_commit() { lane_model::threads[lane_model::current].fenced = false; }
+
+template <typename T, int kTiles>
+void group_multiply_add(float (&c)[kTiles][4], const uint32_t (&a)[4], const void* tile) {
+  auto& thread = lane_model::threads[lane_model::current];
+  if (!thread.fenced) lane_model::fail("wgmma: registers were written without a fence");
+  const auto address = static_cast<uint32_t>(static_cast<const unsigned char*>(tile) - lane_model::shared.data());
+  thread.products.push_back({&c[0][0], {a[0], a[1], a[2], a[3]}, wgmma::descriptor(address)});
+  thread.half = std::is_same_v<T, Float16>;
+}
+
+// Each warp multiplies its own 16 rows. B's bytes are found as the hardware finds them: by the descriptor's fields, with
+// the swizzle taken from the address itself.
+template <int kTiles>
+void group_wait(float (&c)[kTiles][4]) {
+  auto& thread = lane_model::threads[lane_model::current];
+  for (lane_model::Product& product : thread.products) {
+    lane_model::meet("wgmma", product, [&](lane_model::Product** all) {
+      const int first = lane_model::current / lane_model::kLanes * lane_model::kLanes;
+      const auto value = [&](uint16_t bits) {
+        return thread.half ? to_float(Float16{bits}) : to_float(BFloat16{bits});
+      };
+      float left[mma::kRows][mma::kDepth];
+      for (int lane = 0; lane < 32; ++lane) {
+        if (!lane_model::threads[first + lane].shown) lane_model::fail("wgmma: copies were not shown to tensor cores");
+        if (all[lane]->b != product.b) lane_model::fail("wgmma: lanes name different tiles");
+        for (int r = 0; r < 4; ++r) {
+          for (int half = 0; half < 2; ++half) {
+            const auto bits = static_cast<uint16_t>(all[lane]->a[r] >> 16 * half);
+            left[mma::a_row(lane, r)][mma::a_depth(lane, r, half)] = value(bits);
+          }
+        }
+      }
+      const uint64_t b = product.b;
+      const auto start = static_cast<uint32_t>(b & 0x3FFF) << 4, stride = static_cast<uint32_t>(b >> 32 & 0x3FFF) << 4;
+      if (b >> 62 != wgmma::kSwizzle128 || (b >> 49 & 7) != 0)
+        lane_model::fail("wgmma: another swizzle or base offset");
+      for (int column = 0; column < kTiles * mma::kColumns; ++column) {
+        float right[mma::kDepth];
+        for (int d = 0; d < mma::kDepth; ++d) {
+          const auto at =
+              start + static_cast<uint32_t>(column / 8) * stride + static_cast<uint32_t>(column % 8 * 128 + d * 2);
+          uint16_t bits;
+          std::memcpy(&bits, lane_model::shared.data() + (at ^ (at >> 7 & 7) << 4), sizeof bits);
+          right[d] = value(bits);
+        }
+        for (int row = 0; row < mma::kRows; ++row) {
+          const int lane = row % 8 * 4 + column % 8 / 2;
+          float& sum = all[lane]->c[column / 8 * 4 + row / 8 * 2 + column % 2];
+          for (int d = 0; d < mma::kDepth; ++d) sum += left[row][d] * right[d];
+        }
+      }
+    });
+  }
+  thread.products.clear();
+}
+
+inline bool has_warp_groups() { return lane_model::warp_groups; }
 
 template <typename... Args>
 const char* launch(void (*kernel)(Args...), int64_t blocks, int threads, int shared_bytes, CUstream_st*,

@@ -1,0 +1,60 @@
+// int4_gemm on Hopper's tensor cores: wgmma, whose operand A, the dequantised weight, comes from registers.
+//
+//   a block:  128 columns, 64 or 128 rows of x; two groups of four warps, a panel a warp
+//
+//                  x, rows: operand B, from shared memory as it was copied
+//                 ┌────────┐
+//        warp 0   │ wgmma  │  A of m64nNk16 is A of mma.m16n8k16, warp above warp: the pairs of a lane's own words
+//     W  warp 1   │        │  (int4_weight.h), no shuffle, no shared memory between dequantising and multiplying.
+//        warp 2   │        │  A slab of 32 k is two wgmma; while they run, the next slab is dequantised, and while a
+//        warp 3   └────────┘  group of warps waits for a stage's products, the other one's run.
+//
+// Stages, groups, parts and their order are those of int4_gemm_sm80.cu. x comes by cp.async in 16-byte pieces, which it can
+// do for any strides; each thread then lets the tensor cores see its pieces before the barrier.
+//
+// Floor: 2 · M · N · K operations at the tensor cores' rate. Beside the 4 wgmma of a stage and group of warps, 512 cycles of
+// a multiprocessor for 128 rows and both groups, stand some 100 instructions a warp, 200 cycles of its schedulers.
+
+#include "int4_block.h"
+
+namespace headstart {
+namespace cuda {
+namespace {
+
+template <typename T, int kRowTiles>
+using Group = Int4Block<T, kRowTiles, 1, 8, 1, 2, 3, true>;
+constexpr int64_t kSmall = Group<BFloat16, 8>::kRows;
+
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kRows > kSmall ? 1 : 2)
+    int4_gemm_group_kernel(const Int4GemmArgs args, const Int4Plan plan) {
+#if defined(HEADSTART_WGMMA) || defined(HEADSTART_LANE_MODEL)
+  Shape(args, plan).run();
+#endif
+}
+
+template <typename T>
+const char* run(const Int4GemmArgs& args, float* parts, CUstream_st* stream) {
+  using Small = Group<T, 8>;
+  using Large = Group<T, 16>;
+  if (args.m <= kSmall) return launch_int4<Small>(int4_gemm_group_kernel<Small>, args, parts, stream);
+  return launch_int4<Large>(int4_gemm_group_kernel<Large>, args, parts, stream);
+}
+
+}  // namespace
+
+bool int4_gemm_sm90_runs(const Int4GemmArgs& args) {
+  return args.m > kFewRows && args.dtype != Dtype::kFloat32 && has_warp_groups();
+}
+
+bool int4_gemm_sm90_splits(const Int4GemmArgs& args) {
+  if (args.m <= kSmall) return int4_blocks<Group<BFloat16, 8>>(args) < 2 * multiprocessors();
+  return int4_blocks<Group<BFloat16, 16>>(args) < multiprocessors();
+}
+
+const char* int4_gemm_sm90(const Int4GemmArgs& args, float* parts, CUstream_st* stream) {
+  return args.dtype == Dtype::kFloat16 ? run<Float16>(args, parts, stream) : run<BFloat16>(args, parts, stream);
+}
+
+}  // namespace cuda
+}  // namespace headstart
