@@ -43,6 +43,10 @@ class Int4Block {
   static constexpr int kZerosAt = kScalesAt + kPanelSlabs * kScaleBytes;
   static constexpr int kAlignment = 8 * mma::kRowBytes;  // what the swizzle repeats after
   static constexpr int kStageBytes = (kZerosAt + kPanelSlabs * int4::kPanel + kAlignment - 1) / kAlignment * kAlignment;
+  static constexpr int kWordUnits = kPanelSlabs * kSlabUnits / kThreads;  // of a thread and stage
+  static constexpr int kXUnits = kTeams * kXTiles * kRows * mma::kUnitsPerRow / kThreads;
+  static_assert(kWordUnits * kThreads == kPanelSlabs * kSlabUnits && kPanelSlabs * (kScaleUnits + 1) <= kThreads,
+                "every thread has its units");
   static_assert(kXTiles * mma::kRowBytes == kSlabs * int4::kSlab * static_cast<int>(sizeof(T)),
                 "whole rows of 128 bytes");
   static_assert(kPartStep % kSlabs == 0 && (kTeams == 1 || kTeams == kParts), "a stage lies in one part");
@@ -68,9 +72,10 @@ class Int4Block {
     const int end = min(begin + share, slabs), steps = (share + kSlabs - 1) / kSlabs;
     zero(sum_);
     zero(total_);
+    find_sources(share);
     for (int step = 0; step < kStages - 1; ++step) load(step, steps, share);
     bool wide = false;
-    int group_end = 0, part_end = begin + plan_.part_slabs;  // slabs
+    int group_end = begin / plan_.group_slabs * plan_.group_slabs, part_end = begin + plan_.part_slabs;  // slabs
     for (int step = 0; step < steps; ++step) {
       copy_wait<kStages - 2>();
       if constexpr (kWarpGroups) fence_async_proxy();
@@ -83,7 +88,7 @@ class Int4Block {
         const int slab = first + s;
         if (slab >= end) break;
         if (slab >= group_end) {
-          group_end = (slab / plan_.group_slabs + 1) * plan_.group_slabs;
+          group_end += plan_.group_slabs;
           wide = begin_group(stage, s);
         }
         uint32_t left[kPanels][2][4];
@@ -142,67 +147,102 @@ class Int4Block {
 
   // --- loading ---
 
+  // Where a thread reads one of its 16-byte units of the first stage, and how much lies from there on; nothing is read
+  // past that, and the unit is zero.
+  struct Source {
+    const unsigned char* from;
+    int left;  // slabs of words, elements of x
+  };
+
+  // The unit of scales or zero points that a thread copies, where a group begins.
+  struct GroupSource {
+    const unsigned char* from;  // of the group
+    int begin;                  // its first slab, counted from the first stage on
+    int slab, left;             // the unit's in a stage; up to which slab it is copied
+  };
+
   // `count` elements, zeros behind them, as 16 bytes of shared memory.
   template <typename Element>
-  static __device__ __forceinline__ void load_unit(unsigned char* to, const Element* from, int count, bool vectors) {
-    constexpr int kCount = mma::kUnitBytes / static_cast<int>(sizeof(Element));
+  static __device__ __forceinline__ void load_unit(unsigned char* to, const unsigned char* from, int count,
+                                                   bool vectors) {
     if (vectors) {
       copy_async(to, from, count > 0);
     } else {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) reinterpret_cast<Element*>(to)[i] = i < count ? from[i] : Element{};
+#pragma unroll 1
+      for (int i = 0; i < mma::kUnitBytes / static_cast<int>(sizeof(Element)); ++i) {
+        reinterpret_cast<Element*>(to)[i] = i < count ? reinterpret_cast<const Element*>(from)[i] : Element{};
+      }
     }
   }
+
+  __device__ __forceinline__ void find_sources(int share) {
+    const int first = kTeams > 1 ? 0 : part_ * share, slabs = static_cast<int>(plan_.slabs);
+    const int64_t panels = int4::panels(args_.n);
+    const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll
+    for (int j = 0; j < kWordUnits; ++j) {
+      const int i = thread + j * kThreads, s = i / kSlabUnits % kSlabs;
+      const int64_t panel = first_panel_ + i / (kSlabUnits * kSlabs) % kColumnPanels;
+      const int begin = first + i / (kSlabUnits * kSlabs * kColumnPanels) * share;
+      words_[j].from = reinterpret_cast<const unsigned char*>(
+          args_.packed + int4::slab_word(panel, begin + s, args_.k) + i % kSlabUnits * 4);
+      words_[j].left = panel < panels ? min(share, slabs - begin) - s : 0;
+    }
+    const int line = thread / mma::kUnitsPerRow, tile = line / kRows;  // the first of the thread's units of x
+    const int64_t row = first_row_ + line % kRows;
+    const int64_t k = (first + static_cast<int64_t>(tile / kXTiles) * share) * int4::kSlab +
+                      (tile % kXTiles * mma::kUnitsPerRow + thread % mma::kUnitsPerRow) * kUnit;
+    x_.from = reinterpret_cast<const unsigned char*>(static_cast<const T*>(args_.x) + row * args_.x_row + k);
+    x_.left = static_cast<int>(args_.k - k);
+    x_rows_ = static_cast<int>(args_.m - row < kRows ? args_.m - row : kRows);
+    const int unit = thread % (kScaleUnits + 1), at = thread / (kScaleUnits + 1);
+    const int64_t panel = first_panel_ + at / kSlabs % kColumnPanels;
+    const int begin = first + at / (kSlabs * kColumnPanels) * share;
+    const bool zeros = unit == kScaleUnits;
+    const bool wanted = at < kPanelSlabs && (zeros ? args_.zeros != nullptr : unit < plan_.scale_bytes);
+    const int group = begin / plan_.group_slabs;
+    group_.slab = at % kSlabs;
+    group_.left = wanted && panel < panels ? min(share, slabs - begin) : 0;
+    group_.begin = group * plan_.group_slabs - begin;
+    group_.from = (zeros ? args_.zeros : static_cast<const unsigned char*>(args_.scales) + unit * mma::kUnitBytes) +
+                  (panel * plan_.groups + group) * group_step(zeros);
+  }
+
+  // From group to group, bytes: 16 scales of b bytes are b units.
+  __device__ __forceinline__ int group_step(bool zeros) const { return int4::kPanel * (zeros ? 1 : plan_.scale_bytes); }
 
   __device__ __forceinline__ void load(int step, int steps, int share) {
     if (step < steps) {
       unsigned char* stage = stages() + step % kStages * kStageBytes;
-      const int share_begin = kTeams > 1 ? 0 : part_ * share;
-      const int slabs = static_cast<int>(plan_.slabs);
-      const int64_t panels = int4::panels(args_.n);
-      const int thread = static_cast<int>(threadIdx.x);
+      const int thread = static_cast<int>(threadIdx.x), slabs = step * kSlabs;
 #pragma unroll
-      for (int i = thread; i < kPanelSlabs * kSlabUnits; i += kThreads) {
-        const int unit = i % kSlabUnits, s = i / kSlabUnits % kSlabs, p = i / (kSlabUnits * kSlabs) % kColumnPanels;
-        const int t = i / (kSlabUnits * kSlabs * kColumnPanels), begin = share_begin + t * share;
-        const int slab = begin + step * kSlabs + s;
-        const int64_t panel = first_panel_ + p;
-        const bool valid = panel < panels && slab < min(begin + share, slabs);
-        const int64_t at = int4::slab_word(valid ? panel : 0, valid ? slab : 0, args_.k) + unit * 4;
-        load_unit(stage + kWordsAt + i * mma::kUnitBytes, args_.packed + at, valid ? 4 : 0, plan_.weight_vectors);
+      for (int j = 0; j < kWordUnits; ++j) {
+        load_unit<uint32_t>(stage + kWordsAt + (thread + j * kThreads) * mma::kUnitBytes,
+                            words_[j].from + static_cast<int64_t>(slabs) * kSlabBytes, slabs < words_[j].left ? 4 : 0,
+                            plan_.weight_vectors);
       }
 #pragma unroll
-      for (int i = thread; i < kPanelSlabs * (kScaleUnits + 1); i += kThreads) {
-        const int unit = i % (kScaleUnits + 1), at = i / (kScaleUnits + 1);
-        const int s = at % kSlabs, p = at / kSlabs % kColumnPanels, t = at / (kSlabs * kColumnPanels);
-        const int begin = share_begin + t * share, slab = begin + step * kSlabs + s;
-        const int64_t panel = first_panel_ + p;
-        const int group = slab / plan_.group_slabs;
-        const bool begins = slab == begin || slab == group * plan_.group_slabs;
-        if (!begins || slab >= min(begin + share, slabs)) continue;
-        const int64_t row = panel < panels ? panel * plan_.groups + group : 0;  // of 16 columns
-        if (unit == kScaleUnits) {
-          if (args_.zeros != nullptr) {
-            load_unit(stage + kZerosAt + at * int4::kPanel, args_.zeros + row * int4::kPanel,
-                      panel < panels ? int4::kPanel : 0, plan_.weight_vectors);
-          }
-        } else if (unit < plan_.scale_bytes) {  // 16 scales of as many bytes are as many units
-          load_unit(
-              stage + kScalesAt + at * kScaleBytes + unit * mma::kUnitBytes,
-              static_cast<const uint16_t*>(args_.scales) + row * (int4::kPanel * plan_.scale_bytes / 2) + unit * 8,
-              panel < panels ? 8 : 0, plan_.weight_vectors);
-        }
+      for (int j = 0; j < kXUnits; ++j) {
+        // Units of a thread stand whole rows of units apart: by these rows, tiles and teams, known when compiling.
+        constexpr int kLines = kThreads / mma::kUnitsPerRow;
+        const int rows = j * kLines % kRows, tiles = j * kLines / kRows, teams = tiles / kXTiles;
+        const int depth =
+            slabs * int4::kSlab + teams * share * int4::kSlab + tiles % kXTiles * mma::kUnitsPerRow * kUnit;
+        const int64_t ahead = rows * args_.x_row + depth;
+        const int i = thread + j * kThreads;
+        load_unit<T>(stage + i / (mma::kUnitsPerRow * kRows) * kXTileBytes +
+                         mma::unit_offset(i / mma::kUnitsPerRow % kRows, i % mma::kUnitsPerRow),
+                     x_.from + ahead * static_cast<int>(sizeof(T)), rows < x_rows_ ? min(x_.left - depth, kUnit) : 0,
+                     plan_.x_vectors);
       }
-#pragma unroll
-      for (int i = thread; i < kTeams * kXTiles * kRows * mma::kUnitsPerRow; i += kThreads) {
-        const int unit = i % mma::kUnitsPerRow, r = i / mma::kUnitsPerRow % kRows;
-        const int tile = i / (mma::kUnitsPerRow * kRows), t = tile / kXTiles;
-        const int64_t k = (share_begin + static_cast<int64_t>(t) * share + step * kSlabs) * int4::kSlab +
-                          (tile % kXTiles * mma::kUnitsPerRow + unit) * kUnit;
-        const int64_t row = first_row_ + r, left = row < args_.m ? args_.k - k : 0;
-        const int count = left <= 0 ? 0 : left < kUnit ? static_cast<int>(left) : kUnit;
-        load_unit(stage + tile * kXTileBytes + mma::unit_offset(r, unit),
-                  static_cast<const T*>(args_.x) + (count > 0 ? row * args_.x_row + k : 0), count, plan_.x_vectors);
+      const int slab = slabs + group_.slab, at = thread / (kScaleUnits + 1), unit = thread % (kScaleUnits + 1);
+      for (; slab > 0 && group_.begin < slab; group_.begin += plan_.group_slabs) {
+        group_.from += group_step(unit == kScaleUnits);
+      }
+      if ((slab == 0 || slab == group_.begin) && slab < group_.left) {
+        unsigned char* to = unit == kScaleUnits ? stage + kZerosAt + at * int4::kPanel
+                                                : stage + kScalesAt + at * kScaleBytes + unit * mma::kUnitBytes;
+        load_unit<uint8_t>(to, group_.from, mma::kUnitBytes, plan_.weight_vectors);
       }
     }
     copy_commit();  // possibly empty, so that the count of groups tells the stage
@@ -384,6 +424,9 @@ class Int4Block {
   const Int4Plan& plan_;
   int part_;
   int64_t first_row_, first_panel_;
+  Source words_[kWordUnits], x_;  // x_: of the thread's first unit
+  int x_rows_;                    // that are there, from its row on
+  GroupSource group_;
   float sum_[kPanels][kRowTiles][4];    // of the group so far
   float total_[kPanels][kRowTiles][4];  // of the part; 2c + i: column 2g + c of the panel, row 2t + i of the tile
   float scale_[kPanels][2];
