@@ -50,8 +50,8 @@ struct AdaptiveArgs : PrefillIndexArgs {
   int64_t samples;  // queries of a row whose scores are computed exactly
 };
 
-// A linear layer with a headstart::Int4Weight (layouts/int4.h). All tensors are contiguous but x, whose rows are `x_row`
-// apart.
+// A linear layer with a headstart::Int4Weight (layouts/int4.h). All tensors are contiguous but x, whose rows are
+// `x_row` apart.
 struct Int4GemmArgs {
   Dtype dtype, scale_dtype;
   const void* x;  // [M, K]

@@ -1,7 +1,8 @@
 // int4_gemm as an operator: checks, output allocation and plain arguments, the same for every device.
 //
 // `Kernels` has the kernel as a static function (args, x); `register.cpp` of each library gives its own. With
-// kDenseRows > 0, from so many rows on 16-bit activations take a GEMM of torch with what `dequantized(args, x)` returns.
+// kDenseRows > 0, from so many rows on 16-bit activations take a GEMM of torch with what `dequantized(args, x)`
+// returns.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -27,6 +27,13 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return bytes;
 }
 
+// blockIdx.x, which the compiler takes for another number each time: what follows from it is not kept in registers.
+__device__ __forceinline__ uint32_t block_id() {
+  uint32_t id;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(id));
+  return id;
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }

@@ -31,7 +31,8 @@ class Int4Block {
 
  private:
   static constexpr bool kTensorCores = !std::is_same_v<T, float>;
-  static constexpr int kUnit = mma::kUnitBytes / static_cast<int>(sizeof(T));  // elements of x
+  static constexpr int kUnrolledSlabs = kSums > 32 && !kWarpGroups ? 1 : kSlabs;  // by the registers there are
+  static constexpr int kUnit = mma::kUnitBytes / static_cast<int>(sizeof(T));     // elements of x
   static constexpr int kXTiles = kSlabs * int4::kSlab * static_cast<int>(sizeof(T)) / mma::kRowBytes;
   static constexpr int kSlabBytes = int4::kWordsPerSlab * 4, kSlabUnits = kSlabBytes / mma::kUnitBytes;
   static constexpr int kScaleBytes = int4::kPanel * 4;  // room for float32
@@ -56,19 +57,13 @@ class Int4Block {
   // Behind the stages, the sum of the parts so far, where one team walks them all.
   static constexpr int kSharedBytes = kStages * kStageBytes + (kTeams == 1 ? kThreads * kSums * 4 : 0);
 
-  __device__ __forceinline__ Int4Block(const Int4GemmArgs& args, const Int4Plan& plan) : args_(args), plan_(plan) {
-    const bool split = kTeams == 1 && plan.parts != nullptr;
-    int64_t job = blockIdx.x;
-    part_ = split ? static_cast<int>(job % kParts) : 0;
-    job = split ? job / kParts : job;
-    first_row_ = job % plan.row_tiles * kRows;
-    first_panel_ = job / plan.row_tiles * kColumnPanels;
-  }
+  __device__ __forceinline__ Int4Block(const Int4GemmArgs& args, const Int4Plan& plan) : args_(args), plan_(plan) {}
 
   __device__ __forceinline__ void run() {
     const bool split = kTeams == 1 && plan_.parts != nullptr;
+    const int part = job().part;
     const int slabs = static_cast<int>(plan_.slabs), share = kTeams > 1 || split ? plan_.part_slabs : slabs;
-    const int begin = (kTeams > 1 ? team() : part_) * share;
+    const int begin = (kTeams > 1 ? team() : part) * share;
     const int end = min(begin + share, slabs), steps = (share + kSlabs - 1) / kSlabs;
     zero(sum_);
     zero(total_);
@@ -83,7 +78,7 @@ class Int4Block {
       load(step + kStages - 1, steps, share);  // into the stage that everyone left before the barrier
       const unsigned char* stage = stages() + step % kStages * kStageBytes;
       const int first = begin + step * kSlabs;
-#pragma unroll
+#pragma unroll(kUnrolledSlabs)
       for (int s = 0; s < kSlabs; ++s) {
         const int slab = first + s;
         if (slab >= end) break;
@@ -121,6 +116,20 @@ class Int4Block {
   }
 
  private:
+  struct Job {
+    int part;
+    int64_t first_row, first_panel;
+  };
+
+  // Found out again at the end rather than kept: registers are short while tiles multiply.
+  __device__ __forceinline__ Job job() const {
+    const bool split = kTeams == 1 && plan_.parts != nullptr;
+    int64_t at = block_id();
+    const int part = split ? static_cast<int>(at % kParts) : 0;
+    if (split) at /= kParts;
+    return {part, at % plan_.row_tiles * kRows, at / plan_.row_tiles * kColumnPanels};
+  }
+
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
   static __device__ __forceinline__ int team() { return static_cast<int>(threadIdx.x) / (32 * kColumnWarps); }
   static __device__ __forceinline__ int column_warp() { return static_cast<int>(threadIdx.x) / 32 % kColumnWarps; }
@@ -176,27 +185,28 @@ class Int4Block {
   }
 
   __device__ __forceinline__ void find_sources(int share) {
-    const int first = kTeams > 1 ? 0 : part_ * share, slabs = static_cast<int>(plan_.slabs);
+    const Job here = job();
+    const int first = kTeams > 1 ? 0 : here.part * share, slabs = static_cast<int>(plan_.slabs);
     const int64_t panels = int4::panels(args_.n);
     const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
     for (int j = 0; j < kWordUnits; ++j) {
       const int i = thread + j * kThreads, s = i / kSlabUnits % kSlabs;
-      const int64_t panel = first_panel_ + i / (kSlabUnits * kSlabs) % kColumnPanels;
+      const int64_t panel = here.first_panel + i / (kSlabUnits * kSlabs) % kColumnPanels;
       const int begin = first + i / (kSlabUnits * kSlabs * kColumnPanels) * share;
       words_[j].from = reinterpret_cast<const unsigned char*>(
           args_.packed + int4::slab_word(panel, begin + s, args_.k) + i % kSlabUnits * 4);
       words_[j].left = panel < panels ? min(share, slabs - begin) - s : 0;
     }
     const int line = thread / mma::kUnitsPerRow, tile = line / kRows;  // the first of the thread's units of x
-    const int64_t row = first_row_ + line % kRows;
+    const int64_t row = here.first_row + line % kRows;
     const int64_t k = (first + static_cast<int64_t>(tile / kXTiles) * share) * int4::kSlab +
                       (tile % kXTiles * mma::kUnitsPerRow + thread % mma::kUnitsPerRow) * kUnit;
     x_.from = reinterpret_cast<const unsigned char*>(static_cast<const T*>(args_.x) + row * args_.x_row + k);
     x_.left = static_cast<int>(args_.k - k);
     x_rows_ = static_cast<int>(args_.m - row < kRows ? args_.m - row : kRows);
     const int unit = thread % (kScaleUnits + 1), at = thread / (kScaleUnits + 1);
-    const int64_t panel = first_panel_ + at / kSlabs % kColumnPanels;
+    const int64_t panel = here.first_panel + at / kSlabs % kColumnPanels;
     const int begin = first + at / (kSlabs * kColumnPanels) * share;
     const bool zeros = unit == kScaleUnits;
     const bool wanted = at < kPanelSlabs && (zeros ? args_.zeros != nullptr : unit < plan_.scale_bytes);
@@ -391,12 +401,13 @@ class Int4Block {
   }
 
   __device__ __forceinline__ void write() {
-    float* parts = kTeams == 1 && plan_.parts != nullptr ? plan_.parts + part_ * args_.m * args_.n : nullptr;
+    const Job here = job();
+    float* parts = kTeams == 1 && plan_.parts != nullptr ? plan_.parts + here.part * args_.m * args_.n : nullptr;
 #pragma unroll
     for (int p = 0; p < kPanels; ++p) {
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const int64_t panel = first_panel_ + column_warp() * kPanels + p;
+        const int64_t panel = here.first_panel + column_warp() * kPanels + p;
         const int64_t column = panel * int4::kPanel + lane() / 4 * 2 + c;
         if (column >= args_.n) continue;
         const float bias =
@@ -405,7 +416,7 @@ class Int4Block {
         for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            const int64_t row = first_row_ + r * mma::kColumns + mma::c_column(lane(), i);
+            const int64_t row = here.first_row + r * mma::kColumns + mma::c_column(lane(), i);
             if (row >= args_.m) continue;
             const int64_t at = row * args_.n + column;
             const float value = total_[p][r][2 * c + i];
@@ -422,8 +433,6 @@ class Int4Block {
 
   const Int4GemmArgs& args_;
   const Int4Plan& plan_;
-  int part_;
-  int64_t first_row_, first_panel_;
   Source words_[kWordUnits], x_;  // x_: of the thread's first unit
   int x_rows_;                    // that are there, from its row on
   GroupSource group_;
@@ -466,8 +475,8 @@ const char* launch_int4(void (*kernel)(const Int4GemmArgs, const Int4Plan), cons
                 Shape::kSharedBytes, stream, args, plan);
 }
 
-// The kernels. `parts` [kParts][m][n] receives the sums of the parts if there are too few blocks to fill the device, which
-// `..._splits` tells; else it is null, and they write the output.
+// The kernels. `parts` [kParts][m][n] receives the sums of the parts if there are too few blocks to fill the device,
+// which `..._splits` tells; else it is null, and they write the output.
 constexpr int64_t kFewRows = 16;
 bool int4_gemm_sm80_splits(const Int4GemmArgs& args);
 const char* int4_gemm_sm80(const Int4GemmArgs& args, float* parts, CUstream_st* stream);

@@ -1,9 +1,9 @@
 // int4_gemm: which kernel multiplies, the parts of K added in order, and the weight dequantised for a plain GEMM.
 //
-//   add_parts     [4][M][N] float32 to [M][N]: part 0 + part 1 + part 2 + part 3, the bias, one rounding. 18 bytes an output
-//                 read and written, mostly in L2.
-//   dequantize    a thread a column of a slab: four words, 32 weights, 64 bytes side by side (float32: 128). 2.5 bytes a
-//                 weight.
+//   add_parts     [4][M][N] float32 to [M][N]: part 0 + part 1 + part 2 + part 3, the bias, one rounding. 18 bytes an
+//                 output read and written, mostly in L2.
+//   dequantize    a thread a column of a slab: four words, 32 weights, 64 bytes side by side (float32: 128). 2.5 bytes
+//                 a weight.
 
 #include "int4_block.h"
 

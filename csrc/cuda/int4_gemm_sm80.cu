@@ -1,27 +1,28 @@
 // int4_gemm on tensor cores from Ampere on: mma.sync, weights dequantised between shared memory and the multiplier.
 //
-//   a block:  columns (panels of 16) × rows of x × parts of K             a warp: kPanels × kRowTiles accumulators of
-//                                                                         mma.m16n8k16, twice: the group's sum, the part's
+//   a block:  columns (panels of 16) × rows of x × parts of K        a warp: kPanels × kRowTiles accumulators of
+//                                                                    mma.m16n8k16, twice: the group's sum, the part's
 //             x, rows                       few rows   32 columns, 8 or 16 rows, all four parts of K: 2 × 4 warps,
 //            ┌────────┐                                which join in shared memory
 //     W      │ warp 0 │  kStages stages of  many rows  128 columns, 32 or 64 rows, 4 warps; a part of K, if there are
 //     panels ├────────┤  cp.async in flight            few blocks, whose sums int4_gemm.cu adds; else all, one after
 //            │ warp 1 │                                the other, the sum of the parts so far in shared memory
 //            └────────┘
-//   a stage:  kSlabs slabs of 32 k: words (256 bytes a panel and slab, as they lie), scales and zeros of the groups that
-//             begin there, x in rows of 128 bytes, swizzled (layouts/mma.h)
+//   a stage:  kSlabs slabs of 32 k: words (256 bytes a panel and slab, as they lie), scales and zeros of the groups
+//             that begin there, x in rows of 128 bytes, swizzled (layouts/mma.h)
 //
-// Words go through shared memory because cp.async keeps them in flight without registers: with four stages and few rows,
-// 24 KiB of weights a block, 48 KiB a multiprocessor, where the memory of an H100 wants 17 KiB each (3.35 TB/s · 0.65 µs /
-// 132). Straight into registers the same would take 48 of a lane's. A warp reads its 256 bytes of a slab back in one
-// access without bank conflicts. All warps of a part read the same fragments of x; none dequantises what another does.
+// Words go through shared memory because cp.async keeps them in flight without registers and across barriers: with four
+// stages and few rows 24 KiB of weights a block, 48 KiB a multiprocessor of two blocks, where the memory of an H100
+// wants 17 KiB (3.35 TB/s · 0.65 µs / 132). Straight into registers they would take 24 of each lane's, in a loop
+// unrolled by as many stages. A warp reads its 256 bytes of a slab back in one access without bank conflicts. All warps
+// of a part read the same fragments of x; none dequantises what another does.
 //
-// Every sum runs over k in the same order whatever the tile: groups within a part, the parts in order. So a row's result does
-// not depend on how many rows there are.
+// Every sum runs over k in the same order whatever the tile: groups within a part, the parts in order. So a row's
+// result does not depend on how many rows there are.
 //
-// Floor: K · N / 2 bytes, scales and zeros, at the memory's rate; x is read once a block from L2: at 8 rows as many bytes as
-// the weights of its 32 columns. Instructions a slab and panel (512 weights) beside 2 mma a row tile: 18 (float16) or 22
-// (bfloat16) to dequantise, 1 to read the words, 1 ldmatrix a row tile.
+// Floor: K · N / 2 bytes, scales and zeros, at the memory's rate; x is read once a block from L2: at 8 rows as many
+// bytes as the weights of its 32 columns. Instructions a slab and panel (512 weights) beside 2 mma a row tile: 18
+// (float16) or 22 (bfloat16) to dequantise, 1 to read the words, 1 ldmatrix a row tile.
 
 #include "int4_block.h"
 

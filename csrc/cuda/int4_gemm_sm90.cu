@@ -9,11 +9,15 @@
 //        warp 2   │        │  A slab of 32 k is two wgmma; while they run, the next slab is dequantised, and while a
 //        warp 3   └────────┘  group of warps waits for a stage's products, the other one's run.
 //
-// Stages, groups, parts and their order are those of int4_gemm_sm80.cu. x comes by cp.async in 16-byte pieces, which it can
-// do for any strides; each thread then lets the tensor cores see its pieces before the barrier.
+// Stages, groups, parts and their order are those of int4_gemm_sm80.cu. x comes by cp.async in 16-byte pieces, from
+// rows of any stride that is a multiple of 16 bytes; each thread then lets the tensor cores see its pieces before the
+// barrier. Whether wgmma and mma.sync round a sum of 16 products alike is not known here, so that on Hopper a row's
+// result does not depend on the batch among batches of up to 16 rows, and among larger ones; from one kind to the other
+// it may, by rounding.
 //
-// Floor: 2 · M · N · K operations at the tensor cores' rate. Beside the 4 wgmma of a stage and group of warps, 512 cycles of
-// a multiprocessor for 128 rows and both groups, stand some 100 instructions a warp, 200 cycles of its schedulers.
+// Floor: 2 · M · N · K operations at the tensor cores' rate. Beside the 4 wgmma of a stage and group of warps, 512
+// cycles of a multiprocessor for 128 rows and both groups, stand some 100 instructions a warp, 200 cycles of its
+// schedulers.
 
 #include "int4_block.h"
 

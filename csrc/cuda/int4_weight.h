@@ -1,9 +1,10 @@
 // What the int4 kernels share: a word of the packed layout turned into operands of the tensor cores, the cut of K.
 //
-// The product is taken transposed, outᵀ = W · xᵀ: the weight is operand A, whose 16 rows are a panel's 16 output columns.
-// A lane (g = lane / 4, t = lane % 4) owns, of every slab of 32 k, the words t of columns 2g and 2g + 1, which are 8
-// neighbouring bytes; rows g and g + 8 of A are those columns. So a warp reads a slab of a panel as 256 bytes in one
-// access, and the pairs of both words are the registers of two mma, no shuffle between them (layouts/mma.h, layouts/int4.h):
+// The product is taken transposed, outᵀ = W · xᵀ: the weight is operand A, whose 16 rows are a panel's 16 output
+// columns. A lane (g = lane / 4, t = lane % 4) owns, of every slab of 32 k, the words t of columns 2g and 2g + 1, which
+// are 8 neighbouring bytes; rows g and g + 8 of A are those columns. So a warp reads a slab of a panel as 256 bytes in
+// one access, and the pairs of both words are the registers of two mma, no shuffle between them (layouts/mma.h,
+// layouts/int4.h):
 //
 //             mma of k 0..15        mma of k 16..31
 //     A 0     pair 0 of word 2g     pair 2          row g      k 2t, 2t + 1
@@ -11,9 +12,10 @@
 //     A 2     pair 1 of word 2g     pair 3          row g      k 2t + 8, 2t + 9
 //     A 3     pair 1 of word 2g+1   pair 3          row g + 8
 //
-// A pair becomes code - zero, exactly, before it is multiplied: codes are put into the mantissa of a power of two, which
-// is taken off with the zero point by one fused multiply-add. The group's scale meets float32 sums: a multiply-add per
-// accumulator and group, where scaled fragments would take a multiplication per pair of weights and a rounding each.
+// A pair becomes code - zero, exactly, before it is multiplied: codes are put into the mantissa of a power of two,
+// which is taken off with the zero point by one fused multiply-add. The group's scale meets float32 sums: a
+// multiply-add per accumulator and group, where scaled fragments would take a multiplication per pair of weights and a
+// rounding each.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +28,8 @@ namespace headstart {
 namespace cuda {
 
 constexpr int kSymmetricZero = 8;
-// K is cut into this many runs of slabs, each summed by itself, and added in order. By whom depends on the number of rows;
-// where the cuts are depends on K alone.
+// K is cut into this many runs of slabs, each summed by itself, and added in order. By whom depends on the number of
+// rows; where the cuts are depends on K alone.
 constexpr int kParts = 4;
 constexpr int kPartStep = 4;  // slabs: whole steps of every kernel
 

@@ -65,8 +65,8 @@ struct CentroidLookupArgs {
 int64_t centroid_lookup_workspace(const CentroidLookupArgs& args);
 const char* centroid_lookup(const CentroidLookupArgs& args, void* workspace, CUstream_st* stream);
 
-// The product's workspace depends on the device, too; its result, on every device alike, does not depend on how many
-// rows x has.
+// The product's workspace depends on the device, too. A row's result does not depend on the other rows; on Hopper, as
+// long as there are at most 16, or more (int4_gemm_sm90.cu).
 int64_t int4_gemm_workspace(const Int4GemmArgs& args);
 const char* int4_gemm(const Int4GemmArgs& args, void* workspace, CUstream_st* stream);
 

@@ -1,5 +1,5 @@
-// Hopper's instructions of four warps together (layouts/wgmma.h). They exist for sm_90a alone: elsewhere these functions are
-// empty, and kernels that call them must not be launched.
+// Hopper's instructions of four warps together (layouts/wgmma.h). They exist for sm_90a alone: elsewhere these
+// functions are empty, and kernels that call them must not be launched.
 #pragma once
 
 #include "../layouts/wgmma.h"

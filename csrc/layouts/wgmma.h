@@ -3,10 +3,10 @@
 // Four warps multiply together. Warp w owns rows 16 w to 16 w + 15 of A [64][16] and of the sums, in the registers of
 // mma.m16n8k16 (layouts/mma.h): A's four, and of the sums four a group of 8 columns, the groups one after the other.
 //
-// B [N columns][16 deep] lies as rows of 128 bytes, a column each, depth contiguous, in the order of mma::unit_offset: that
-// is the hardware's 128-byte swizzle, which exchanges bits 4 to 6 of an address with their exclusive or with bits 7 to 9, so
-// a tile begins at a multiple of 1024 bytes. Sixteen deep further on are 32 bytes further on, before the exchange.
-// (PTX ISA, "Asynchronous warpgroup level matrix shared memory layout" and "matrix descriptor".)
+// B [N columns][16 deep] lies as rows of 128 bytes, a column each, depth contiguous, in the order of mma::unit_offset:
+// that is the hardware's 128-byte swizzle, which exchanges bits 4 to 6 of an address with their exclusive or with bits
+// 7 to 9, so a tile begins at a multiple of 1024 bytes. Sixteen deep further on are 32 bytes further on, before the
+// exchange. (PTX ISA, "Asynchronous warpgroup level matrix shared memory layout" and "matrix descriptor".)
 #pragma once
 
 #include <cstdint>

@@ -323,6 +323,8 @@ uint32_t multiply_add_pair(uint32_t a, uint32_t b, uint32_t c) {
   return result;
 }
 
+inline uint32_t block_id() { return blockIdx.x; }
+
 inline unsigned char* shared_memory() { return lane_model::shared.data(); }
 
 inline void load_matrices(uint32_t (&to)[4], const void* row) {
