@@ -89,7 +89,7 @@ def run(
             start = time.perf_counter()
             context = Context.build(model, ids, seed=seed, advance=advance)
             reading = time.perf_counter() - start
-        for name, share in (("headstart, all keys", 0.0), (f"headstart, {1 - sparsity:.0%} of the keys", sparsity)):
+        for name, share in (("headstart, all keys", 0.0), (f"headstart, {1 - sparsity:.0%} of keys", sparsity)):
             cache = context.cache(sparsity=share)
 
             def fresh(cache=cache):
@@ -177,7 +177,7 @@ def _show(content: dict, tokenizer, path: Path) -> None:
 
     rows, console = content["rows"], Console()
     baseline, reading = rows[BASELINE], content["reading_seconds"]
-    columns = ("first token", "tokens/s", "", "loss", "change", "keys")
+    columns = ("first token", "tokens/s", "loss", "keys")
     table = Table(
         Column("attention", no_wrap=True),
         *(Column(title, justify="right", no_wrap=True) for title in columns),
@@ -190,10 +190,8 @@ def _show(content: dict, tokenizer, path: Path) -> None:
         table.add_row(
             name,
             f"{row['first_token_seconds']:.2f} s",
-            f"{1 / row['token_seconds']:.1f}",
-            f"{baseline['token_seconds'] / row['token_seconds']:.1f}x",
-            f"{row['loss']:.4f}",
-            f"{row['loss'] - baseline['loss']:+.4f}",
+            f"{1 / row['token_seconds']:.1f} ({baseline['token_seconds'] / row['token_seconds']:.1f}x)",
+            f"{row['loss']:.4f} ({row['loss'] - baseline['loss']:+.4f})",
             f"{row['keys']:.0%}",
         )
     console.print(table)
