@@ -26,7 +26,7 @@ struct FewRows {
         index_group(a.heads_q / a.index.heads),
         run(common_divisor(group, index_group)),
         rows(run * a.nq),
-        padded_dim(round_up(a.head_dim, Vec::width)) {}
+        padded_dim(round_up(a.head_dim, kStep)) {}
 
   struct Part {
     int32_t run_at;
