@@ -127,7 +127,7 @@ class Context:
         positions, clusters stay as they are.
 
         What is missing is the attention of a later text to the earlier ones while it was read (as in TurboRAG, Lu et
-        al., 2024, arXiv 2410.07590): docs/measurements.md has what that costs. Thresholds come from the last one.
+        al., 2024, arXiv 2410.07590); what that costs is not measured yet. Thresholds come from the last one.
 
         Raises:
             ValueError: for contexts of different models, or of a model whose keys cannot be moved.
