@@ -46,6 +46,7 @@ class Shape:
 
 
 SHAPES = (Shape(9, 3, 64), Shape(8, 2, 128))
+WIDE = Shape(32, 8, 128)  # of an 8B model; for decode steps over a fixed context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Matrix:
 MATRICES = (Matrix(4096, 4096), Matrix(11008, 4096))
 GROUP = 128
 INT4_GEMM = "int4_gemm"
+INT8_ACTIVATIONS = "int4_gemm, int8 activations"
 INT4_ROWS = (1, 16, 256)  # of activations: decoding, a batch of it, a prefill
 
 
@@ -122,7 +124,10 @@ class Spec:
             "prefill_index": [EVERY, *INDEX_NAMES],
             "merge_attention": ["merge"],
             "decode": [SDPA, EVERY],
-            "centroid_lookup": [name for lookup in LOOKUPS for name in (lookup, f"{REFERENCE}, {lookup}")],
+            "centroid_lookup": [
+                *(name for lookup in LOOKUPS for name in (lookup, f"{REFERENCE}, {lookup}")),
+                *(name for step in STEPS for name in (step, f"{SDPA}, {step}")),
+            ],
             "tier": [SDPA, EVERY],
             INT4_GEMM: [INT4, LINEAR, INT4_GEMM],
         }[self.family]
@@ -145,7 +150,8 @@ def specs(family: str, tokens: int, *, dtypes=tuple(DTYPES), flex: bool = False,
         family, (tokens,)
     )
     for dtype in dtypes:
-        for shape in SHAPES:
+        wide = (WIDE,) if family == "centroid_lookup" and dtype == "bf16" else ()
+        for shape in (*SHAPES, *wide):
             for length in lengths:
                 yield Spec(family, dtype, shape, length, flex, tier)
 
@@ -345,6 +351,7 @@ LOOKUPS = {  # queries, and whether parents are looked up first
     "64 queries, with parents": (64, True),
 }
 KEPT_CLUSTERS, KEPT_PARENTS = 0.1, 0.2
+STEPS = {"decode step, 10 % of the keys": False, "decode step, 10 % of the keys, with parents": True}
 
 
 def drawn_clusters(spec: Spec) -> headstart.KeyClusters:
@@ -407,7 +414,47 @@ def centroid_lookup(spec: Spec) -> list[Work]:
         work = Work(name, ours, error_bar=DISAGREEMENT_BAR, **numbers)
         work.check = lambda got, expected=by_reference: lookup_disagreement(got, expected(), spec.tokens)
         works += [work, Work(f"{REFERENCE}, {name}", by_reference, baseline=REFERENCE, of=name)]
+    return works + decode_steps(spec, clusters)
+
+
+def decode_steps(spec: Spec, clusters: headstart.KeyClusters) -> list[Work]:
+    """Lookup and attention of one query, over keys drawn around their centroids, beside attention to all of them."""
+    shape, dtype, works = spec.shape, DTYPES[spec.dtype], []
+    flat = dataclasses.replace(clusters, parent_centroids=None, parent_offsets=None)
+    sizes = clusters.cluster_offsets.diff(dim=-1)
+    parent_sizes = clusters.cluster_offsets.gather(1, clusters.parent_offsets.long()).diff(dim=-1)
+    near = [c.repeat_interleave(n, 0, output_size=spec.tokens) for c, n in zip(clusters.centroids, sizes)]
+    k = (torch.stack(near)[None] + 0.5 * torch.randn(1, shape.hkv, spec.tokens, shape.d)).to(dtype)
+    v = torch.randn(1, shape.hkv, spec.tokens, shape.d).to(dtype)
+    rotation = Rotation((k, v), cold_bytes())
+    q = torch.randn(1, shape.hq, 1, shape.d).to(dtype)
+    threshold = threshold_that_keeps(KEPT_CLUSTERS, q, clusters.centroids, sizes)
+    of_parents = threshold_that_keeps(KEPT_PARENTS, q, clusters.parent_centroids, parent_sizes)
+    no_blocks = torch.zeros(1, shape.hkv, 1, dtype=torch.int32), torch.zeros(1, shape.hkv, 1, 0, dtype=torch.int32)
+    numbers = dict(flops=4 * shape.d * shape.hq * spec.tokens, bytes=k.nbytes + v.nbytes, limit="read", density=1.0)
+    for name, with_parents in STEPS.items():
+
+        def look_up(with_parents=with_parents):
+            level, limit = (clusters, of_parents) if with_parents else (flat, None)
+            return headstart.centroid_lookup(q, level, threshold, parent_threshold=limit)
+
+        def step(look_up=look_up):
+            index = headstart.BlockIndex(*no_blocks, *look_up())
+            return headstart.sparse_attention(q, *rotation.next(), index, causal=False)
+
+        work = Work(name, step, error_bar=ERROR_BAR[spec.dtype], density=KEPT_CLUSTERS)
+        work.check = lambda got, look_up=look_up: chosen_keys_error(q, k, v, look_up(), got[0])
+        if spec.dtype == "bf16":
+            work.targets = (Target(f"versus.{SDPA}", at_least=5),)
+        sdpa = Work(f"{SDPA}, {name}", lambda: baselines.sdpa(q, *rotation.next()), baseline=SDPA, of=name, **numbers)
+        works += [work, sdpa]
     return works
+
+
+def chosen_keys_error(q, k, v, columns: tuple[torch.Tensor, ...], out: torch.Tensor) -> float:
+    mask = reference.scatter_blocks(*columns, k.shape[2]).repeat_interleave(q.shape[1] // k.shape[1], 1)
+    exact = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask, enable_gqa=True)
+    return baselines.relative_error(out, exact)
 
 
 def lookup_disagreement(got: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...], keys: int) -> float:
@@ -449,14 +496,20 @@ def int4_gemm(spec: Spec) -> list[Work]:
             **given,
         )
 
-    def ours(packed, scales, zeros):
-        return torch.ops.headstart.int4_gemm(x, packed, scales, zeros, group_size=GROUP, n=n)
+    def ours(packed, scales, zeros, **options):
+        return torch.ops.headstart.int4_gemm(x, packed, scales, zeros, group_size=GROUP, n=n, **options)
 
     theirs = baselines.int4_weight(codes, scales, zeros)
     return [
         work(INT4, theirs, lambda *w: baselines.int4_gemm(x, *w, GROUP), baseline=INT4),
         work(LINEAR, (weight.dequantize(dtype),), lambda w: F.linear(x, w), baseline=LINEAR),
         work(INT4_GEMM, (weight.packed, *panels), ours, targets=int4_targets(spec)),
+        work(
+            INT8_ACTIVATIONS,
+            (weight.packed, *panels),
+            lambda *w: ours(*w, int8_activations=True),
+            targets=(Target(f"versus.{LINEAR}", at_least=1),) if m == 256 and spec.tier is None else (),
+        ),
     ]
 
 

@@ -64,7 +64,7 @@ inline Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor
 
 template <typename Kernels>
 Tensor int4_gemm(const Tensor x, const Tensor packed, const Tensor scales, const OptionalTensor zeros,
-                 const OptionalTensor bias, int64_t group_size, int64_t n) {
+                 const OptionalTensor bias, int64_t group_size, int64_t n, bool int8_activations) {
   const Checks check("int4_gemm");
   check.expect(x.dim() > 0, "x", "[..., K]", "a scalar");
   std::vector<Dim> any;
@@ -104,6 +104,7 @@ Tensor int4_gemm(const Tensor x, const Tensor packed, const Tensor scales, const
   args.n = n;
   args.k = k;
   args.group_size = group_size;
+  args.int8_activations = int8_activations;
   if constexpr (Kernels::kDenseRows > 0) {
     if (args.m >= Kernels::kDenseRows && args.dtype != Dtype::kFloat32) {
       return linear(x, Kernels::dequantized(args, x), bias);

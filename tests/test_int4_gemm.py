@@ -244,6 +244,46 @@ def test_what_is_not_finite_stays_in_its_row(cpu_tier, dtype):
     assert torch.equal(got[keep], want[keep])
 
 
+@by_dtype
+@pytest.mark.parametrize(("n", "k"), SIZES)
+@pytest.mark.parametrize("group_size", [32, 96, 128, -1])
+def test_rounded_activations(cpu_tier, dtype, n, k, group_size):
+    """Exactly what the reference rounds x to, times the weight; float32's own error on top."""
+    for symmetric in (False, True):
+        *parts, w = random_weight(n, k, group_size, symmetric, dtype=torch.float16)
+        true, bias = exact(*parts, group_size), None if symmetric else torch.randn(n).to(dtype)
+        for m in ROWS:
+            x = torch.randn(m, k).to(dtype)
+            rounded = reference.round_to_int8(x, group_size).double()
+            step = x.float().abs().amax() / 127
+            assert (rounded - x).abs().max() <= 0.51 * step
+            want = rounded @ true.T + (0 if bias is None else bias.double())
+            out = poisoned(lambda: int4_gemm(x, w, bias, int8_activations=True), m, n)  # noqa: B023
+            room = rounded.abs() @ true.abs().T + 1
+            assert out.dtype == dtype and out.shape == (m, n)
+            assert ((out.double() - want).abs() <= torch.finfo(dtype).eps * want.abs() + 1e-6 * room).all()
+
+
+@by_dtype
+def test_rounded_rows_do_not_depend_on_each_other(cpu_tier, dtype):
+    w = random_weight(200, 600, 128, dtype=torch.float16)[3]
+    x = torch.randn(70, 600).to(dtype) * torch.logspace(-3, 3, 70)[:, None].to(dtype)
+    x[5] = 0
+    whole = int4_gemm(x, w, int8_activations=True)
+    assert not whole[5].any()
+    for m in (1, 2, 3, 5, 6, 7, 64):
+        parts = [int4_gemm(rows, w, int8_activations=True) for rows in x.split(m)]
+        assert torch.equal(torch.cat(parts), whole)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        spoiled = x.clone()
+        spoiled[4, 17] = bad
+        got = int4_gemm(spoiled, w, int8_activations=True)
+        keep = torch.arange(70) != 4
+        assert got[4].isnan().all() and torch.equal(got[keep], whole[keep])
+    tiny = int4_gemm(torch.full((2, 600), 1e-36), w, int8_activations=True)
+    assert not tiny.any()
+
+
 @pytest.mark.parametrize(("n", "k"), [*SIZES, (40, 64)])
 def test_kernels_pack_and_unpack(cpu_tier, n, k):
     codes = torch.randint(0, 256, (n, k), dtype=torch.uint8)  # the low four bits count

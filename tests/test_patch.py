@@ -12,6 +12,7 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from headstart.engine import PrefillPlan, attention, linear, patch, unpatch  # noqa: E402
+from headstart.engine.int4_linear import Int4Linear, quantize_linears  # noqa: E402
 from models import EVERYTHING, left_padded, logits, make, tokens  # noqa: E402
 
 
@@ -318,6 +319,22 @@ def test_linear_modes():
     unpatch(model)
     assert model.lm_head.forward is hooked and "forward" not in vars(model.model.layers[0].mlp.up_proj)
     assert linear.upcast_pays(torch.bfloat16) in (True, False)
+
+
+def test_int8_mode_lets_int4_layers_round_their_activations():
+    model = quantize_linears(make(), group_size=32)
+    layers = [module for module in model.modules() if isinstance(module, Int4Linear)]
+    exact = logits(model, tokens())
+    layers[0].int8_activations = True  # by hand: neither patch nor unpatch takes it back
+    patch(model, "dense", linear="int8")
+    assert all(layer.int8_activations for layer in layers)
+    rounded = logits(model, tokens())
+    assert 0 < (rounded - exact).norm() <= 0.05 * exact.norm()
+    by_hand = [True] + [False] * (len(layers) - 1)
+    patch(model, "dense")
+    assert [layer.int8_activations for layer in layers] == by_hand
+    unpatch(patch(model, linear="int8"))
+    assert [layer.int8_activations for layer in layers] == by_hand
 
 
 def test_a_hook_put_over_a_patched_linear_survives_unpatch():

@@ -174,14 +174,14 @@ struct CentroidLookup {
 
   // --- 1: logits -----------------------------------------------------------------------------------------------------
 
-  const T* centroids_of(const ClusterArgs& level, int64_t head) const {
-    return static_cast<const T*>(level.centroids) + head * level.head;
+  const T* centroids_of(const CentroidLevel& level, int64_t head) const {
+    return static_cast<const T*>(level.centroids.data) + head * level.centroids.head;
   }
 
   // Sizes, in keys, of a chunk's clusters; 0 behind them, to a whole tile.
-  void read_sizes(Scratch& w, const ClusterArgs& level, const Part& part, int64_t first, int64_t count) const {
-    const int32_t* keys = a.clusters.offsets + part.head * (a.clusters.count + 1);
-    const int32_t* offsets = level.offsets + part.head * (level.count + 1);
+  void read_sizes(Scratch& w, const CentroidLevel& level, const Part& part, int64_t first, int64_t count) const {
+    const int32_t* keys = a.clusters.run_offsets + part.head * (a.clusters.count + 1);
+    const int32_t* offsets = level.run_offsets + part.head * (level.count + 1);
     if (&level == &a.parents) {
       for (int64_t j = 0; j < count; ++j) w.size[j] = keys[offsets[first + j + 1]] - keys[offsets[first + j]];
     } else if (part.ids == nullptr) {
@@ -222,7 +222,7 @@ struct CentroidLookup {
     }
   }
 
-  void score_chunk(Scratch& w, const ClusterArgs& level, const Part& part, int64_t first_row, int64_t chunk) const {
+  void score_chunk(Scratch& w, const CentroidLevel& level, const Part& part, int64_t first_row, int64_t chunk) const {
     const int64_t first = chunk * kChunk, count = min(kChunk, part.count - first);
     const int64_t rows = min(kMaxRows, part.rows - first_row);
     if (count <= 0 || rows <= 0) return;
@@ -237,9 +237,9 @@ struct CentroidLookup {
       }
     };
     if (part.ids == nullptr) {
-      multiply_with([&](int64_t j) { return centroids + (first + j) * level.row; });
+      multiply_with([&](int64_t j) { return centroids + (first + j) * level.centroids.token; });
     } else {
-      multiply_with([&](int64_t j) { return centroids + part.ids[first + j] * level.row; });
+      multiply_with([&](int64_t j) { return centroids + part.ids[first + j] * level.centroids.token; });
     }
     for (int64_t r = 0; r < rows; ++r) {
       sum_up(w, logits + r * kChunk, round_up(count, kTile), part.top + r * chunks + chunk,
@@ -264,7 +264,7 @@ struct CentroidLookup {
 
   // --- 2: totals, and what a score has to exceed ---------------------------------------------------------------------
 
-  void join_chunks(const ClusterArgs& level, const Part& part, int64_t first_row) const {
+  void join_chunks(const CentroidLevel& level, const Part& part, int64_t first_row) const {
     const int64_t rows = min(kMaxRows, part.rows - first_row), used = ceil_div(part.count, kChunk);
     RowWalk row(*this, part.first_row + first_row);
     for (int64_t r = 0; r < rows; ++r, row.next()) {
@@ -283,7 +283,8 @@ struct CentroidLookup {
       part.total[r] = top == kNegInf   ? kNegInf
                       : whole == whole ? top + __builtin_log2f(whole)
                                        : total_not_finite(part, rows, r);
-      part.limit[r] = level.log_threshold[part.head * group + row.g] * kLog2E;
+      const float threshold = level.threshold[(part.head * group + row.g) * level.thresholds / a.heads_q];
+      part.limit[r] = __builtin_log2f(threshold > 0.0f ? threshold : 0.0f);
     }
   }
 
@@ -343,7 +344,7 @@ struct CentroidLookup {
     }
   }
 
-  void score(const ClusterArgs& level, Part* parts, int64_t n, const Place& place) const {
+  void score(const CentroidLevel& level, Part* parts, int64_t n, const Place& place) const {
     int64_t longest = 0;
     for (int64_t i = 0; i < n; ++i) longest = max(longest, parts[i].count);
     const int64_t used = ceil_div(longest, kChunk);
@@ -361,7 +362,7 @@ struct CentroidLookup {
 
   // The children of kept parents.
   void list_children(Part& part, int32_t* ids) const {
-    const int32_t* children = a.parents.offsets + part.head * (a.parents.count + 1);
+    const int32_t* children = a.parents.run_offsets + part.head * (a.parents.count + 1);
     int64_t n = 0;
     each_kept(part.best, a.parents.count, [&](int64_t parent) {
       const int64_t first = children[parent], count = children[parent + 1] - first;
@@ -373,13 +374,13 @@ struct CentroidLookup {
   }
 
   void write_positions(Scratch& w, const Part& part) const {
-    const int32_t* offsets = a.clusters.offsets + part.head * (a.clusters.count + 1);
+    const int32_t* offsets = a.clusters.run_offsets + part.head * (a.clusters.count + 1);
     const int64_t at =
         (part.first_selection / blocks * a.heads_kv + part.head) * blocks + part.first_selection % blocks;
-    int32_t* to = a.column_index + at * a.max_columns;
+    int32_t* to = a.column_index + at * a.capacity;
     int64_t n = 0, kept = 0, begin = 0, end = 0, wanted = 0;
     const auto flush = [&] {
-      write_run(to + n, begin, end - begin, a.max_columns - n);
+      write_run(to + n, begin, end - begin, a.capacity - n);
       n += end - begin;
     };
     const auto add = [&](int64_t first, int64_t last) {  // runs that touch are written as one
@@ -397,9 +398,9 @@ struct CentroidLookup {
     });
     const float* best = part.best;
     const auto better = [best](int32_t x, int32_t y) { return best[x] > best[y] || (best[x] == best[y] && x < y); };
-    const bool full = wanted > a.max_columns;
+    const bool full = wanted > a.capacity;
     int32_t cut = 0;
-    int64_t room = a.max_columns;
+    int64_t room = a.capacity;
     if (full) {
       // Halves the part in which the cut lies: those before it fit, those from it on do not.
       int64_t low = 0, high = kept;

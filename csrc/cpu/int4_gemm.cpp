@@ -25,12 +25,20 @@
 //   │word│word│word│word│ all rows of x in          └────┘
 //   └────┴────┴────┴────┘ accumulators         x' [6 rows] × [4 registers]: 24 accumulators, 4 loads, 6 broadcasts
 //
+// Activations rounded to int8, where the caller allows it, meet the codes as bytes, four k to a lane, in integers:
+//
+//   word  ── shift by 4 i ──▶ & 0x0f0f0f0f ──▶ │ k + 17 │ k + 1 │ k + 16 │ k │   k = 8 i + 2 t, i = 0, 1
+//
+// which is one logic operation a lane of four codes, and one vpdpbusd (or vpmaddubsw, vpmaddwd and an add). A row has a
+// scale for each span of K: total[n] += scale[n, g] · scale_x · (Σ x code - zero[n, g] · Σ x).
+//
 // Both add the products of a column in the same order, that of the packed words, into one accumulator a group (or a span
 // of 256 of a longer one), and the groups in order: a row's result does not depend on the rows beside it, nor on the number of threads.
 //
 // Floor: few rows, K · N / 2 bytes and the scales at the read bandwidth. Instructions per vector of 64 bytes (128
 // weights): bf16 pairs 13 with the load (4 shifts, 4 and-or, 4 dot products), so 6.5 cycles at two a cycle; floats on
-// AVX-512 21 (8 shifts, 4 and-or, 8 multiply-adds). Many rows: 2 · M · N · K at the machine's GEMM rate.
+// AVX-512 21 (8 shifts, 4 and-or, 8 multiply-adds); bytes 6 (1 shift, 2 and, 2 dot products). Many rows: 2 · M · N · K at
+// the machine's GEMM rate, of which bytes have four times as much as floats.
 
 #include "../layouts/int4.h"
 #include "tile.h"
@@ -51,6 +59,9 @@ constexpr uint32_t kCodePair = int4::kPairMask << 3;  // where that leaves room 
 constexpr float kLeak = 0x1p-16f;                     // of the low code into `high`
 constexpr float kHigh = kOffset + 0x4180 * 0x1p-19f;  // `high` of two zero codes
 constexpr int kSymmetricZero = 8;
+constexpr uint32_t kCodeBytes = 0x0f0f0f0fu;
+constexpr float kLargestByte = 127.0f;
+constexpr float kVanishing = 1e-30f;  // a span of smaller values is 0: the reciprocal of its scale would overflow
 
 // --- a vector of words ---------------------------------------------------------------------------------------------
 
@@ -66,6 +77,11 @@ inline Words pair(Words w) {
   const __m512i codes = _mm512_set1_epi32(kCodePair), offset = _mm512_set1_epi32(kOffsetPair);
   return {_mm512_ternarylogic_epi32(placed, codes, offset, 0xEA)};  // (placed & codes) | offset
 }
+template <int i>
+inline Words bytes(Words w) {
+  return {_mm512_and_si512(i == 0 ? w.v : _mm512_srli_epi32(w.v, 4 * i), _mm512_set1_epi32(kCodeBytes))};
+}
+inline Vec to_floats(Vec whole) { return {_mm512_cvtepi32_ps(_mm512_castps_si512(whole.v))}; }
 inline Vec high(Words pair) { return {_mm512_castsi512_ps(pair.v)}; }
 inline Vec low(Words pair) { return {_mm512_castsi512_ps(_mm512_slli_epi32(pair.v, 16))}; }
 inline Vec load_zeros(const uint8_t* p) {
@@ -83,6 +99,11 @@ inline Words pair(Words w) {
   const __m256i placed = i == 0 ? _mm256_slli_epi32(w.v, 3) : _mm256_srli_epi32(w.v, i == 0 ? 0 : 4 * i - 3);
   return {_mm256_or_si256(_mm256_and_si256(placed, _mm256_set1_epi32(kCodePair)), _mm256_set1_epi32(kOffsetPair))};
 }
+template <int i>
+inline Words bytes(Words w) {
+  return {_mm256_and_si256(i == 0 ? w.v : _mm256_srli_epi32(w.v, 4 * i), _mm256_set1_epi32(kCodeBytes))};
+}
+inline Vec to_floats(Vec whole) { return {_mm256_cvtepi32_ps(_mm256_castps_si256(whole.v))}; }
 inline Vec high(Words pair) { return {_mm256_castsi256_ps(pair.v)}; }
 inline Vec low(Words pair) { return {_mm256_castsi256_ps(_mm256_slli_epi32(pair.v, 16))}; }
 inline Vec load_zeros(const uint8_t* p) {
@@ -103,6 +124,11 @@ template <int i>
 inline Words pair(Words w) {
   return {((i == 0 ? w.v << 3 : w.v >> (i == 0 ? 0 : 4 * i - 3)) & kCodePair) | kOffsetPair};
 }
+template <int i>
+inline Words bytes(Words w) {
+  return {w.v >> 4 * i & kCodeBytes};
+}
+inline Vec to_floats(Vec whole) { return {__builtin_convertvector((Vec::Ints)whole.v, Vec::Floats)}; }
 inline Vec high(Words pair) { return {(Vec::Floats)pair.v}; }
 inline Vec low(Words pair) { return {(Vec::Floats)(pair.v << 16)}; }
 inline Vec load_zeros(const uint8_t* p) {
@@ -112,18 +138,53 @@ inline Vec load_zeros(const uint8_t* p) {
 
 #endif
 
-inline Vec load_scales(const void* scales, Dtype dtype, int64_t at) {
+inline Vec load_as(Dtype dtype, const void* from, int64_t at) {
   switch (dtype) {
     case Dtype::kFloat32:
-      return load(static_cast<const float*>(scales) + at);
+      return load(static_cast<const float*>(from) + at);
     case Dtype::kFloat16:
-      return load(static_cast<const Float16*>(scales) + at);
+      return load(static_cast<const Float16*>(from) + at);
     default:
-      return load(static_cast<const BFloat16*>(scales) + at);
+      return load(static_cast<const BFloat16*>(from) + at);
   }
 }
 
-// --- what depends on the unit: floats, or bf16 pairs ---------------------------------------------------------------
+// The first n <= width values, zeros behind.
+inline Vec load_first_as(Dtype dtype, const void* from, int64_t at, int n) {
+  if (n == Vec::width) return load_as(dtype, from, at);
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return load_first(static_cast<const float*>(from) + at, n);
+    case Dtype::kFloat16:
+      return load_first(static_cast<const Float16*>(from) + at, n);
+    default:
+      return load_first(static_cast<const BFloat16*>(from) + at, n);
+  }
+}
+
+template <typename T>
+inline void store_first_of(T* to, Vec x, int n) {
+  n == Vec::width ? store(to, x) : store_first(to, x, n);
+}
+
+inline void store_first_as(Dtype dtype, void* to, int64_t at, Vec x, int n) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return store_first_of(static_cast<float*>(to) + at, x, n);
+    case Dtype::kFloat16:
+      return store_first_of(static_cast<Float16*>(to) + at, x, n);
+    default:
+      return store_first_of(static_cast<BFloat16*>(to) + at, x, n);
+  }
+}
+
+// For |x| < 2^22: the adder rounds to an integer, to even from half way.
+inline Vec nearest_whole(Vec x) {
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23
+  return (x + magic) - magic;
+}
+
+// --- what depends on the unit: floats, bf16 pairs, or bytes --------------------------------------------------------
 
 // For float32 activations: 24 is taken off each dequantised code, which leaves code - 8 and float32's own accuracy.
 struct ExactUnit : FloatUnit {};
@@ -135,8 +196,7 @@ inline Vec odd_code(Words pair, FloatUnit) { return high(pair); }
 inline Vec odd_code(Words pair, ExactUnit) { return high(pair) - broadcast(kHigh + kMiddle); }
 
 // A slab of activations, in the order of the packed words: [t][i] pairs; k = 8 i + 2 t and the next.
-template <typename T>
-inline void order_slab(float* to, const T*, const float values[kSlab], FloatUnit) {
+inline void order_slab(float* to, const float values[kSlab], FloatUnit) {
   for (int t = 0; t < kWordsPerColumn; ++t) {
     for (int i = 0; i < kPairsPerWord; ++i) {
       const float* x = values + int4::pair_k(t, i);
@@ -171,51 +231,121 @@ inline void store_pair(float* to, Words pair, Unit unit) {
   store(to + kPanel, odd_code(pair, unit));
 }
 
+// Units that the multiplier takes as they are.
+template <typename Unit, int rows, int vecs>
+inline __attribute__((always_inline)) void add_pair(Vec (&sum)[rows][vecs], const uint32_t* x, int64_t stride, int v,
+                                                    Words unit, Unit) {
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+    sum[r][v] = Unit::dot(Unit::broadcast_unit(x + r * stride), high(unit), sum[r][v]);
+  }
+}
+template <typename Unit>
+inline void store_pair(uint32_t* to, Words unit, Unit) {
+  std::memcpy(to, &unit, sizeof unit);
+}
+
 #if HEADSTART_TIER_BF16_DOT
 
-inline void order_slab(uint32_t* to, const BFloat16* x, const float*, PairUnit) {
-  uint32_t pairs[kSlab / 2];
-  std::memcpy(pairs, x, sizeof pairs);
+inline void order_slab(uint32_t* to, const float values[kSlab], PairUnit) {
   for (int t = 0; t < kWordsPerColumn; ++t) {
-    for (int i = 0; i < kPairsPerWord; ++i) to[kPairsPerWord * t + i] = pairs[int4::pair_k(t, i) / 2];
+    for (int i = 0; i < kPairsPerWord; ++i) {
+      const float* x = values + int4::pair_k(t, i);
+      to[kPairsPerWord * t + i] = float_to_bits(x[0]) >> 16 | (float_to_bits(x[1]) & 0xffff0000u);
+    }
   }
 }
 
 inline double offsets(double even, double odd, PairUnit) { return kOffset * (even + odd); }
 
-template <int rows, int vecs>
-inline __attribute__((always_inline)) void add_pair(Vec (&sum)[rows][vecs], const uint32_t* x, int64_t stride, int v,
-                                                    Words pair, PairUnit) {
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r) {
-    sum[r][v] = PairUnit::dot(PairUnit::broadcast_unit(x + r * stride), high(pair), sum[r][v]);
+#endif
+
+// Four codes and four rounded activations; the sums are int32 in the lanes of a Vec. Whether the CPU has VNNI is known
+// when the kernel runs, so the instruction is not the compiler's.
+template <bool vnni>
+struct ByteUnit {
+  using Type = uint32_t;
+  static constexpr int values = 4;
+
+#if HEADSTART_TIER_AVX512
+  static Vec load_units(const uint32_t* p) { return {_mm512_loadu_ps(p)}; }
+  static Vec broadcast_unit(const uint32_t* p) {
+    return {_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*p)))};
+  }
+  static Vec dot(Vec x, Vec codes, Vec sum) {
+    __m512i total = _mm512_castps_si512(sum.v);
+    if constexpr (vnni) {
+      __asm__("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(codes.v), "v"(x.v));
+    } else {
+      const __m512i pairs = _mm512_maddubs_epi16(_mm512_castps_si512(codes.v), _mm512_castps_si512(x.v));
+      total = _mm512_add_epi32(total, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+    }
+    return {_mm512_castsi512_ps(total)};
+  }
+#elif HEADSTART_TIER_AVX2
+  static Vec load_units(const uint32_t* p) { return {_mm256_castsi256_ps(load_words(p).v)}; }
+  static Vec broadcast_unit(const uint32_t* p) {
+    return {_mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(*p)))};
+  }
+  static Vec dot(Vec x, Vec codes, Vec sum) {
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_castps_si256(codes.v), _mm256_castps_si256(x.v));
+    const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(sum.v), fours))};
+  }
+#else
+  static Vec load_units(const uint32_t* p) { return {(Vec::Floats)load_words(p).v}; }
+  static Vec broadcast_unit(const uint32_t* p) { return {(Vec::Floats)Vec::Words{*p, *p, *p, *p}}; }
+  static Vec dot(Vec x, Vec codes, Vec sum) {
+    Vec::Ints total = (Vec::Ints)sum.v;
+    for (int i = 0; i < 4; ++i) {
+      const auto code = (Vec::Ints)((Vec::Words)codes.v >> 8 * i & 0xffu);
+      total += code * ((Vec::Ints)((Vec::Words)x.v << (24 - 8 * i)) >> 24);
+    }
+    return {(Vec::Floats)total};
+  }
+#endif
+};
+
+template <bool vnni>
+inline void order_slab(uint32_t* to, const float values[kSlab], ByteUnit<vnni>) {
+  const auto byte = [&](int k) { return static_cast<uint32_t>(static_cast<uint8_t>(static_cast<int32_t>(values[k]))); };
+  for (int t = 0; t < kWordsPerColumn; ++t) {
+    for (int i = 0; i < 2; ++i) {
+      const int k = int4::pair_k(t, i);
+      to[2 * t + i] = byte(k) | byte(k + 16) << 8 | byte(k + 1) << 16 | byte(k + 17) << 24;
+    }
   }
 }
 
-inline void store_pair(uint32_t* to, Words pair, PairUnit) { _mm512_storeu_si512(to, pair.v); }
+template <bool vnni>
+inline double offsets(double, double, ByteUnit<vnni>) {
+  return 0;
+}
 
-#endif
+template <int i, typename Unit>
+inline Words piece(Words word) {
+  if constexpr (Unit::values == 4) {
+    return bytes<i>(word);
+  } else {
+    return pair<i>(word);
+  }
+}
 
 template <int i>
-struct PairNumber {
+struct PieceNumber {
   static constexpr int value = i;
 };
 
-template <typename Body>
-inline __attribute__((always_inline)) void for_each_pair(const Body& body) {
-  body(PairNumber<0>());
-  body(PairNumber<1>());
-  body(PairNumber<2>());
-  body(PairNumber<3>());
+// The pieces of a word: four pairs, or twice four bytes.
+template <typename Unit, typename Body>
+inline __attribute__((always_inline)) void for_each_piece(const Body& body) {
+  body(PieceNumber<0>());
+  body(PieceNumber<1>());
+  if constexpr (Unit::values < 4) {
+    body(PieceNumber<2>());
+    body(PieceNumber<3>());
+  }
 }
-
-// bf16 pairs where this tier multiplies them; floats otherwise.
-template <typename T>
-struct Int4UnitOf : UnitOf<T> {};
-template <>
-struct Int4UnitOf<float> {
-  using Type = ExactUnit;
-};
 
 // --- the product ---------------------------------------------------------------------------------------------------
 
@@ -227,20 +357,21 @@ constexpr int64_t kSpanSlabs = 8;    // a longer group is added up in spans: sho
 constexpr int kBlockUnits = 64;      // of depth, in a tile: 64 · 64 units are 16 KiB
 constexpr int64_t kChunkRows = 252;  // of a job: their totals, sums and activations of a block fit the L2 cache
 
-template <typename T>
+template <typename Unit>
 struct Int4Gemm {
-  using Unit = typename Int4UnitOf<T>::Type;
   using U = typename Unit::Type;
 
-  static constexpr int kPairUnits = 2 / Unit::values;
-  static constexpr int kWordUnits = kPairsPerWord * kPairUnits;
+  static constexpr bool kRounds = Unit::values == 4;  // activations, to bytes
+  static constexpr int kWordUnits = 2 * kPairsPerWord / Unit::values;
+  static constexpr int kPieceUnits = kRounds ? 1 : kWordUnits / kPairsPerWord;
   static constexpr int kSlabUnits = kSlab / Unit::values;
   static constexpr int kBlockSlabs = kBlockUnits / kSlabUnits;
   // Panels of one pass: enough independent sums to hide a multiply-add's latency.
-  static constexpr int kStreamPanels = Vec::width < 16 ? 2 : Unit::values == 2 ? 8 : 4;
+  static constexpr int kStreamPanels = Vec::width < 16 ? 2 : Unit::values == 1 ? 4 : 8;
 
+  // Of a row and a span: what the sum of products begins with, minus the sum of x, and the scale of rounded x.
   struct Terms {
-    float start, minus_sum;
+    float start, minus_sum, scale;
   };
 
   const Int4GemmArgs& a;
@@ -281,33 +412,59 @@ struct Int4Gemm {
 
   // --- activations ---
 
+  void read_slab(float values[kSlab], int64_t row, int64_t slab) const {
+    const int64_t left = a.k - slab * kSlab, at = row * a.x_row + slab * kSlab;
+    for (int j = 0; j < kSlab; j += Vec::width) {
+      const auto n = static_cast<int>(max(0, min(Vec::width, left - j)));
+      store(values + j, n == 0 ? broadcast(0.0f) : load_first_as(a.dtype, a.x, at + j, n));
+    }
+  }
+
+  // The scale of a span of a row that is rounded: NaN if a value is not finite.
+  float scale_of(int64_t row, int64_t span) const {
+    float top[kSlab] = {}, bad[kSlab] = {}, values[kSlab];
+    for (int64_t slab = span_begin(span); slab < span_end(span); ++slab) {
+      read_slab(values, row, slab);
+      for (int j = 0; j < kSlab; ++j) {
+        const float size = __builtin_fabsf(values[j]);
+        top[j] = size > top[j] ? size : top[j];
+        bad[j] += values[j] - values[j];
+      }
+    }
+    float largest = 0.0f, wrong = 0.0f;
+    for (int j = 0; j < kSlab; ++j) {
+      largest = top[j] > largest ? top[j] : largest;
+      wrong += bad[j];
+    }
+    return (largest < kVanishing ? 0.0f : largest / kLargestByte) + wrong;
+  }
+
   void prepare_row(int64_t row) {
-    const T* x = static_cast<const T*>(a.x) + row * a.x_row;
     for (int64_t s = 0; s < spans; ++s) {
       float lane[kSlab] = {};
+      const float scale = kRounds ? scale_of(row, s) : 1.0f;
+      const Vec inverse = broadcast(scale > 0.0f ? 1.0f / scale : 0.0f);
       for_each_block(s, [&](int64_t slab, int64_t count) {
         U* to = block_row(slab, count, row);
         for (const int64_t end = slab + count; slab < end; ++slab, to += kSlabUnits) {
-          const int64_t left = a.k - slab * kSlab;
-          const T* from = x + slab * kSlab;
-          T padded[kSlab];
-          if (left < kSlab) {
-            std::memset(padded, 0, sizeof padded);
-            std::memcpy(padded, from, static_cast<size_t>(left) * sizeof(T));
-            from = padded;
-          }
           float values[kSlab];
-          for (int j = 0; j < kSlab; j += Vec::width) store(values + j, load(from + j));
-          order_slab(to, from, values, Unit());
+          read_slab(values, row, slab);
+          if (kRounds) {
+            for (int j = 0; j < kSlab; j += Vec::width) {
+              store(values + j, scale == scale ? nearest_whole(load(values + j) * inverse) : broadcast(0.0f));
+            }
+          }
+          order_slab(to, values, Unit());
           for (int j = 0; j < kSlab; ++j) lane[j] += values[j];
         }
       });
       for (int width = kSlab / 2; width >= 2; width /= 2) {
         for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
       }
-      const double even = lane[0], odd = lane[1], zero = a.zeros == nullptr ? kSymmetricZero : 0;
-      terms[s * a.m + row] = {static_cast<float>(-offsets(even, odd, Unit()) - zero * (even + odd)),
-                              static_cast<float>(-(even + odd))};
+      const double even = lane[0], odd = lane[1], zero = a.zeros == nullptr && !kRounds ? kSymmetricZero : 0;
+      const double start = -offsets(even, odd, Unit()) - zero * (even + odd);
+      // Integers begin with the bits of +0, which -0.0 does not have.
+      terms[s * a.m + row] = {kRounds ? 0.0f : static_cast<float>(start), static_cast<float>(-(even + odd)), scale};
     }
   }
 
@@ -319,23 +476,24 @@ struct Int4Gemm {
 
   Scaling scaling(int64_t panel, int64_t group, int v) const {
     const int64_t at = (panel * groups + group) * kPanel + v * Vec::width;
-    return {load_scales(a.scales, a.scale_dtype, at), a.zeros == nullptr ? broadcast(0.0f) : load_zeros(a.zeros + at)};
+    const Vec symmetric = broadcast(kRounds ? static_cast<float>(kSymmetricZero) : 0.0f);
+    return {load_as(a.scale_dtype, a.scales, at), a.zeros == nullptr ? symmetric : load_zeros(a.zeros + at)};
   }
 
-  Vec with_span(Vec total, Vec sum, Scaling by, float minus_sum) const {
-    return fma(by.scale, a.zeros == nullptr ? sum : fma(by.zero, broadcast(minus_sum), sum), total);
+  Vec with_span(Vec total, Vec sum, Scaling by, const Terms& term) const {
+    if constexpr (kRounds) {
+      const Vec moved = fma(by.zero, broadcast(term.minus_sum), to_floats(sum));
+      return fma(by.scale * broadcast(term.scale), moved, total);
+    } else {
+      return fma(by.scale, a.zeros == nullptr ? sum : fma(by.zero, broadcast(term.minus_sum), sum), total);
+    }
   }
 
   void write(int64_t row, int64_t column, Vec total) const {
     if (column >= a.n) return;
     const int count = static_cast<int>(min(Vec::width, a.n - column));
-    T* to = static_cast<T*>(a.out) + row * a.n + column;
-    const T* bias = static_cast<const T*>(a.bias) + column;
-    if (count == Vec::width) {
-      store(to, a.bias == nullptr ? total : total + load(bias));
-    } else {
-      store_first(to, a.bias == nullptr ? total : total + load_first(bias, count), count);
-    }
+    const Vec biased = a.bias == nullptr ? total : total + load_first_as(a.dtype, a.bias, column, count);
+    store_first_as(a.dtype, a.out, row * a.n + column, biased, count);
   }
 
   // --- few rows ---
@@ -366,17 +524,17 @@ struct Int4Gemm {
               __builtin_prefetch(words + v / kPanelVecs * slabs * kWordsPerSlab + kPrefetchWords);
             word[v] = load_words(words + v / kPanelVecs * slabs * kWordsPerSlab + v % kPanelVecs * Vec::width);
           }
-          for_each_pair([&](auto i) __attribute__((always_inline)) {
+          for_each_piece<Unit>([&](auto i) __attribute__((always_inline)) {
 #pragma GCC unroll 8
             for (int v = 0; v < vecs; ++v) {
-              add_pair(sum, x + i.value * kPairUnits, stride, v, pair<i.value>(word[v]), Unit());
+              add_pair(sum, x + i.value * kPieceUnits, stride, v, piece<i.value, Unit>(word[v]), Unit());
             }
           });
         }
       });
       for (int v = 0; v < vecs; ++v) {
         const Scaling by = scaling(panel + v / kPanelVecs, group_of(s), v % kPanelVecs);
-        for (int r = 0; r < rows; ++r) total[r][v] = with_span(total[r][v], sum[r][v], by, term[r].minus_sum);
+        for (int r = 0; r < rows; ++r) total[r][v] = with_span(total[r][v], sum[r][v], by, term[r]);
       }
     }
     for (int r = 0; r < rows; ++r)
@@ -411,8 +569,8 @@ struct Int4Gemm {
 #pragma GCC unroll 4
       for (int v = 0; v < kPanelVecs; ++v) {
         const Words word = load_words(words + v * Vec::width);
-        for_each_pair([&](auto i) __attribute__((always_inline)) {
-          store_pair(to + i.value * kPairUnits * kPanel + v * Vec::width, pair<i.value>(word), Unit());
+        for_each_piece<Unit>([&](auto i) __attribute__((always_inline)) {
+          store_pair(to + i.value * kPieceUnits * kPanel + v * Vec::width, piece<i.value, Unit>(word), Unit());
         });
       }
       words += kPanel;
@@ -462,8 +620,8 @@ struct Int4Gemm {
       for (int v = 0; v < vecs; ++v) {
         const int at = r * kTileColumns + v * Vec::width;
         if (block.last) {
-          store(total + at, with_span(load(total + at), sum[r][v], {tile.scale[from + v], tile.zero[from + v]},
-                                      block.term[i + r].minus_sum));
+          store(total + at,
+                with_span(load(total + at), sum[r][v], {tile.scale[from + v], tile.zero[from + v]}, block.term[i + r]));
         } else {
           store(kept + at, sum[r][v]);
         }
@@ -596,14 +754,17 @@ inline void unpack_slab(uint8_t* codes, const uint32_t* words) {
 namespace HEADSTART_TIER {
 
 void int4_gemm(const Int4GemmArgs& a, const Parallel& parallel) {
-  switch (a.dtype) {
-    case Dtype::kFloat32:
-      return Int4Gemm<float>(a).run(parallel);
-    case Dtype::kFloat16:
-      return Int4Gemm<Float16>(a).run(parallel);
-    case Dtype::kBFloat16:
-      return Int4Gemm<BFloat16>(a).run(parallel);
+  if (a.int8_activations) {
+#if HEADSTART_TIER_AVX512 && !HEADSTART_EMULATE_BF16_DOT  // tests run both units on a CPU with VNNI
+    if (__builtin_cpu_supports("avx512vnni")) return Int4Gemm<ByteUnit<true>>(a).run(parallel);
+#endif
+    return Int4Gemm<ByteUnit<false>>(a).run(parallel);
   }
+  if (a.dtype == Dtype::kFloat32) return Int4Gemm<ExactUnit>(a).run(parallel);
+#if HEADSTART_TIER_BF16_DOT
+  if (a.dtype == Dtype::kBFloat16) return Int4Gemm<PairUnit>(a).run(parallel);
+#endif
+  Int4Gemm<FloatUnit>(a).run(parallel);
 }
 
 void int4_pack(const Int4PackArgs& a, const Parallel& parallel) {

@@ -50,26 +50,6 @@ struct MergeAttentionArgs {
   int64_t batch, heads, tokens, head_dim;
 };
 
-// headstart::KeyClusters, or the level of parents above them; offsets and thresholds are contiguous.
-struct ClusterArgs {
-  const void* centroids;       // [Hkv][count][D], dim contiguous
-  int64_t head, row;           // strides
-  const int32_t* offsets;      // [Hkv][count + 1]: of keys, or for parents of clusters
-  const float* log_threshold;  // [Hq], natural log
-  int64_t count;
-};
-
-struct CentroidLookupArgs {
-  Dtype dtype;
-  Tensor4 q;
-  ClusterArgs clusters, parents;  // parents.count 0: no parents
-  int64_t batch, heads_q, heads_kv, nq, head_dim;
-  int64_t block_q, max_columns;
-  float scale;
-  int32_t* column_count;  // [B, Hkv, R]
-  int32_t* column_index;  // [B, Hkv, R, max_columns]; entries past the count may be anything
-};
-
 struct Int4PackArgs {
   uint8_t* codes;  // [N, K] contiguous; one of the two is written
   uint32_t* packed;

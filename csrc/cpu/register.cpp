@@ -6,8 +6,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <vector>
-
+#include "../centroid_lookup.h"
 #include "../int4_gemm.h"
 #include "../prefill_index.h"
 #include "kernels.h"
@@ -197,123 +196,6 @@ Pair merge_attention(const Tensor out_a, const Tensor lse_a, const Tensor out_b,
   return {out, lse};
 }
 
-// Every head's offsets must rise from 0, to `last` unless that is negative.
-void check_offsets(const Checks& check, const char* argument, const int32_t* offsets, int64_t heads, int64_t count,
-                   int64_t last) {
-  for (int64_t h = 0; h < heads; ++h, offsets += count + 1) {
-    int32_t falls = 0;  // an int, so that the loop becomes vector code
-    for (int64_t j = 0; j < count; ++j) falls |= offsets[j + 1] < offsets[j] ? 1 : 0;
-    if (falls == 0 && offsets[0] == 0 && (last < 0 || offsets[count] == last)) continue;
-    std::string got;
-    for (int64_t j = 0; j < std::min<int64_t>(8, count + 1); ++j) {
-      got += (j == 0 ? "" : ", ") + std::to_string(offsets[j]);
-    }
-    check.fail(argument, "offsets that rise from 0" + (last < 0 ? "" : " to " + std::to_string(last)),
-               "[" + got + "]... in head " + std::to_string(h) + ", ending at " + std::to_string(offsets[count]));
-  }
-}
-
-void check_threshold(const Checks& check, const char* argument, const Tensor& threshold, int64_t hkv, int64_t hq,
-                     const Tensor& q) {
-  if (threshold.dim() == 0) {
-    check.tensor(argument, threshold, {ScalarType::Float}, {}, &q);
-  } else {
-    check.tensor(argument, threshold, {ScalarType::Float}, {"1, Hkv or Hq"}, &q);
-  }
-  const int64_t n = threshold.numel();
-  check.expect(n == 1 || n == hkv || n == hq, argument,
-               "1, " + std::to_string(hkv) + " or " + std::to_string(hq) + " values", n);
-}
-
-// ln of a threshold, for every query head; what is 0 or less keeps every cluster.
-std::vector<float> log_thresholds(const Checks& check, const char* argument, const Tensor& threshold, int64_t hq) {
-  const Tensor values = dense(threshold);
-  const auto* from = static_cast<const float*>(values.const_data_ptr());
-  std::vector<float> all(static_cast<size_t>(hq));
-  for (int64_t i = 0; i < values.numel(); ++i) check.expect(!std::isnan(from[i]), argument, "numbers", "nan");
-  for (int64_t h = 0; h < hq; ++h) {
-    all[static_cast<size_t>(h)] = std::log(std::max(from[h * values.numel() / hq], 0.0f));
-  }
-  return all;
-}
-
-Pair centroid_lookup(const Tensor q, const Tensor centroids, const Tensor cluster_offsets, const Tensor threshold,
-                     double scale, int64_t block_q, const OptionalTensor parent_centroids,
-                     const OptionalTensor parent_offsets, const OptionalTensor parent_threshold,
-                     const std::optional<int64_t> max_columns) {
-  const Checks check("centroid_lookup");
-  check.floating("q", q, {"B", "Hq", "Nq", "D"});
-  const int64_t b = q.size(0), hq = q.size(1), nq = q.size(2), d = q.size(3);
-  check.expect(d % 8 == 0 && d >= 8 && d <= 256, "q", "a head dim that is a multiple of 8 up to 256", d);
-  check.contiguous_last("q", q);
-  check.tensor("centroids", centroids, {q.scalar_type()}, {"Hkv", "C", d}, &q);
-  const int64_t hkv = centroids.size(0), clusters = centroids.size(1);
-  check.expect(hkv > 0 && hq % hkv == 0, "centroids", "a number of heads that divides q's " + std::to_string(hq), hkv);
-  check.expect(clusters > 0, "centroids", "at least one cluster", clusters);
-  check.contiguous_last("centroids", centroids);
-  check.tensor("cluster_offsets", cluster_offsets, {ScalarType::Int}, {hkv, clusters + 1}, &q);
-  if (parent_centroids.has_value() != parent_offsets.has_value()) {
-    check.fail(parent_centroids.has_value() ? "parent_offsets" : "parent_centroids",
-               "a tensor, since its partner is given", "None");
-  }
-  int64_t parents = 0;
-  if (parent_centroids.has_value()) {
-    check.tensor("parent_centroids", *parent_centroids, {q.scalar_type()}, {hkv, "P", d}, &q);
-    check.contiguous_last("parent_centroids", *parent_centroids);
-    parents = parent_centroids->size(1);
-    check.expect(parents > 0, "parent_centroids", "at least one parent", parents);
-    check.tensor("parent_offsets", *parent_offsets, {ScalarType::Int}, {hkv, parents + 1}, &q);
-  }
-  check_threshold(check, "threshold", threshold, hkv, hq, q);
-  if (parent_centroids.has_value() != parent_threshold.has_value()) {
-    const bool wanted = parent_centroids.has_value();
-    check.fail("parent_threshold", wanted ? "a threshold for the parents" : "None, since there are no parents",
-               wanted ? "None" : "one");
-  }
-  if (parent_threshold.has_value()) check_threshold(check, "parent_threshold", *parent_threshold, hkv, hq, q);
-  check.finite("scale", scale);
-  check.expect(block_q > 0, "block_q", "a positive number", block_q);
-  if (max_columns.has_value()) check.expect(*max_columns >= 0, "max_columns", "no negative number", *max_columns);
-
-  const OptionalTensor offsets = dense(cluster_offsets), of_parents = dense(parent_offsets);
-  check_offsets(check, "cluster_offsets", ints(offsets), hkv, clusters, -1);
-  if (parents > 0) check_offsets(check, "parent_offsets", ints(of_parents), hkv, parents, clusters);
-  const std::vector<float> limits = log_thresholds(check, "threshold", threshold, hq);
-  std::vector<float> parent_limits;
-  if (parents > 0) parent_limits = log_thresholds(check, "parent_threshold", *parent_threshold, hq);
-  int64_t columns = max_columns.value_or(0);
-  for (int64_t h = 0; !max_columns.has_value() && h < hkv; ++h) {
-    columns = std::max<int64_t>(columns, ints(offsets)[h * (clusters + 1) + clusters]);
-  }
-
-  const int64_t block = std::min(block_q, std::max<int64_t>(nq, 1)), rows = ceil_div(nq, block);
-  Tensor column_count = new_ints(q, {b, hkv, rows}), column_index = new_ints(q, {b, hkv, rows, columns});
-  auto* count = static_cast<int32_t*>(column_count.mutable_data_ptr());
-  if (hq == 0) std::fill_n(count, b * hkv * rows, 0);
-  if (b * hq * nq == 0) return {column_count, column_index};
-  const auto level = [](const Tensor& x, const OptionalTensor& offsets, const std::vector<float>& limits) {
-    return ClusterArgs{x.const_data_ptr(), x.stride(0), x.stride(1), ints(offsets), limits.data(), x.size(1)};
-  };
-  const CentroidLookupArgs args{
-      dtype_of(q),
-      view(q),
-      level(centroids, offsets, limits),
-      parents > 0 ? level(*parent_centroids, of_parents, parent_limits) : ClusterArgs{},
-      b,
-      hq,
-      hkv,
-      nq,
-      d,
-      block,
-      columns,
-      static_cast<float>(scale),
-      count,
-      static_cast<int32_t*>(column_index.mutable_data_ptr()),
-  };
-  kernels().centroid_lookup(args, threads());
-  return {column_count, column_index};
-}
-
 // --- int4 weights ------------------------------------------------------------------------------------------------
 
 Tensor int4_pack(const Tensor codes) {
@@ -340,6 +222,9 @@ Tensor int4_unpack(const Tensor packed, int64_t n, int64_t k) {
 }
 
 struct CpuKernels {
+  static void centroid_lookup(const CentroidLookupArgs& args, const Tensor&) {
+    kernels().centroid_lookup(args, threads());
+  }
   static constexpr int64_t kDenseRows = 0;
   static void int4_gemm(const Int4GemmArgs& args, const Tensor&) { kernels().int4_gemm(args, threads()); }
   static void vertical_slash_index(const VerticalSlashArgs& args, const Tensor&) {
@@ -362,7 +247,7 @@ STABLE_TORCH_LIBRARY_IMPL(HEADSTART_NAMESPACE, CPU, m) {
   m.impl("vertical_slash_index", TORCH_BOX(&headstart::vertical_slash_index<headstart::CpuKernels>));
   m.impl("block_topk_index", TORCH_BOX(&headstart::block_topk_index<headstart::CpuKernels>));
   m.impl("adaptive_block_index", TORCH_BOX(&headstart::adaptive_block_index<headstart::CpuKernels>));
-  m.impl("centroid_lookup", TORCH_BOX(&headstart::centroid_lookup));
+  m.impl("centroid_lookup", TORCH_BOX(&headstart::centroid_lookup<headstart::CpuKernels>));
   m.impl("int4_gemm", TORCH_BOX(&headstart::int4_gemm<headstart::CpuKernels>));
   m.impl("int4_pack", TORCH_BOX(&headstart::int4_pack));
   m.impl("int4_unpack", TORCH_BOX(&headstart::int4_unpack));

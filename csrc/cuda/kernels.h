@@ -40,27 +40,6 @@ const char* vertical_slash_index(const VerticalSlashArgs& args, void* workspace,
 const char* block_topk_index(const PrefillIndexArgs& args, void* workspace, CUstream_st* stream);
 const char* adaptive_block_index(const AdaptiveArgs& args, void* workspace, CUstream_st* stream);
 
-// Centroids of every KV head, each of which stands for a run: of permuted keys, or of the centroids one level below.
-struct CentroidLevel {
-  Tensor4 centroids;           // one batch, heads_kv heads, `count` tokens
-  const int32_t* run_offsets;  // [heads_kv][count + 1]
-  const float* threshold;      // [thresholds]: 1, heads_kv or heads_q
-  int64_t count, thresholds;
-};
-
-// The outputs are contiguous: column_count [B, Hkv, R], column_index [B, Hkv, R, capacity].
-struct CentroidLookupArgs {
-  Dtype dtype;
-  Tensor4 q;
-  CentroidLevel clusters, parents;  // parents.count is 0 where there are none
-  int64_t batch, heads_q, heads_kv, nq, head_dim;
-  int64_t block_q;  // 1 to nq
-  float scale;
-  int32_t* column_count;
-  int32_t* column_index;
-  int64_t capacity;
-};
-
 // The lookup needs a workspace, too. Entries of column_index past a row's count are left as they are.
 int64_t centroid_lookup_workspace(const CentroidLookupArgs& args);
 const char* centroid_lookup(const CentroidLookupArgs& args, void* workspace, CUstream_st* stream);

@@ -8,11 +8,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
+#include "../centroid_lookup.h"
 #include "../int4_gemm.h"
 #include "../prefill_index.h"
 #include "kernels.h"
@@ -90,6 +89,10 @@ struct CudaKernels {
     launch("adaptive_block_index", args, q, cuda::adaptive_workspace, cuda::adaptive_block_index);
   }
 
+  static void centroid_lookup(const CentroidLookupArgs& args, const Tensor& q) {
+    launch("centroid_lookup", args, q, cuda::centroid_lookup_workspace, cuda::centroid_lookup);
+  }
+
   // Where a GEMM of 16-bit weights, bound by its operations, gains more than writing and reading them costs (5 bytes a
   // weight). Not yet measured on a GPU. From here on a row's result may depend on the number of rows, as torch's does.
   static constexpr int64_t kDenseRows = 1024;
@@ -105,93 +108,6 @@ struct CudaKernels {
   }
 };
 
-// The last offset of every head is the number of its keys. Waits for the device.
-int64_t most_keys(Tensor cluster_offsets) {
-  const Tensor last = torch::stable::narrow(cluster_offsets, 1, cluster_offsets.size(1) - 1, 1);
-  const Tensor here = dense(torch::stable::to(last, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
-  const auto* values = static_cast<const int32_t*>(here.const_data_ptr());
-  return std::max<int64_t>(*std::max_element(values, values + here.size(0)), 0);
-}
-
-Pair centroid_lookup(const Tensor q, const Tensor centroids, const Tensor cluster_offsets, const Tensor threshold,
-                     double scale, int64_t block_q, const OptionalTensor parent_centroids,
-                     const OptionalTensor parent_offsets, const OptionalTensor parent_threshold,
-                     const std::optional<int64_t> max_columns) {
-  const Checks check("centroid_lookup");
-  check.floating("q", q, {"B", "Hq", "Nq", "D"});
-  const int64_t batch = q.size(0), heads_q = q.size(1), nq = q.size(2), d = q.size(3);
-  check.expect(d % 8 == 0 && d >= 8 && d <= 256, "q", "a head dim that is a multiple of 8 up to 256", d);
-  check.contiguous_last("q", q);
-  check.tensor("centroids", centroids, {q.scalar_type()}, {"Hkv", "C", d}, &q);
-  const int64_t heads = centroids.size(0), clusters = centroids.size(1);
-  check.expect(heads > 0 && heads_q % heads == 0, "centroids",
-               "a number of heads that divides q's " + std::to_string(heads_q), heads);
-  check.expect(clusters > 0, "centroids", "at least one cluster", clusters);
-  check.contiguous_last("centroids", centroids);
-  check.tensor("cluster_offsets", cluster_offsets, {ScalarType::Int}, {heads, clusters + 1}, &q);
-  if (parent_centroids.has_value() != parent_offsets.has_value()) {
-    check.fail(parent_offsets.has_value() ? "parent_centroids" : "parent_offsets",
-               "a tensor, since its partner is given", "None");
-  }
-  if (parent_centroids.has_value()) {
-    check.tensor("parent_centroids", *parent_centroids, {q.scalar_type()}, {heads, "P", d}, &q);
-    check.contiguous_last("parent_centroids", *parent_centroids);
-    const int64_t parents = parent_centroids->size(1);
-    check.expect(parents > 0, "parent_centroids", "at least one parent", parents);
-    check.tensor("parent_offsets", *parent_offsets, {ScalarType::Int}, {heads, parents + 1}, &q);
-  }
-  const auto check_threshold = [&](const char* argument, const Tensor& x) {
-    check.tensor(argument, x, {ScalarType::Float}, x.dim() > 0 ? std::vector<Dim>{"1, Hkv or Hq"} : std::vector<Dim>{},
-                 &q);
-    const int64_t size = x.dim() > 0 ? x.size(0) : 1;
-    check.expect(size == 1 || size == heads || size == heads_q, argument,
-                 "1, " + std::to_string(heads) + " or " + std::to_string(heads_q) + " values", size);
-    return size;
-  };
-  cuda::CentroidLookupArgs args{};
-  args.clusters.thresholds = check_threshold("threshold", threshold);
-  if (parent_centroids.has_value() != parent_threshold.has_value()) {
-    check.fail("parent_threshold",
-               parent_threshold.has_value() ? "None, since there are no parents" : "a threshold for the parents",
-               parent_threshold.has_value() ? "one" : "None");
-  }
-  if (parent_threshold.has_value()) args.parents.thresholds = check_threshold("parent_threshold", *parent_threshold);
-  check.finite("scale", scale);
-  check.expect(block_q > 0, "block_q", "a positive number", block_q);
-  if (max_columns.has_value()) {
-    check.expect(*max_columns >= 0, "max_columns", "no negative number", *max_columns);
-  }
-
-  const Tensor offsets = dense(cluster_offsets), thresholds = dense(threshold);
-  const OptionalTensor children = dense(parent_offsets), parent_thresholds = dense(parent_threshold);
-  const auto level = [](cuda::CentroidLevel& to, const Tensor& x, const Tensor& run_offsets, const Tensor& limits) {
-    to.centroids = {x.const_data_ptr(), 0, x.stride(0), x.stride(1)};
-    to.run_offsets = static_cast<const int32_t*>(run_offsets.const_data_ptr());
-    to.threshold = static_cast<const float*>(limits.const_data_ptr());
-    to.count = x.size(1);
-  };
-  level(args.clusters, centroids, offsets, thresholds);
-  if (parent_centroids.has_value()) level(args.parents, *parent_centroids, *children, *parent_thresholds);
-  args.dtype = dtype_of(q);
-  args.q = view(q);
-  args.batch = batch;
-  args.heads_q = heads_q;
-  args.heads_kv = heads;
-  args.nq = nq;
-  args.head_dim = d;
-  args.block_q = std::max<int64_t>(1, std::min(block_q, nq));
-  args.scale = static_cast<float>(scale);
-  args.capacity = max_columns.has_value() ? *max_columns : most_keys(cluster_offsets);
-  const int64_t rows = ceil_div(nq, args.block_q);
-  Tensor count = new_ints(q, {batch, heads, rows});
-  Tensor index = new_ints(q, {batch, heads, rows, args.capacity});
-  args.column_count = static_cast<int32_t*>(count.mutable_data_ptr());
-  args.column_index = static_cast<int32_t*>(index.mutable_data_ptr());
-  if (heads_q == 0) torch::stable::zero_(count);
-  launch("centroid_lookup", args, q, cuda::centroid_lookup_workspace, cuda::centroid_lookup);
-  return {count, index};
-}
-
 }  // namespace
 }  // namespace headstart
 
@@ -201,5 +117,5 @@ STABLE_TORCH_LIBRARY_IMPL(HEADSTART_NAMESPACE, CUDA, m) {
   m.impl("block_topk_index", TORCH_BOX(&headstart::block_topk_index<headstart::CudaKernels>));
   m.impl("adaptive_block_index", TORCH_BOX(&headstart::adaptive_block_index<headstart::CudaKernels>));
   m.impl("int4_gemm", TORCH_BOX(&headstart::int4_gemm<headstart::CudaKernels>));
-  m.impl("centroid_lookup", TORCH_BOX(&headstart::centroid_lookup));
+  m.impl("centroid_lookup", TORCH_BOX(&headstart::centroid_lookup<headstart::CudaKernels>));
 }

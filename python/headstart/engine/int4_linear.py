@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import nn
 
+from ..offline.int4_quantize import choose_layers
 from ..ops.int4_gemm import Int4Weight, _int4_gemm
 
 PANEL, SLAB = 16, 32  # of the packed layout (csrc/layouts/int4.h)
@@ -20,6 +21,9 @@ class Int4Linear(nn.Module):
     - ``packed``, ``scales``, ``zeros``: as in `Int4Weight`; zeros is None if symmetric;
     - ``permutation`` int32 [K], or None without act-order: the one tensor without an out dim;
     - ``bias`` [N] or None.
+
+    ``int8_activations`` is an attribute, False at first: see `headstart.int4_gemm`; ``headstart.patch(model,
+    linear="int8")`` sets it in all layers of a model.
 
     ``to(dtype)`` casts the bias alone: the codes were chosen for the scales as they are, and the kernels take scales of
     any of the three dtypes beside activations of any.
@@ -48,6 +52,7 @@ class Int4Linear(nn.Module):
     ):
         super().__init__()
         self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
+        self.int8_activations = False
         panels = -(-out_features // PANEL)
         groups = 1 if group_size == -1 else -(-in_features // group_size)
 
@@ -88,7 +93,8 @@ class Int4Linear(nn.Module):
             x = x.contiguous()
         bias = None if self.bias is None else self.bias.to(x.dtype)
         n = min(self.out_features, PANEL * self.packed.shape[0])  # a shard has fewer panels
-        return _int4_gemm(x, self.packed, self.scales, self.zeros, bias, group_size=self.group_size, n=n)
+        options = {"group_size": self.group_size, "n": n, "int8_activations": self.int8_activations}
+        return _int4_gemm(x, self.packed, self.scales, self.zeros, bias, **options)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Int4Linear:
         """`nn.Module.to` and its like: all but the bias keep their dtype."""
@@ -107,3 +113,17 @@ class Int4Linear(nn.Module):
 
 def _frozen(t: torch.Tensor | None) -> nn.Parameter | None:
     return None if t is None else nn.Parameter(t.detach(), requires_grad=False)
+
+
+def quantize_linears(
+    model: nn.Module, group_size: int = 128, symmetric: bool = False, exclude: Collection[str] = ()
+) -> nn.Module:
+    """Puts an `Int4Linear` in the place of every linear layer that `choose_layers` names; returns the model.
+
+    Rounds to nearest, as `headstart quantize` does; see `Int4Weight.quantize` for the arguments.
+    """
+    for name in choose_layers(model, exclude):
+        linear = model.get_submodule(name)
+        weight = Int4Weight.quantize(linear.weight.detach(), group_size, symmetric)
+        model.set_submodule(name, Int4Linear.from_weight(weight, linear.bias))
+    return model

@@ -17,7 +17,9 @@ import time
 import torch
 import torch.nn.functional as F
 
-MODES = ("auto", "fp32", "model")
+from .int4_linear import Int4Linear
+
+MODES = ("auto", "fp32", "int8", "model")
 
 # Fewer rows than this do not repay the conversion of the weight.
 MIN_ROWS = 64
@@ -36,8 +38,13 @@ def attach_all(model: torch.nn.Module, mode: str) -> None:
         attach_mlp(module)
 
 
-def attach(module: torch.nn.Linear, mode: str) -> None:
-    """Gives a plain linear layer the forward below; a layer whose forward was replaced is left alone."""
+def attach(module: torch.nn.Module, mode: str) -> None:
+    """Gives a plain linear layer the forward below; a layer whose forward was replaced is left alone.
+
+    In mode "int8", an `Int4Linear` may round its activations.
+    """
+    if mode == "int8" and isinstance(module, Int4Linear) and not module.int8_activations:
+        module.int8_activations = module._headstart_int8 = True
     if type(module) is torch.nn.Linear and "forward" not in vars(module):
         module._headstart_linear = mode
         module.forward = functools.partial(_forward, module)
@@ -53,6 +60,8 @@ def attach_mlp(module: torch.nn.Module) -> None:
 
 def detach(module: torch.nn.Module) -> None:
     vars(module).pop("_headstart_linear", None)
+    if vars(module).pop("_headstart_int8", False):
+        module.int8_activations = False
     forward = vars(module).get("forward")  # a hook put over ours later stays, and finds no mode under it
     if isinstance(forward, functools.partial) and forward.func in (_forward, _mlp_forward):
         del module.forward

@@ -36,7 +36,8 @@ def patch(model: Model, prefill: str | os.PathLike | PrefillPlan = "adaptive", l
         prefill: "adaptive", "vertical_slash", "a_shape", "block_topk", "dense" (exact), a `PrefillPlan`, or the path of
             one.
         linear: how half-precision linear layers run in prefill on a CPU: "fp32" computes in float32 and rounds
-            once, "auto" does so where this CPU is measured to be faster that way, "model" leaves them alone.
+            once, "auto" does so where this CPU is measured to be faster that way, "model" leaves them alone. "int8"
+            is "auto", and lets `Int4Linear` round its activations to int8 (see `headstart.int4_gemm`).
 
     Raises:
         ValueError: for a model, a prefill or a linear that is none of these, or a plan for another model.

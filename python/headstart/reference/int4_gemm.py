@@ -119,6 +119,21 @@ def unpack_nibbles(words: torch.Tensor, columns: int, places: tuple[int, ...] = 
 
 # --- the product ----------------------------------------------------------------------------------------------------
 
+ROUNDED_COLUMNS = 256  # that share a scale of x, at most
+
+
+def round_to_int8(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """float32 [..., K]: x as 8-bit integers times scales, one for each row and span of a group."""
+    k = x.shape[-1]
+    group = k if group_size == -1 else min(group_size, k)
+    parts = []
+    for start in range(0, k, group):
+        for columns in x[..., start : start + group].float().split(ROUNDED_COLUMNS, -1):
+            scale = columns.abs().amax(-1, keepdim=True) / 127
+            scale = torch.where(scale < 1e-30 / 127, 0, scale)  # the reciprocal of a smaller one overflows
+            parts.append((columns * torch.where(scale > 0, 1 / scale, 0)).round() * scale)
+    return torch.cat(parts, -1) if parts else x.float()
+
 
 def int4_gemm(x, packed, scales, zeros=None, bias=None, *, group_size: int, n: int) -> torch.Tensor:
     codes = unpack(packed, n, x.shape[-1])
