@@ -178,10 +178,14 @@ inline void store_first_as(Dtype dtype, void* to, int64_t at, Vec x, int n) {
   }
 }
 
-// For |x| < 2^22: the adder rounds to an integer, to even from half way.
+// For |x| < 2^22; to even from half way. (The generic round_to_whole is for exponents, and begins at -126.)
 inline Vec nearest_whole(Vec x) {
-  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23
+#if HEADSTART_TIER_AVX512 || HEADSTART_TIER_AVX2
+  return round_to_whole(x);
+#else
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: the adder rounds to an integer
   return (x + magic) - magic;
+#endif
 }
 
 // --- what depends on the unit: floats, bf16 pairs, or bytes --------------------------------------------------------
