@@ -171,8 +171,8 @@ def bitmap_gemm(x: torch.Tensor, weight: BitmapWeight, bias: torch.Tensor | None
         bias: [N] in x's dtype, or None.
 
     Returns:
-        [..., N] in x's dtype; sums are float32. A quantised weight is its value times its scale, which a kernel may round to
-        the scale's dtype as `decompress` does, or not.
+        [..., N] in x's dtype; sums are float32. A quantised weight is its value times its scale, which a kernel may
+        round to the scale's dtype as `decompress` does, or not.
 
     Raises:
         ValueError or RuntimeError: naming the argument, what was expected and what was got.
