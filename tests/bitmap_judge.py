@@ -220,3 +220,6 @@ def check_strides(dtype):
     ):
         x = x.to(dtype) if x.is_contiguous() else torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x)
         assert check(x, w).shape == shape
+    # No columns: nothing to add but the bias.
+    empty, bias = random_weight(5, 0, 0.5, dtype), torch.randn(5).to(dtype)
+    assert torch.equal(gemm(torch.empty(2, 0, dtype=dtype), empty, bias), bias.expand(2, 5))
