@@ -154,6 +154,17 @@ def check_damaged(dtype, values="same"):
     assert torch.equal(decompress(dataclasses.replace(w, bitmask=padded)), truth(w, dtype))
 
 
+def check_far():
+    """Values and output rows more than 2^31 elements from where their tensors begin; nothing between is touched."""
+    n, k, first, stride = 4, 300, 2**31 + 13, 2**30
+    w = random_bits(n, k, 0.5, torch.int8)
+    values, bitmask, row_offsets = reference.compress(w)
+    far, out = (torch.empty(size, dtype=torch.int8) for size in (first + len(values), 3 * stride + k))
+    far[first:], out = values, out.as_strided((n, k), (stride, 1))
+    DECOMPRESS(far, bitmask, row_offsets + first, k, scales=None, group_size=-1, out=out)
+    assert torch.equal(out, w)
+
+
 # --- products --------------------------------------------------------------------------------------------------------
 
 

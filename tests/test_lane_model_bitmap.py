@@ -111,6 +111,10 @@ def test_decompress_scales(kernels, n, k, values, dtype):
         judge.check_scaled(n, k, 0.5, dtype, values, group_size, offset=n % 4)
 
 
+def test_decompress_past_two_to_the_31(kernels):
+    judge.check_far()
+
+
 @judge.by_dtype
 @pytest.mark.parametrize("values", ["same", "int8", "int4"])
 def test_decompress_rows_anywhere_and_damage(kernels, values, dtype):

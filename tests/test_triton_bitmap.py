@@ -56,6 +56,11 @@ def test_decompress_scales(kernels, values, dtype):
 
 
 @interpreted
+def test_decompress_past_two_to_the_31(kernels):
+    judge.check_far()
+
+
+@interpreted
 @judge.by_dtype
 @pytest.mark.parametrize("values", ["same", "int8", "int4"])
 def test_decompress_rows_anywhere_and_damage(kernels, values, dtype):

@@ -38,23 +38,26 @@ struct GemmPlan : BitmapPlan {
   int64_t groups_of_tiles;
 };
 
-// `columns` elements of x, the first of them of column 0 of 16 bytes; zeros behind them.
-template <typename T>
-__device__ __forceinline__ uint4 load_x(const T* from, int64_t columns, bool vectors) {
-  constexpr int kUnit = kUnitBytes / static_cast<int>(sizeof(T));
-  if (columns <= 0) return {0, 0, 0, 0};
-  if (vectors) return __ldg(reinterpret_cast<const uint4*>(from));
-  uint32_t words[4] = {0, 0, 0, 0};
+// 16 bytes of x, of which `columns` elements are there; zeros behind them.
+template <bool kVectors, typename T>
+__device__ __forceinline__ uint4 load_x(const T* from, int64_t columns) {
+  uint4 unit = {0, 0, 0, 0};
+  if constexpr (kVectors) {
+    load_if(columns > 0, unit, reinterpret_cast<const uint4*>(from));
+  } else {
+    constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
+    uint32_t* words[4] = {&unit.x, &unit.y, &unit.z, &unit.w};
 #pragma unroll
-  for (int i = 0; i < kUnit; ++i) {
-    if (i >= columns) break;
-    if constexpr (sizeof(T) == 4) {
-      words[i] = __float_as_uint(from[i]);
-    } else {
-      words[i / 2] |= static_cast<uint32_t>(from[i].bits) << i % 2 * 16;
+    for (int i = 0; i < 4 * kPerWord; ++i) {
+      if (i >= columns) break;
+      if constexpr (kPerWord == 1) {
+        *words[i] = __float_as_uint(from[i]);
+      } else {
+        *words[i / 2] |= static_cast<uint32_t>(from[i].bits) << i % 2 * 16;
+      }
     }
   }
-  return {words[0], words[1], words[2], words[3]};
+  return unit;
 }
 
 // Adds the segments' sums [kTileRows][rows], which `sums(warp)` holds, and writes the block's outputs of `rows` rows of x.
@@ -88,7 +91,8 @@ __global__ void __launch_bounds__(kBitmapThreads, 2)
   for (int r = 0; r < kTileRows; ++r) sums[r] = 0.0f;
   uint4 x = {0, 0, 0, 0}, even = x;
   const auto begin = [&](int64_t column) {
-    x = load_x(static_cast<const T*>(args.x) + column, args.weight.k - column, plan.x_vectors);
+    const T* from = static_cast<const T*>(args.x) + column;
+    x = plan.x_vectors ? load_x<true>(from, args.weight.k - column) : load_x<false>(from, args.weight.k - column);
   };
   const auto multiply = [&](int row, const uint4& unit) {
     if (row % 2 == 0) {
@@ -141,10 +145,6 @@ __global__ void __launch_bounds__(kBitmapThreads, 2)
     return reinterpret_cast<uint4*>(weights + row * kRowBytes + bitmap::tile_unit(row, unit) * kUnitBytes);
   };
   const auto keep = [&](int row, const uint4& unit) { *at(row, Tile::lane()) = unit; };
-  const auto x_unit = [&](int row, int64_t column) -> uint4 {
-    if (row >= rows) return {0, 0, 0, 0};
-    return load_x(x + row * args.x_row + column, args.weight.k - column, plan.x_vectors);
-  };
   const auto multiply = [&](int64_t first_column) {
     if constexpr (std::is_same_v<T, float>) {
       for (int unit = 0; unit < 32; ++unit) {
@@ -155,7 +155,11 @@ __global__ void __launch_bounds__(kBitmapThreads, 2)
           if (r * mma::kColumns >= rows) break;
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const uint4 w = left[i / 2], right = x_unit(r * mma::kColumns + 2 * t + i % 2, column);
+            const int row = r * mma::kColumns + 2 * t + i % 2;
+            const int64_t columns = row < rows ? args.weight.k - column : 0;
+            const T* from = x + row * args.x_row + column;
+            const uint4 w = left[i / 2],
+                        right = plan.x_vectors ? load_x<true>(from, columns) : load_x<false>(from, columns);
             float& sum = sums[r][i];
             sum = fmaf(__uint_as_float(w.x), __uint_as_float(right.x), sum);
             sum = fmaf(__uint_as_float(w.y), __uint_as_float(right.y), sum);
@@ -165,17 +169,36 @@ __global__ void __launch_bounds__(kBitmapThreads, 2)
         }
       }
     } else {
-#pragma unroll(kRowTiles > 1 ? 1 : 4)
-      for (int word = 0; word < Tile::kUnit; ++word) {
-        const int64_t column = first_column + (4 * word + t) * Tile::kUnit;
-        const uint4 low = *at(g, 4 * word + t), high = *at(g + 8, 4 * word + t);
-        const uint32_t first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
+      // x of some words at a time, so that one wait is for all.
+      constexpr int kWords = kRowTiles == 1 ? Tile::kUnit : 2;
+#pragma unroll 1
+      for (int begin = 0; begin < Tile::kUnit; begin += kWords) {
+        uint4 right[kWords][kRowTiles];
+        const auto load = [&](auto vectors) {
 #pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
-          if (r * mma::kColumns >= rows) break;
-          const uint4 right = x_unit(r * mma::kColumns + g, column);
-          multiply_add<T>(sums[r], first, right.x, right.y);
-          multiply_add<T>(sums[r], second, right.z, right.w);
+          for (int i = 0; i < kWords * kRowTiles; ++i) {
+            const int row = i % kRowTiles * mma::kColumns + g, word = begin + i / kRowTiles;
+            const int64_t column = first_column + (4 * word + t) * Tile::kUnit;
+            right[i / kRowTiles][i % kRowTiles] = load_x<decltype(vectors)::value>(
+                x + row * args.x_row + column, row < rows ? args.weight.k - column : 0);
+          }
+        };
+        if (plan.x_vectors) {
+          load(std::true_type{});
+        } else {
+          load(std::false_type{});
+        }
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) {
+          const int unit = 4 * (begin + i) + t;
+          const uint4 low = *at(g, unit), high = *at(g + 8, unit);
+          const uint32_t first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
+#pragma unroll
+          for (int r = 0; r < kRowTiles; ++r) {
+            if (r * mma::kColumns >= rows) break;
+            multiply_add<T>(sums[r], first, right[i][r].x, right[i][r].y);
+            multiply_add<T>(sums[r], second, right[i][r].z, right[i][r].w);
+          }
         }
       }
     }
@@ -203,8 +226,9 @@ const char* start_rows(const BitmapGemmArgs& args, GemmPlan plan, CUstream_st* s
                 Tile::kBlockBytes + kBitmapWarps * kTileRows * kRowBytes, stream, args, plan);
 }
 
-template <typename T, typename Tile>
+template <typename T, int kStored, bool kScaled>
 const char* start(const BitmapGemmArgs& args, CUstream_st* stream) {
+  using Tile = BitmapTile<T, kStored, kScaled>;
   constexpr int kUnit = Tile::kUnit;
   GemmPlan plan{bitmap_plan<Tile>(args.weight), false, 0};
   plan.x_vectors = reinterpret_cast<uintptr_t>(args.x) % kUnitBytes == 0 && args.weight.k % kUnit == 0 &&
@@ -214,9 +238,10 @@ const char* start(const BitmapGemmArgs& args, CUstream_st* stream) {
     return args.m <= mma::kColumns ? start_rows<T, Tile, 1>(args, plan, stream)
                                    : start_rows<T, Tile, 2>(args, plan, stream);
   } else {
-    if (args.m == 1) {
-      return launch(bitmap_gemv_kernel<T, Tile>, plan.groups_of_tiles, kBitmapThreads, Tile::kBlockBytes, stream, args,
-                    plan);
+    using OneRow = BitmapTile<T, kStored, kScaled, true>;
+    if (args.m == 1 && (!kScaled || plan.unit_scales)) {
+      return launch(bitmap_gemv_kernel<T, OneRow>, plan.groups_of_tiles, kBitmapThreads, OneRow::kBlockBytes, stream,
+                    args, plan);
     }
     return args.m <= mma::kColumns ? start_rows<T, Tile, 1>(args, plan, stream)
                                    : start_rows<T, Tile, 4>(args, plan, stream);
@@ -225,9 +250,8 @@ const char* start(const BitmapGemmArgs& args, CUstream_st* stream) {
 
 template <typename T>
 const char* run(const BitmapGemmArgs& args, CUstream_st* stream) {
-  if (args.weight.scales == nullptr) return start<T, BitmapTile<T, 8 * sizeof(T), false>>(args, stream);
-  return args.weight.value_bits == 8 ? start<T, BitmapTile<T, 8, true>>(args, stream)
-                                     : start<T, BitmapTile<T, 4, true>>(args, stream);
+  if (args.weight.scales == nullptr) return start<T, 8 * sizeof(T), false>(args, stream);
+  return args.weight.value_bits == 8 ? start<T, 8, true>(args, stream) : start<T, 4, true>(args, stream);
 }
 
 }  // namespace

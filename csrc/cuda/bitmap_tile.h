@@ -57,14 +57,15 @@ inline __device__ uint32_t lowest_bits(uint32_t word, int count) {
 }
 
 // Out: the weights; raw ones are uint8_t, uint16_t or uint32_t, or in a product Float16, BFloat16 or float. kStored: bits
-// of a value in memory, 4 or 8 with scales.
-template <typename Out, int kStored, bool kScaled, int kBatch = 4>
+// of a value in memory, 4 or 8 with scales. kUnitScales: a unit's columns are known to have one scale.
+template <typename Out, int kStored, bool kScaled, bool kUnitScales = false>
 class BitmapTile {
  public:
   static constexpr int kUnit = kUnitBytes / static_cast<int>(sizeof(Out));  // columns of a lane
   static constexpr int kColumns = 32 * kUnit;                               // of a chunk
 
  private:
+  static constexpr int kBatch = 4;                               // rows whose windows are under way at a time
   static constexpr int kWords = kUnit, kLaneWords = kWords / 2;  // of the mask: of a row, of a lane
   static constexpr int kValuesPerWord = 32 / kStored;
   static constexpr int kQueue = kUnit * kStored > 32 ? kUnit * kStored / 32 : 1;  // words that a unit's values fill
@@ -95,7 +96,6 @@ class BitmapTile {
   template <bool kUnrolled, typename Begin, typename Each, typename End>
   __device__ __forceinline__ void walk(const Begin& chunk_begin, const Each& each, const End& chunk_end) {
     find_rows();
-    Window windows[kBatch] = {};  // here, since a load that may not happen takes its register's old value on
     uint32_t words[kLaneWords];
     load_masks(words, begin_);
     for (int chunk = begin_; chunk < end_; ++chunk) {
@@ -104,6 +104,8 @@ class BitmapTile {
       const int64_t first_column = static_cast<int64_t>(chunk) * kColumns, column = first_column + lane() * kUnit;
       chunk_begin(column);
       find_group(column);
+      // One set for all rows: a load that may not happen takes its register's old value on.
+      Window windows[kBatch] = {};
 #pragma unroll(kUnrolled ? kTileRows / kBatch : 1)
       for (int first = 0; first < kTileRows; first += kBatch) {
 #pragma unroll
@@ -254,7 +256,7 @@ class BitmapTile {
 #pragma unroll
     for (int i = 0; i < kWindow; ++i) load_if(end > 32 * i, window.words[i], from + i);
     if constexpr (kScaled) {
-      window.scale = window.bits != 0 && plan_.unit_scales ? scale_bits(row, group_) : 0;
+      window.scale = window.bits != 0 && one_scale() ? scale_bits(row, group_) : 0;
     }
   }
 
@@ -298,6 +300,8 @@ class BitmapTile {
     }
   }
 
+  __device__ __forceinline__ bool one_scale() const { return kUnitScales || plan_.unit_scales; }
+
   // As it lies in memory: turning it into a float waits for it.
   __device__ __forceinline__ uint32_t scale_bits(int row, int64_t group) const {
     const int64_t at = (first_row_ + row) * plan_.groups + group;
@@ -322,7 +326,7 @@ class BitmapTile {
       const uint32_t word = moved[i / 4] ^ kSign * 0x01010101u;
       weights[i] = __uint_as_float(permute_bytes(word, kMagic, 0x7440 + i % 4)) - kOffset;
     }
-    if (plan_.unit_scales) {
+    if (one_scale()) {
       const float scale = scale_of(window.scale);
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) weights[i] *= scale;

@@ -81,6 +81,12 @@ __device__ __forceinline__ void load_if(bool wanted, uint32_t& to, const uint32_
       : "l"(from), "r"(static_cast<int>(wanted)));
 }
 
+__device__ __forceinline__ void load_if(bool wanted, uint4& to, const uint4* from) {
+  asm("{ .reg .pred wanted; setp.ne.b32 wanted, %5, 0; @wanted ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4]; }"
+      : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
+      : "l"(from), "r"(static_cast<int>(wanted)));
+}
+
 // Byte i of the result is the one that nibble i of the selector names, 0 to 3 of a, 4 to 7 of b.
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t result;

@@ -342,6 +342,9 @@ uint32_t pair_from_floats(float low, float high) {
 inline void load_if(bool wanted, uint32_t& to, const uint32_t* from) {
   to = wanted ? __ldg(from) : 0xA5A5A5A5u;  // in place of what happens to be there
 }
+inline void load_if(bool wanted, uint4& to, const uint4* from) {
+  if (wanted) to = __ldg(from);
+}
 
 inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t result = 0;
