@@ -72,7 +72,7 @@ def kernels(request, library, monkeypatch):
         assert error is None, error.decode()
 
     def gemm(x, values, bitmask, row_offsets, bias=None, *, cols, scales, group_size):
-        rows, n = x.reshape(-1, x.shape[-1]), len(bitmask)
+        rows, n = x.reshape(x.shape[:-1].numel(), x.shape[-1]), len(bitmask)
         out = torch.full((len(rows) * n + 64,), math.nan, dtype=x.dtype)
         weight = weight_of(values, bitmask, row_offsets, cols, scales, group_size)
         at = None if bias is None else bias.data_ptr()

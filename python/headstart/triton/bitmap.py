@@ -256,8 +256,8 @@ def bitmap_decompress(values, bitmask, row_offsets, cols: int, *, scales=None, g
 def bitmap_gemm(x, values, bitmask, row_offsets, bias=None, *, cols: int, scales=None, group_size: int = -1):
     """`torch.ops.headstart.bitmap_gemm` on Triton; see `ops/bitmap.py` for the contract."""
     n = bitmask.shape[0]
-    rows = x.reshape(-1, cols)
-    m = rows.shape[0]
+    m = x.shape[:-1].numel()
+    rows = x.reshape(m, cols)
     if m >= DENSE_ROWS or cols == 0:
         dense = x.new_empty(n, cols)
         decompress_to(dense, values, bitmask, row_offsets, cols, scales, group_size)
