@@ -87,7 +87,7 @@ def quantize(w: torch.Tensor, group_size: int, bits: int) -> tuple[torch.Tensor,
 
 
 def bitmap_gemm(x, values, bitmask, row_offsets, bias=None, *, cols, scales, group_size) -> torch.Tensor:
-    dtype = values.dtype if scales is None else scales.dtype
+    dtype = values.dtype if scales is None else torch.float32
     w = torch.empty(bitmask.shape[0], cols, dtype=dtype, device=x.device)
     decompress(values, bitmask, row_offsets, scales=scales, group_size=group_size, out=w)
     out = x.float() @ w.float().mT
