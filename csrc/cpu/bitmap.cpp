@@ -396,6 +396,13 @@ inline bool aligned(const void* p, int64_t row_bytes) {
   return reinterpret_cast<uintptr_t>(p) % 64 == 0 && row_bytes % 64 == 0;
 }
 
+// After a thread's streaming stores, before another one reads.
+inline void fence(bool streaming) {
+#if HEADSTART_TIER_AVX2 || HEADSTART_TIER_AVX512
+  if (streaming) _mm_sfence();
+#endif
+}
+
 template <typename T, bool streaming>
 inline void decompress_row(const Rows& rows, int64_t n, T* to, T* scratch) {
   const T* p = rows.values(n, scratch);
@@ -432,32 +439,41 @@ inline void decompress_raw(const BitmapDecompressArgs& a, const Parallel& parall
   for_each_row<T>(rows, row_bytes, parallel, [&](int64_t n, T* scratch) {
     T* to = static_cast<T*>(a.out) + n * a.out_row;
     streaming ? decompress_row<T, true>(rows, n, to, scratch) : decompress_row<T, false>(rows, n, to, scratch);
-#if HEADSTART_TIER_AVX2 || HEADSTART_TIER_AVX512
-    if (streaming) _mm_sfence();
-#endif
+    fence(streaming);
   });
+}
+
+// A multiple of 64 bytes, to an aligned place, past the caches.
+inline void stream_copy(void* to, const void* from, int64_t bytes) {
+#if HEADSTART_TIER_AVX2 || HEADSTART_TIER_AVX512
+  for (int64_t i = 0; i < bytes; i += 32) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const char*>(from) + i));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(static_cast<char*>(to) + i), x);
+  }
+#else
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+#endif
 }
 
 template <typename T>
 inline void decompress_scaled(const BitmapDecompressArgs& a, const Parallel& parallel) {
   const Rows rows(a.weight);
-  const int64_t row_bytes = a.weight.k * static_cast<int64_t>(sizeof(T));
+  const int64_t size = static_cast<int64_t>(sizeof(T)), row_bytes = a.weight.k * size;
+  const bool streaming = a.weight.n * row_bytes >= kStreamedBytes && aligned(a.out, a.out_row * size);
   for_each_row<int8_t>(rows, row_bytes, parallel, [&](int64_t n, int8_t* scratch) {
     Row<int8_t> row{rows.values(n, scratch), rows.bits(n)};
     for (int64_t step = 0; step < rows.steps; step += kChunkSteps) {
       T* to = static_cast<T*>(a.out) + n * a.out_row + step * kStepColumns;
-      const int64_t left = a.weight.k - step * kStepColumns;
+      const int64_t left = min(kChunkSteps * kStepColumns, a.weight.k - step * kStepColumns);
+      T chunk[kChunkSteps * kStepColumns];
       expand_chunk<FloatUnit>(rows, row, n, step, min(kChunkSteps, rows.steps - step), [&](int64_t s, const Vec* x) {
-        for (int v = 0; v < kStepVecs<FloatUnit>; ++v) {
-          const int64_t at = s * kStepColumns + v * Vec::width;
-          if (at + Vec::width <= left) {
-            store(to + at, x[v]);
-          } else if (at < left) {
-            store_first(to + at, x[v], static_cast<int>(left - at));
-          }
-        }
+        for (int v = 0; v < kStepVecs<FloatUnit>; ++v) store(chunk + s * kStepColumns + v * Vec::width, x[v]);
       });
+      const int64_t whole = streaming ? left * size / 64 * 64 : 0;
+      stream_copy(to, chunk, whole);
+      std::memcpy(to + whole / size, chunk + whole / size, static_cast<size_t>(left * size - whole));
     }
+    fence(streaming);
   });
 }
 
@@ -805,6 +821,33 @@ inline void mask_rows(const BitmapCompressArgs& a, const Parallel& parallel) {
   for (int64_t n = 0; n < a.n; ++n) a.row_offsets[n + 1] += a.row_offsets[n];
 }
 
+#if HEADSTART_TIER_AVX512
+
+// Writes the non-zero ones of 16 elements, and anything behind them up to 16; returns how many they are.
+template <typename T>
+inline int gather(T* to, const T* p) {
+  __m512i x;
+  if constexpr (sizeof(T) == 1) {
+    x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  } else if constexpr (sizeof(T) == 2) {
+    x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  } else {
+    x = _mm512_loadu_si512(p);
+  }
+  const __mmask16 bits = _mm512_test_epi32_mask(x, x);
+  x = _mm512_maskz_compress_epi32(bits, x);
+  if constexpr (sizeof(T) == 1) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(x));
+  } else if constexpr (sizeof(T) == 2) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(x));
+  } else {
+    _mm512_storeu_si512(to, x);
+  }
+  return count_bits(bits);
+}
+
+#endif
+
 template <typename T>
 inline void gather_rows(const BitmapCompressArgs& a, const Parallel& parallel) {
   const int64_t block = max(1, kJobBytes / max(1, a.k));
@@ -812,6 +855,10 @@ inline void gather_rows(const BitmapCompressArgs& a, const Parallel& parallel) {
     for (int64_t n = job * block, last = min(a.n, n + block); n < last; ++n) {
       const T* w = static_cast<const T*>(a.w) + n * a.w_row;
       T *to = static_cast<T*>(a.values) + a.row_offsets[n], *end = static_cast<T*>(a.values) + a.row_offsets[n + 1];
+#if HEADSTART_TIER_AVX512
+      // As long as what is written behind the values belongs to this row; then its elements left to read are 16 or more.
+      for (; end - to >= 16; w += 16) to += gather(to, w);
+#endif
       for (; to < end; ++w) {  // without a branch that depends on the value
         *to = *w;
         to += *w != 0;

@@ -38,7 +38,9 @@ def count_bits(bitmask: torch.Tensor) -> torch.Tensor:
 
 
 def _count_bits(bitmask: torch.Tensor) -> torch.Tensor:
-    words = F.pad(bitmask, (0, -bitmask.shape[1] % 8)).contiguous().view(torch.int64)
+    rows, size = bitmask.shape
+    words = bitmask.new_zeros(rows, max(1, -(-size // 8)), dtype=torch.int64)
+    words.view(torch.uint8)[:, :size] = bitmask
     pairs = words - ((words >> 1) & 0x5555555555555555)
     fours = (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333)
     eights = (fours + (fours >> 4)) & 0x0F0F0F0F0F0F0F0F
