@@ -5,6 +5,8 @@ block listed and at densities 0.25, 0.1 and 0.05; the baseline is torch's scaled
 flash and cuDNN backends. `merge_attention` against the copy bandwidth. `centroid_lookup` over contexts of 32K and 128K
 keys, a twentieth as many clusters, a decode step and 2,048 queries, with and without parents, against plain torch.
 `int4_gemm` with groups of 128, one row to 4,096, against a bfloat16 linear layer and torch's own int4 operator.
+`bitmap_decompress` at 50 % against the copy bandwidth, by the bytes it moves, and `bitmap_gemm` of 1 to 256 rows
+against a bfloat16 linear layer, with bfloat16, int8 and int4 values.
 
 How: CUDA events, medians; baseline and kernel take turns within one run; L2 is flushed before each call; the numbers
 are checked against dense attention (all blocks) or against float32 attention over the listed keys (some query rows).
@@ -32,7 +34,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 ROOT = Path(__file__).resolve().parent.parent
 HEADS, KV_HEADS, BLOCK = 32, 8, 64
 LENGTHS = (8192, 32768, 131072)
-OPERATORS = ("sparse_attention", "merge_attention", "centroid_lookup", "int4_gemm")
+OPERATORS = (
+    "sparse_attention", "merge_attention", "centroid_lookup", "int4_gemm", "bitmap_decompress", "bitmap_gemm",
+)  # fmt: skip
 # Output columns, K, rows of x: one layer larger than any L2, and the layers of Llama 3 8B.
 INT4_CASES = (
     (8192, 8192, (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)),
@@ -40,6 +44,14 @@ INT4_CASES = (
     (4096, 14336, (1, 16, 64, 256)),
     (6144, 4096, (1, 16, 64, 256)),
 )
+# Output columns, K, density, the kinds of values.
+BITMAP_CASES = (
+    (8192, 8192, 0.5, ("same", "int8", "int4")),
+    (28672, 4096, 0.5, ("same",)),
+    (4096, 14336, 0.5, ("same",)),
+    (8192, 8192, 0.3, ("same",)),
+)
+BITMAP_ROWS = (1, 2, 8, 16, 32, 64, 96, 128, 256)
 DENSITIES = (1.0, 0.25, 0.1, 0.05)
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
@@ -343,6 +355,80 @@ def int4(clock: Clock, limits: dict, n: int, k: int, rows: tuple[int, ...], grou
     return results
 
 
+def bitmap_weight(n: int, k: int, density: float, values: str, group_size: int = 128):
+    """A random weight of this kind, compressed; codes of quantised ones are random too."""
+    from headstart.ops.bitmap import BitmapWeight
+    from headstart.reference import bitmap as reference
+
+    kept = torch.rand(n, k, device="cuda") < density
+    if values == "same":
+        w = torch.randn(n, k, dtype=torch.bfloat16, device="cuda").masked_fill_(~kept, 0)
+        return BitmapWeight(*torch.ops.headstart.bitmap_compress(w), (n, k))
+    most = 127 if values == "int8" else 7
+    codes = torch.randint(1, most + 1, (n, k), dtype=torch.int8, device="cuda").masked_fill_(~kept, 0)
+    packed, bitmask, offsets = torch.ops.headstart.bitmap_compress(codes)
+    packed = reference.pack_signed_nibbles(packed) if values == "int4" else packed
+    scales = (0.001 + 0.01 * torch.rand(n, k // group_size, device="cuda")).bfloat16()
+    return BitmapWeight(packed, bitmask, offsets, (n, k), scales, group_size)
+
+
+def bitmap(clock: Clock, limits: dict, n: int, k: int, density: float, values: str) -> list[dict]:
+    import headstart
+    from headstart import _library
+    from headstart.reference import bitmap as reference
+
+    w = bitmap_weight(n, k, density, values)
+    tensors, options = (w.values, w.bitmask, w.row_offsets), dict(scales=w.scales, group_size=w.group_size)
+    dense, into = (torch.empty(n, k, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    reference.decompress(*tensors, **options, out=dense)
+    on_triton = {name: _library.triton_kernels[name] for name in ("bitmap_decompress.out", "bitmap_gemm")}
+    calls = {
+        "triton": lambda: on_triton["bitmap_decompress.out"](*tensors, k, **options, out=into),
+        "headstart": lambda: w.decompress(out=into),
+    }
+    for name, call in calls.items():
+        into.fill_(math.nan)
+        call()
+        if not torch.equal(into, dense):
+            raise SystemExit(f"bench/gpu.py: bitmap_decompress ({name}) is wrong at {n} x {k}, {values} values")
+    ms = clock.medians(calls)
+    kind = {"columns": n, "k": k, "density": density, "values": values}
+    gbps = (w.nbytes + dense.nbytes) / ms["headstart"] / 1e6
+    result = {"op": "bitmap_decompress", **kind, "ms": ms["headstart"], "gbps": gbps, "triton_ms": ms["triton"]}
+    results = [result | {"of_copy": gbps / limits["copy_gbps"]}]
+    title = f"{n:5d} x {k:5d}  {values:4s} at {density:.0%}"
+    print(
+        f"bitmap_decompress {title}  {ms['headstart']:9.4f} ms  {gbps:7.1f} GB/s moved "
+        f"{100 * results[0]['of_copy']:5.1f} % of copy  {ms['triton'] / ms['headstart']:6.2f}x triton",
+        flush=True,
+    )
+    for m in BITMAP_ROWS:
+        if clock.left() < 5:
+            break
+        x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
+        calls = {
+            "linear": lambda x=x: F.linear(x, dense),
+            "triton": lambda x=x: on_triton["bitmap_gemm"](x, *tensors, cols=k, **options),
+            "headstart": lambda x=x: headstart.bitmap_gemm(x, w),
+        }
+        exact = calls["linear"]().float()
+        error = {name: float((call().float() - exact).abs().max() / exact.abs().max()) for name, call in calls.items()}
+        if not max(error["headstart"], error["triton"]) < 0.03:
+            raise SystemExit(f"bench/gpu.py: bitmap_gemm is wrong at {m} rows, {n} x {k}, {values} values: {error}")
+        ms = clock.medians(calls)
+        gbps, tflops = (w.nbytes + x.nbytes + 2 * m * n) / ms["headstart"] / 1e6, 2 * m * n * k / ms["headstart"] / 1e9
+        result = {"op": "bitmap_gemm", "rows": m, **kind, "ms": ms["headstart"], "gbps": gbps, "tflops": tflops}
+        result |= {"of_copy": gbps / limits["copy_gbps"], "error": error["headstart"]}
+        results.append(result | {f"{name}_ms": ms[name] for name in calls})
+        versus = "  ".join(f"{ms[name] / ms['headstart']:6.2f}x {name}" for name in calls if name != "headstart")
+        print(
+            f"bitmap_gemm       {title}  rows {m:4d}  {ms['headstart']:9.4f} ms  {gbps:7.1f} GB/s "
+            f"{100 * result['of_copy']:5.1f} % of copy  {versus}",
+            flush=True,
+        )
+    return results
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=220, help="wall-clock bound; what does not fit is left out")
@@ -371,6 +457,12 @@ def main() -> int:
         report["complete"] &= len(results) == len(rows)
         report["results"] += results
         torch.cuda.empty_cache()
+    for columns, k, density, kinds in BITMAP_CASES:
+        for values in kinds:
+            results = bitmap(clock, limits, columns, k, density, values)
+            report["complete"] &= len(results) == 1 + len(BITMAP_ROWS)
+            report["results"] += results
+            torch.cuda.empty_cache()
     for n in LENGTHS:
         for d in (128, 64):
             if clock.left() < 15:

@@ -74,6 +74,20 @@ __device__ __forceinline__ uint32_t multiply_add_pair(uint32_t a, uint32_t b, ui
   return result;
 }
 
+// What nothing writes while the kernel runs; left as it is if not `wanted`. L2 is told to fetch the 256 bytes around it.
+__device__ __forceinline__ void load_if(bool wanted, uint32_t& to, const uint32_t* from) {
+  asm("{ .reg .pred wanted; setp.ne.b32 wanted, %2, 0; @wanted ld.global.nc.L2::256B.b32 %0, [%1]; }"
+      : "+r"(to)
+      : "l"(from), "r"(static_cast<int>(wanted)));
+}
+
+// Byte i of the result is the one that nibble i of the selector names, 0 to 3 of a, 4 to 7 of b.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t result;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
+  return result;
+}
+
 // 16 bytes from global to shared memory; zeros, and nothing read, if not `valid`.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
@@ -103,6 +117,18 @@ __device__ __forceinline__ T from_float(float x) {
   } else {
     return x;
   }
+}
+
+// Two neighbours in a register, the first in its low half.
+template <typename T>
+__device__ __forceinline__ uint32_t pair_from_floats(float low, float high) {
+  uint32_t result;
+  if constexpr (std::is_same_v<T, Float16>) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  }
+  return result;
 }
 
 // --- host ---------------------------------------------------------------------------------------------------------
@@ -152,3 +178,11 @@ inline bool has_warp_groups() {
 }  // namespace headstart
 
 #endif
+
+namespace headstart {
+namespace cuda {
+
+constexpr uint32_t kWholeWarp = 0xFFFFFFFFu;
+
+}  // namespace cuda
+}  // namespace headstart

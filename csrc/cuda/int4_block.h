@@ -9,8 +9,6 @@
 namespace headstart {
 namespace cuda {
 
-constexpr uint32_t kWholeWarp = 0xFFFFFFFFu;
-
 // What a launch adds to the arguments.
 struct Int4Plan {
   float* parts;   // [kParts][m][n], or null: blocks add all parts

@@ -73,5 +73,9 @@ const char* int4_gemm(const Int4GemmArgs& args, void* workspace, CUstream_st* st
 // The weight [N, K] in args.dtype, contiguous, to args.out; nothing of x is read.
 const char* int4_dequantize(const Int4GemmArgs& args, CUstream_st* stream);
 
+// Which sums are taken of parts of K depends on the device and on N alone.
+const char* bitmap_decompress(const BitmapDecompressArgs& args, CUstream_st* stream);
+const char* bitmap_gemm(const BitmapGemmArgs& args, CUstream_st* stream);
+
 }  // namespace cuda
 }  // namespace headstart

@@ -53,6 +53,9 @@ CUDA_KERNELS = frozenset(
         "adaptive_block_index",
         "centroid_lookup",
         "int4_gemm",
+        "bitmap_decompress",
+        "bitmap_decompress.out",
+        "bitmap_gemm",
     }
 )
 

@@ -262,6 +262,17 @@ T atomicAdd(T* at, T x) {
   return old;
 }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+  return static_cast<uint32_t>(((static_cast<uint64_t>(high) << 32) | low) >> (shift & 31));
+}
+inline uint32_t __funnelshift_rc(uint32_t low, uint32_t high, uint32_t shift) {
+  return shift >= 32 ? high : __funnelshift_r(low, high, shift);
+}
+template <typename T>
+T __ldg(const T* at) {
+  if (reinterpret_cast<uintptr_t>(at) % sizeof(T) != 0) lane_model::fail("a load is not aligned to its size");
+  return *at;
+}
 inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
 inline uint32_t __float_as_uint(float x) {
   uint32_t bits;
@@ -319,6 +330,25 @@ uint32_t multiply_add_pair(uint32_t a, uint32_t b, uint32_t c) {
   for (int half = 0; half < 2; ++half) {
     const auto value = [&](uint32_t x) { return to_float(T{static_cast<uint16_t>(x >> 16 * half)}); };
     result |= static_cast<uint32_t>(from_float<T>(std::fma(value(a), value(b), value(c))).bits) << 16 * half;
+  }
+  return result;
+}
+
+template <typename T>
+uint32_t pair_from_floats(float low, float high) {
+  return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
+}
+
+inline void load_if(bool wanted, uint32_t& to, const uint32_t* from) {
+  to = wanted ? __ldg(from) : 0xA5A5A5A5u;  // in place of what happens to be there
+}
+
+inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t pick = selector >> 4 * i & 15;
+    if (pick > 7) lane_model::fail("prmt: a sign is spread, which no kernel asks for");
+    result |= ((pick < 4 ? a : b) >> 8 * (pick % 4) & 255) << 8 * i;
   }
   return result;
 }

@@ -281,6 +281,13 @@ def _bitmap_decompress_impl(values, bitmask, row_offsets, cols, *, scales=None, 
     return out
 
 
+def _bitmap_decompress_triton(values, bitmask, row_offsets, cols, *, scales=None, group_size=-1):
+    from ..triton import bitmap as kernels
+
+    _check_weight("bitmap_decompress", values, bitmask, row_offsets, cols, scales, group_size)
+    return kernels.bitmap_decompress(values, bitmask, row_offsets, cols, scales=scales, group_size=group_size)
+
+
 def _bitmap_decompress_fake(values, bitmask, row_offsets, cols, *, scales=None, group_size=-1):
     _check_weight("bitmap_decompress", values, bitmask, row_offsets, cols, scales, group_size)
     return (values if scales is None else scales).new_empty(bitmask.shape[0], cols)
@@ -298,6 +305,13 @@ def _bitmap_decompress_out_impl(values, bitmask, row_offsets, cols, *, scales=No
     _check_out(values, bitmask, row_offsets, cols, scales, group_size, out)
     _check_data("bitmap_decompress", values, bitmask, row_offsets)
     reference.decompress(values, bitmask, row_offsets, scales=scales, group_size=group_size, out=out)
+
+
+def _bitmap_decompress_out_triton(values, bitmask, row_offsets, cols, *, scales=None, group_size=-1, out):
+    from ..triton import bitmap as kernels
+
+    _check_out(values, bitmask, row_offsets, cols, scales, group_size, out)
+    kernels.decompress_to(out, values, bitmask, row_offsets, cols, scales, group_size)
 
 
 def _bitmap_decompress_out_fake(values, bitmask, row_offsets, cols, *, scales=None, group_size=-1, out):
@@ -325,6 +339,13 @@ def _bitmap_gemm_impl(x, values, bitmask, row_offsets, bias=None, *, cols, scale
     return reference.bitmap_gemm(x, values, bitmask, row_offsets, bias, cols=cols, scales=scales, group_size=group_size)
 
 
+def _bitmap_gemm_triton(x, values, bitmask, row_offsets, bias=None, *, cols, scales=None, group_size=-1):
+    from ..triton import bitmap as kernels
+
+    _check_gemm(x, values, bitmask, row_offsets, bias, cols, scales, group_size)
+    return kernels.bitmap_gemm(x, values, bitmask, row_offsets, bias, cols=cols, scales=scales, group_size=group_size)
+
+
 def _bitmap_gemm_fake(x, values, bitmask, row_offsets, bias=None, *, cols, scales=None, group_size=-1):
     _check_gemm(x, values, bitmask, row_offsets, bias, cols, scales, group_size)
     return x.new_empty((*x.shape[:-1], bitmask.shape[0]))
@@ -344,6 +365,7 @@ bitmap_decompress = _library.define(
     "-> Tensor",
     reference=_bitmap_decompress_impl,
     fake=_bitmap_decompress_fake,
+    triton=_bitmap_decompress_triton,
 )
 _bitmap_decompress_out = _library.define(
     "bitmap_decompress.out",
@@ -351,6 +373,7 @@ _bitmap_decompress_out = _library.define(
     "Tensor(a!) out) -> ()",
     reference=_bitmap_decompress_out_impl,
     fake=_bitmap_decompress_out_fake,
+    triton=_bitmap_decompress_out_triton,
 )
 _bitmap_gemm = _library.define(
     "bitmap_gemm",
@@ -358,4 +381,5 @@ _bitmap_gemm = _library.define(
     "Tensor? scales=None, int group_size=-1) -> Tensor",
     reference=_bitmap_gemm_impl,
     fake=_bitmap_gemm_fake,
+    triton=_bitmap_gemm_triton,
 )

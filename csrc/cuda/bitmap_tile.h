@@ -1,0 +1,394 @@
+// What the bitmap kernels share: a warp walks a tile of 16 rows of a bitmap weight, 512 bytes of every row at a time,
+// and turns mask bits and packed values into 16 bytes of weights a lane.
+//
+//   a block: 8 warps = tiles of 16 rows × segments of K       a chunk of a warp's tile: 16 rows × 512 bytes of weights
+//
+//          segment 0   segment 1                                            lane 0    lane 1         lane 31
+//         ┌───────────┬───────────┐                                        ┌─────────┬─────────┬─ ─ ┬─────────┐
+//   tile  │  warp 0   │  warp 1   │   a warp counts the bits        row 0  │ unit: 16 bytes of weights,       │
+//         ├───────────┼───────────┤   of its segment, then all      row 1  │ 8 columns of 16 bits   │         │
+//         │  warp 2   │  warp 3   │   know where theirs begin       ...    └─────────┴─────────┴─ ─ ┴─────────┘
+//         └───────────┴───────────┘
+//
+//   masks    lane 2 r + h reads half h of row r's mask words of the chunk, ahead by one chunk, adds up their bits behind
+//            the row's position so far, and leaves (word, position of its first value) in shared memory
+//   window   for a row, every lane takes its unit's bits and position from there, and loads the 32-bit words that hold
+//            its values: at 50 % and 16 bits 2 or 3 of 5, neighbouring lanes in neighbouring words
+//   expand   the window, shifted to its first value, is a queue in registers; layouts/bitmap_unit.h moves it under the
+//            bits. Quantised values are moved as bytes, and then become floats by a magic number.
+//
+// The windows of kBatch rows are under way at a time. A value is read as part of a window only if its bit is set and it
+// is one of the weight's `stored` values: bits beyond are dropped with the masks, so damaged offsets read nothing else
+// (but bytes in the same aligned word).
+//
+// Floor, bytes a weight at density d: d · value bits / 8 + 1/8, and what is done with the weight. The mask is read
+// twice where K is cut into segments, the second time from a cache.
+#pragma once
+
+#include <type_traits>
+
+#include "../layouts/bitmap_unit.h"
+#include "device.h"
+
+namespace headstart {
+namespace cuda {
+
+constexpr int kBitmapWarps = 8, kBitmapThreads = 32 * kBitmapWarps;
+constexpr int kTileRows = 16;
+constexpr int kUnitBytes = 16, kRowBytes = 32 * kUnitBytes;
+
+// What a launch adds to the arguments.
+struct BitmapPlan {
+  int segments;        // of K, 1 to 8: a power of two
+  int segment_chunks;  // of a segment
+  int chunks;          // of K
+  int mask_access;     // bytes of a row of the mask that can be read at a time: 16, 8, 4 or 1
+  bool unit_scales;    // a unit's columns are in one group
+  int64_t groups;      // of scales in a row
+};
+
+inline __device__ uint32_t lowest_bits(uint32_t word, int count) {
+  uint32_t kept = 0;
+  for (; count > 0 && word != 0; --count) {
+    kept |= word & (0u - word);
+    word &= word - 1;
+  }
+  return kept;
+}
+
+// Out: the weights; raw ones are uint8_t, uint16_t or uint32_t, or in a product Float16, BFloat16 or float. kStored: bits
+// of a value in memory, 4 or 8 with scales.
+template <typename Out, int kStored, bool kScaled, int kBatch = 4>
+class BitmapTile {
+ public:
+  static constexpr int kUnit = kUnitBytes / static_cast<int>(sizeof(Out));  // columns of a lane
+  static constexpr int kColumns = 32 * kUnit;                               // of a chunk
+
+ private:
+  static constexpr int kWords = kUnit, kLaneWords = kWords / 2;  // of the mask: of a row, of a lane
+  static constexpr int kValuesPerWord = 32 / kStored;
+  static constexpr int kQueue = kUnit * kStored > 32 ? kUnit * kStored / 32 : 1;  // words that a unit's values fill
+  static constexpr int kWindow = kStored == 32 ? kQueue : kQueue + 1;             // and may touch
+  static constexpr int kMoved = kScaled ? 8 : kStored;                            // bits of a value as it is moved
+  static constexpr int kSteps = kUnit * kMoved / 32;
+  static constexpr int kRecordBytes = kTileRows * kWords * 8, kRowsBytes = kTileRows * 8;
+
+ public:
+  static constexpr int kWarpBytes = kRecordBytes + kRowsBytes;
+  static constexpr int kBlockBytes = kBitmapThreads * 2 + kBitmapWarps * kWarpBytes;  // counts, then the warps'
+
+  __device__ __forceinline__ BitmapTile(const BitmapWeight& weight, const BitmapPlan& plan, int64_t group)
+      : weight_(weight), plan_(plan) {
+    const int warp = static_cast<int>(threadIdx.x) / 32;
+    segment_ = warp % plan.segments;
+    first_row_ = (group * (kBitmapWarps / plan.segments) + warp / plan.segments) * kTileRows;
+    begin_ = segment_ * plan.segment_chunks;
+    end_ = min(begin_ + plan.segment_chunks, plan.chunks);
+  }
+
+  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
+  __device__ __forceinline__ int64_t first_row() const { return first_row_; }
+  __device__ __forceinline__ int segment() const { return segment_; }
+
+  // Of every chunk: chunk_begin(column of the lane's unit), each(row of the tile, unit) for row 0 to 15, which are constants
+  // if kUnrolled, and chunk_end(first column).
+  template <bool kUnrolled, typename Begin, typename Each, typename End>
+  __device__ __forceinline__ void walk(const Begin& chunk_begin, const Each& each, const End& chunk_end) {
+    find_rows();
+    Window windows[kBatch] = {};  // here, since a load that may not happen takes its register's old value on
+    uint32_t words[kLaneWords];
+    load_masks(words, begin_);
+    for (int chunk = begin_; chunk < end_; ++chunk) {
+      place(words);
+      load_masks(words, chunk + 1);
+      const int64_t first_column = static_cast<int64_t>(chunk) * kColumns, column = first_column + lane() * kUnit;
+      chunk_begin(column);
+      find_group(column);
+#pragma unroll(kUnrolled ? kTileRows / kBatch : 1)
+      for (int first = 0; first < kTileRows; first += kBatch) {
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) fetch(windows[i], first + i);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) each(first + i, expand(windows[i], first + i, column));
+      }
+      __syncwarp();
+      chunk_end(first_column);
+    }
+  }
+
+ private:
+  struct Window {
+    uint32_t words[kWindow];  // anything where there is no value
+    uint32_t bits;            // of the unit's columns
+    uint32_t shift;           // bits of the first word before the unit's first value
+    uint32_t scale;
+  };
+
+  static __device__ __forceinline__ unsigned char* own() {
+    return shared_memory() + kBitmapThreads * 2 + static_cast<int>(threadIdx.x) / 32 * kWarpBytes;
+  }
+  static __device__ __forceinline__ uint2* records() { return reinterpret_cast<uint2*>(own()); }
+  // Of each row, the aligned word with its first value.
+  static __device__ __forceinline__ const uint32_t** row_words() {
+    return reinterpret_cast<const uint32_t**>(own() + kRecordBytes);
+  }
+  static __device__ __forceinline__ int* counts(int warp) {
+    return reinterpret_cast<int*>(shared_memory()) + warp * kTileRows;
+  }
+
+  // --- where values are ---
+
+  // The mask words of the lane's half of its row; bits past the last column are left out.
+  __device__ __forceinline__ void load_masks(uint32_t (&words)[kLaneWords], int chunk) const {
+    const int64_t row = first_row_ + lane() / 2;
+    const int64_t first = static_cast<int64_t>(chunk) * kColumns + lane() % 2 * kLaneWords * 32;
+    const int64_t row_bytes = (weight_.k + 7) / 8;
+    const bool inside = row < weight_.n && chunk < end_;
+    const uint8_t* from = weight_.bitmask + row * row_bytes + first / 8;
+    if (kLaneWords >= 4 && plan_.mask_access == 16) {
+#pragma unroll
+      for (int i = 0; i < kLaneWords; i += 4) {
+        uint4 four = {0, 0, 0, 0};
+        if (inside && first + i * 32 < weight_.k) four = __ldg(reinterpret_cast<const uint4*>(from + i * 4));
+        words[i] = four.x;
+        words[(i + 1) % kLaneWords] = four.y;
+        words[(i + 2) % kLaneWords] = four.z;
+        words[(i + 3) % kLaneWords] = four.w;
+      }
+    } else if (plan_.mask_access >= 8) {
+#pragma unroll
+      for (int i = 0; i < kLaneWords; i += 2) {
+        uint2 two = {0, 0};
+        if (inside && first + i * 32 < weight_.k) two = __ldg(reinterpret_cast<const uint2*>(from + i * 4));
+        words[i] = two.x;
+        words[i + 1] = two.y;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kLaneWords; ++i) {
+        words[i] = 0;
+        if (!inside) continue;
+        if (plan_.mask_access == 4) {
+          if (first + i * 32 < weight_.k) words[i] = __ldg(reinterpret_cast<const uint32_t*>(from + i * 4));
+        } else {
+#pragma unroll 1
+          for (int byte = 0; byte < 4 && first + i * 32 + byte * 8 < weight_.k; ++byte) {
+            words[i] |= static_cast<uint32_t>(__ldg(from + i * 4 + byte)) << 8 * byte;
+          }
+        }
+      }
+    }
+    if (first + kLaneWords * 32 > weight_.k) {
+#pragma unroll
+      for (int i = 0; i < kLaneWords; ++i) {
+        const int64_t left = weight_.k - first - i * 32;
+        if (left < 32) words[i] = left > 0 ? words[i] & ((1u << left) - 1) : 0;
+      }
+    }
+  }
+
+  static __device__ __forceinline__ int bits_of(const uint32_t (&words)[kLaneWords]) {
+    int bits = 0;
+#pragma unroll
+    for (int i = 0; i < kLaneWords; ++i) bits += __popc(words[i]);
+    return bits;
+  }
+
+  // Finds where the segment's values of the lane's row begin. Positions count from the row's aligned word on.
+  __device__ __forceinline__ void find_rows() {
+    position_ = 0;
+    if (plan_.segments > 1) {
+      int bits = 0;
+      for (int chunk = begin_; chunk < end_; ++chunk) {
+        uint32_t words[kLaneWords];
+        load_masks(words, chunk);
+        bits += bits_of(words);
+      }
+      bits += __shfl_xor_sync(kWholeWarp, bits, 1);
+      const int warp = static_cast<int>(threadIdx.x) / 32;
+      if (lane() % 2 == 0) counts(warp)[lane() / 2] = bits;
+      __syncthreads();
+      for (int s = 1; s <= segment_; ++s) position_ += counts(warp - s)[lane() / 2];
+    }
+    const int64_t row = first_row_ + lane() / 2;
+    const int64_t start = row < weight_.n ? __ldg(weight_.row_offsets + row) : 0;
+    const int64_t left = start < 0 ? 0 : weight_.stored - start;
+    const uint64_t first = static_cast<uint64_t>(start), bytes = kStored == 4 ? first / 2 : first * (kStored / 8);
+    const auto address = reinterpret_cast<uintptr_t>(weight_.values) + bytes;
+    int lead = static_cast<int>(address % 4) * 8 / kStored;
+    if (kStored == 4) lead += static_cast<int>(start & 1);
+    position_ += lead;
+    constexpr int64_t kMost = INT32_MAX - 8;
+    limit_ = lead + static_cast<int>(left < 0 ? 0 : left < kMost ? left : kMost);
+    if (lane() % 2 == 0) row_words()[lane() / 2] = reinterpret_cast<const uint32_t*>(address & ~uintptr_t{3});
+  }
+
+  // Leaves the chunk's records in shared memory.
+  __device__ __forceinline__ void place(const uint32_t (&words)[kLaneWords]) {
+    const int bits = bits_of(words), other = __shfl_xor_sync(kWholeWarp, bits, 1);
+    int at = position_ + (lane() % 2 == 0 ? 0 : other);
+    position_ += bits + other;
+    uint2* to = records() + lane() * kLaneWords;
+#pragma unroll
+    for (int i = 0; i < kLaneWords; ++i) {
+      uint32_t word = words[i];
+      const int count = __popc(word);
+      if (at + count > limit_) word = lowest_bits(word, limit_ - at);
+      to[i] = {word, static_cast<uint32_t>(at)};
+      at += count;
+    }
+    __syncwarp();
+  }
+
+  // --- the lane's unit ---
+
+  __device__ __forceinline__ void fetch(Window& window, int row) const {
+    const uint32_t bit = lane() * kUnit, shift = bit % 32;
+    const uint2 record = records()[row * kWords + bit / 32];
+    const uint32_t lower = record.x & ((1u << shift) - 1);
+    const uint32_t at = record.y + __popc(lower);
+    window.bits = record.x >> shift & (0xFFFFFFFFu >> (32 - kUnit));
+    window.shift = at % kValuesPerWord * kStored;
+    const uint32_t* from = row_words()[row] + at / kValuesPerWord;
+    const uint32_t end = window.bits == 0 ? 0 : window.shift + __popc(window.bits) * kStored;
+#pragma unroll
+    for (int i = 0; i < kWindow; ++i) load_if(end > 32 * i, window.words[i], from + i);
+    if constexpr (kScaled) {
+      window.scale = window.bits != 0 && plan_.unit_scales ? scale_bits(row, group_) : 0;
+    }
+  }
+
+  __device__ __forceinline__ uint4 expand(const Window& window, int row, int64_t column) const {
+    uint32_t queue[kQueue < 2 && kScaled ? 2 : kQueue];
+#pragma unroll
+    for (int i = 0; i < kQueue; ++i) {
+      queue[i] = kStored == 32
+                     ? window.words[i]
+                     : __funnelshift_r(window.words[i], window.words[i + 1 < kWindow ? i + 1 : i], window.shift);
+    }
+    if constexpr (kStored == 4) {
+      const uint32_t even = queue[0] & 0x0F0F0F0Fu, odd = queue[0] >> 4 & 0x0F0F0F0Fu;
+      queue[0] = permute_bytes(even, odd, 0x5140);
+      queue[1] = permute_bytes(even, odd, 0x7362);
+    }
+    uint32_t moved[kSteps];
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const uint32_t spread = bitmap::spread<kMoved>(window.bits, step);
+      moved[step] = permute_bytes(queue[0], 0, bitmap::selector<kMoved>(spread));
+      const uint32_t used = kMoved * __popc(spread);
+#pragma unroll
+      for (int i = 0; i < kSteps - 1 - step; ++i) queue[i] = __funnelshift_rc(queue[i], queue[i + 1], used);
+    }
+    if constexpr (kScaled) {
+      return dequantized(moved, window, row, weight_.k - column);
+    } else {
+      static_assert(kSteps == 4, "a unit");
+      return {moved[0], moved[1], moved[2], moved[3]};
+    }
+  }
+
+  // --- quantised values ---
+
+  // Of the unit's first column: its group, and its place there.
+  __device__ __forceinline__ void find_group(int64_t column) {
+    if constexpr (kScaled) {
+      group_ = weight_.group_size >= weight_.k ? 0 : column / weight_.group_size;
+      in_group_ = static_cast<int>(column - group_ * weight_.group_size);
+    }
+  }
+
+  // As it lies in memory: turning it into a float waits for it.
+  __device__ __forceinline__ uint32_t scale_bits(int row, int64_t group) const {
+    const int64_t at = (first_row_ + row) * plan_.groups + group;
+    return weight_.scale_dtype == Dtype::kFloat32 ? __ldg(static_cast<const uint32_t*>(weight_.scales) + at)
+                                                  : __ldg(static_cast<const uint16_t*>(weight_.scales) + at);
+  }
+
+  __device__ __forceinline__ float scale_of(uint32_t bits) const {
+    return weight_.scale_dtype == Dtype::kFloat32   ? __uint_as_float(bits)
+           : weight_.scale_dtype == Dtype::kFloat16 ? to_float(Float16{static_cast<uint16_t>(bits)})
+                                                    : to_float(BFloat16{static_cast<uint16_t>(bits)});
+  }
+
+  // `left`: columns there are from the unit's first on. `moved` holds a signed code in a byte (int8) or in its lower half (int4), 0 where no bit is set.
+  __device__ __forceinline__ uint4 dequantized(const uint32_t (&moved)[kSteps], const Window& window, int row,
+                                               int64_t left) const {
+    constexpr uint32_t kSign = kStored == 8 ? 0x80 : 8, kMagic = 0x4B000000u;  // 2^23
+    constexpr float kOffset = static_cast<float>((1 << 23) + kSign);
+    float weights[kUnit];
+#pragma unroll
+    for (int i = 0; i < kUnit; ++i) {
+      const uint32_t word = moved[i / 4] ^ kSign * 0x01010101u;
+      weights[i] = __uint_as_float(permute_bytes(word, kMagic, 0x7440 + i % 4)) - kOffset;
+    }
+    if (plan_.unit_scales) {
+      const float scale = scale_of(window.scale);
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) weights[i] *= scale;
+    } else if (window.bits != 0) {
+      // A column at a time, for group sizes that are no multiple of 8: small rather than fast.
+      int64_t group = group_;
+      int in_group = in_group_;
+#pragma unroll 1
+      for (int c = 0; c < kUnit && c < left; ++c) {
+        const float scale = scale_of(scale_bits(row, group));
+#pragma unroll
+        for (int i = 0; i < kUnit; ++i) weights[i] *= i == c ? scale : 1.0f;
+        if (++in_group == weight_.group_size) {
+          in_group = 0;
+          ++group;
+        }
+      }
+    }
+    uint32_t unit[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (sizeof(Out) == 4) {
+        unit[i] = __float_as_uint(weights[i]);
+      } else {
+        unit[i] = pair_from_floats<Out>(weights[2 * i], weights[2 * i + 1]);
+      }
+    }
+    return {unit[0], unit[1], unit[2], unit[3]};
+  }
+
+  const BitmapWeight& weight_;
+  const BitmapPlan& plan_;
+  int64_t first_row_;
+  int segment_, begin_, end_;  // chunks
+  int position_, limit_;       // of the lane's row: its next value, and where values end
+  int64_t group_ = 0;
+  int in_group_ = 0;
+};
+
+// --- host ---
+
+// Enough warps to fill the device: segments cost a second look at the mask, rows that are too few cost more.
+template <typename Tile>
+BitmapPlan bitmap_plan(const BitmapWeight& weight) {
+  constexpr int kWarpsPerProcessor = 16;
+  const int64_t tiles = (weight.n + kTileRows - 1) / kTileRows;
+  BitmapPlan plan{};
+  plan.chunks = static_cast<int>((weight.k + Tile::kColumns - 1) / Tile::kColumns);
+  plan.groups = (weight.k + weight.group_size - 1) / weight.group_size;
+  plan.unit_scales = plan.groups == 1 || weight.group_size % Tile::kUnit == 0;
+  plan.segments = 1;
+  while (plan.segments < kBitmapWarps && plan.segments < plan.chunks &&
+         tiles * plan.segments < kWarpsPerProcessor * multiprocessors()) {
+    plan.segments *= 2;
+  }
+  plan.segment_chunks = (plan.chunks + plan.segments - 1) / plan.segments;
+  const int64_t at = reinterpret_cast<uintptr_t>(weight.bitmask) | (weight.k + 7) / 8;
+  plan.mask_access = at % 16 == 0 ? 16 : at % 8 == 0 ? 8 : at % 4 == 0 ? 4 : 1;
+  return plan;
+}
+
+// Of blocks, each of kBitmapWarps / segments tiles of rows.
+inline int64_t bitmap_groups(const BitmapWeight& weight, const BitmapPlan& plan) {
+  const int64_t rows = kTileRows * (kBitmapWarps / plan.segments);
+  return (weight.n + rows - 1) / rows;
+}
+
+}  // namespace cuda
+}  // namespace headstart
