@@ -8,7 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import bitmap_judge as judge
+import sparse_bitmask_fixture
 from headstart.ops.bitmap import VALUE_DTYPES, BitmapWeight, bitmap_gemm
+from headstart.reference import bitmap as reference
 from tolerances import assert_close
 
 ops = torch.ops.headstart
@@ -27,15 +30,6 @@ def sparse(n, k, density=0.5, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(n, k, generator=generator)
     return w.masked_fill(torch.rand(n, k, generator=generator) >= density, 0).to(dtype)
-
-
-def exact(w):
-    """The weight in float64: value times scale, not rounded."""
-    if w.scales is None:
-        return w.decompress().double()
-    one = dataclasses.replace(w, scales=torch.ones_like(w.scales, dtype=torch.float32))
-    group = w.shape[1] if w.group_size == -1 else w.group_size
-    return one.decompress().double() * w.scales.double().repeat_interleave(group, 1)[:, : w.shape[1]]
 
 
 def tensors_of(w):
@@ -129,6 +123,21 @@ def test_sizes():
         assert payload <= want + 0.05 and c.nbytes - c.values.nbytes - c.bitmask.nbytes <= 8 * 65 + 2 * 64
 
 
+@pytest.mark.parametrize(("values", "group_size"), [("same", 128), ("int8", 32), ("int4", 13), ("int4", -1)])
+@judge.by_dtype
+def test_size_is_known_beforehand(dtype, values, group_size):
+    for density in (0, 0.3, 1):
+        w = sparse(33, 201, density, dtype)
+        w[0, :7] = -0.0
+        known, c = BitmapWeight.size(w, values, group_size), BitmapWeight.compress(w, values, group_size)
+        dropped = 0 if values == "same" else int(w.count_nonzero()) - int(c.row_offsets[-1])
+        assert dropped >= 0 and known - c.nbytes in (
+            {"same": [0], "int8": [dropped]}.get(values) or [dropped // 2, -(-dropped // 2)]
+        )
+    full = sparse(64, 512, 1, dtype)
+    assert BitmapWeight.size(full) > full.nbytes > BitmapWeight.size(sparse(64, 512, 0.5, dtype))
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     batch=st.lists(st.integers(0, 4), max_size=2),
@@ -140,13 +149,187 @@ def test_sizes():
 def test_gemm_against_float64(batch, n, k, values, dtype):
     w = BitmapWeight.compress(sparse(n, k, dtype=dtype), values, group_size=32)
     x, bias = torch.randn(*batch, k).to(dtype), torch.randn(n).to(dtype)
-    out, true = bitmap_gemm(x, w, bias), exact(w)
+    out, true = bitmap_gemm(x, w, bias), judge.exact(w)
     assert out.dtype == dtype and out.shape == (*batch, n)
     by_torch = torch.nn.functional.linear(x, w.decompress(), bias)
     assert_close(out, x.double() @ true.T + bias.double(), by_torch)
 
 
+# --- the CPU kernels, in every tier ---------------------------------------------------------------------------------
+
+# N, K, density, and rows of x
+SIZES = [
+    (37, 200, 0.5, (1, 2, 3, 4, 5, 6, 7, 13, 70)),
+    (1, 33, 0.5, (1, 9)),
+    (19, 1, 0.5, (1, 3)),
+    (16, 512, 0.0, (2, 8)),
+    (5, 545, 0.7, (1, 4, 13)),
+    (3, 1100, 1.0, (1, 2, 25)),
+]
+VALUES = [("same", 32, None), ("int8", 32, torch.float16), ("int8", -1, None), ("int4", 64, torch.bfloat16)]
+VALUES += [("int4", 13, torch.float32), ("int8", 545, None), ("int4", 1, None)]
+
+
+@judge.by_value_dtype
+def test_kernels_compress(cpu_tier, dtype):
+    for n, k, density in (*(size[:3] for size in SIZES), (0, 40, 1), (4, 0, 1), (2, 70000, 0.1)):
+        w = judge.random_bits(n, k, density, dtype) if n and k else torch.empty(n, k, dtype=dtype)
+        want = reference.compress(w)
+        for view in (w, torch.cat([w, w], 1)[:, k:], w.T.contiguous().T):
+            got = ops.bitmap_compress(view)
+            assert all(same_bits(a, b) if a.dtype == dtype else torch.equal(a, b) for a, b in zip(got, want))
+
+
+@judge.by_value_dtype
+def test_kernels_decompress(cpu_tier, dtype):
+    for n, k, density, _ in SIZES:
+        judge.check_bits(n, k, density, dtype, offset=n % 3, stride=k + n % 2 * 5)
+    # Large enough for streaming stores, where the output is aligned and where it is not.
+    rows = 2**23 // (1024 * torch.empty(0, dtype=dtype).element_size()) + 3
+    for k, offset in ((1024, 0), (1030, 1)):
+        w = judge.random_bits(rows, k, 0.4, dtype)
+        c = BitmapWeight(*reference.compress(w), (rows, k))
+        out = torch.empty(rows * k + 64, dtype=dtype)
+        skip = (-out.data_ptr() % 64) // out.element_size() + offset
+        out = out[skip : skip + rows * k].view(rows, k)
+        assert same_bits(c.decompress(out), w)
+
+
+@judge.by_dtype
+@pytest.mark.parametrize(("values", "group_size", "scale_dtype"), VALUES[1:])
+def test_kernels_decompress_scaled(cpu_tier, dtype, values, group_size, scale_dtype):
+    for n, k, density, _ in SIZES:
+        judge.check_scaled(n, k, density, scale_dtype or dtype, values, group_size, offset=n % 3)
+
+
+@pytest.mark.parametrize("values", ["same", "int8", "int4"])
+def test_kernels_take_slices_of_rows(cpu_tier, values):
+    judge.check_slice(torch.float32, values)
+    w = judge.random_weight(40, 300, 0.5, torch.bfloat16, values)
+    scales = None if w.scales is None else w.scales[3:30]
+    offsets = w.row_offsets[3:31]
+    part = dataclasses.replace(w, bitmask=w.bitmask[3:30], row_offsets=offsets, scales=scales, shape=(27, 300))
+    for m in (1, 9):
+        x = torch.randn(m, 300).bfloat16()
+        assert torch.equal(bitmap_gemm(x, part), bitmap_gemm(x, w)[:, 3:30])
+
+
+@pytest.mark.parametrize("values", ["same", "int8", "int4"])
+def test_pad_bits_are_not_columns(cpu_tier, values):
+    w = judge.random_weight(20, 300, 0.5, torch.float32, values)
+    padded = w.bitmask.clone()
+    padded[:-1, -1] |= 0xF0
+    padded = dataclasses.replace(w, bitmask=padded)
+    assert torch.equal(padded.decompress(), w.decompress())
+    for m in (1, 9):
+        x = torch.randn(m, 300)
+        assert torch.equal(bitmap_gemm(x, padded), bitmap_gemm(x, w))
+
+
+@judge.by_dtype
+@pytest.mark.parametrize(("values", "group_size", "scale_dtype"), VALUES)
+def test_kernels_multiply(cpu_tier, dtype, values, group_size, scale_dtype):
+    for n, k, density, rows in SIZES:
+        w = judge.random_weight(n, k, density, scale_dtype or dtype, values, group_size)
+        w = dataclasses.replace(w, values=judge.surrounded(w.values, n % 3))
+        for m in rows:
+            x, bias = judge.rows_between_nan(m, k, dtype), torch.randn(n).to(dtype) if m % 2 else None
+            trash = [torch.full((m, n), torch.nan, dtype=d) for d in (dtype, torch.float32)]
+            del trash  # what the kernel is likely to be given for its output
+            judge.check(x, w, bias)
+
+
+@judge.by_dtype
+@pytest.mark.parametrize("values", ["same", "int8", "int4"])
+def test_kernels_read_every_weight(cpu_tier, dtype, values):
+    """Scales that are powers of two, so that no product is rounded."""
+    w = judge.random_weight(37, 300, 0.5, dtype, values)
+    if w.scales is not None:
+        w = dataclasses.replace(w, scales=(2.0 ** torch.randint(-3, 4, w.scales.shape)).to(dtype))
+    want, picks = w.decompress(), torch.eye(300, dtype=dtype)
+    for batch in (1, 2, 3, 4, 60):
+        assert torch.equal(torch.cat([bitmap_gemm(x, w) for x in picks.split(batch)]).T, want)
+
+
+@judge.by_dtype
+@pytest.mark.parametrize(("values", "group_size", "scale_dtype"), VALUES)
+def test_a_row_does_not_depend_on_the_batch_or_the_threads(cpu_tier, dtype, values, group_size, scale_dtype):
+    w = judge.random_weight(53, 1100, 0.5, scale_dtype or dtype, values, group_size)
+    x, bias = torch.randn(270, 1100).to(dtype), torch.randn(53).to(dtype)
+    whole = bitmap_gemm(x, w, bias)
+    for m in (1, 2, 3, 4, 5, 6, 7, 9, 64):
+        assert torch.equal(torch.cat([bitmap_gemm(part, w, bias) for part in x[:70].split(m)]), whole[:70]), m
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(bitmap_gemm(x, w, bias), whole)
+            assert torch.equal(bitmap_gemm(x[:1], w, bias), whole[:1])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@judge.by_dtype
+def test_strides_and_what_is_not_finite(cpu_tier, dtype):
+    judge.check_strides(dtype)
+    for m in (1, 3, 8):
+        judge.check_what_is_not_finite(dtype, m)
+
+
+def test_empty_sizes(cpu_tier):
+    bias = torch.randn(3)
+    for values in ("same", "int8"):
+        quantised = values != "same"
+        w = BitmapWeight(
+            torch.empty(0, dtype=torch.int8 if quantised else torch.float32),
+            torch.empty(3, 0, dtype=torch.uint8),
+            torch.zeros(4, dtype=torch.int64),
+            (3, 0),
+            torch.ones(3, 1) if quantised else None,
+        )
+        for m in (1, 9):
+            assert torch.equal(bitmap_gemm(torch.empty(m, 0), w, bias), bias.expand(m, 3))
+            assert not bitmap_gemm(torch.empty(m, 0), w).any()
+        assert w.decompress().shape == (3, 0)
+    w = BitmapWeight.compress(torch.empty(0, 40))
+    assert bitmap_gemm(torch.randn(2, 40), w).shape == (2, 0) and w.decompress().shape == (0, 40)
+    assert bitmap_gemm(torch.randn(2, 0, 40), BitmapWeight.compress(torch.ones(5, 40))).shape == (2, 0, 5)
+
+
 # --- compressed-tensors ---------------------------------------------------------------------------------------------
+
+
+def without_negative_zeros(w):
+    """The library's mask is ``w != 0``, which leaves -0.0 out."""
+    return torch.where(w == 0, torch.zeros_like(w), w)
+
+
+def same_tensors(got, want):
+    return got.keys() == want.keys() and all(
+        got[name].shape == want[name].shape
+        and (same_bits if want[name].dtype.is_floating_point else torch.equal)(got[name], want[name])
+        for name in want
+    )
+
+
+@pytest.mark.parametrize("name", list(sparse_bitmask_fixture.dense_tensors()))
+def test_the_library_s_own_bytes(name):
+    """Against a file that compressed-tensors 0.14.0.1 made (sparse_bitmask_fixture.py)."""
+    w = sparse_bitmask_fixture.dense_tensors()[name]
+    stored = sparse_bitmask_fixture.stored(name)
+    assert same_tensors(BitmapWeight.compress(without_negative_zeros(w)).to_compressed_tensors(), stored)
+    assert same_bits(BitmapWeight.from_compressed_tensors(stored).decompress(), without_negative_zeros(w))
+
+
+@pytest.mark.skipif(not sparse_bitmask_fixture.library_installed(), reason="needs compressed-tensors 0.14.0.1")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_against_the_library(dtype):
+    for n, k, density in ((1, 1, 1), (1, 100, 0.5), (70, 1, 0.5), (33, 77, 0.0), (33, 77, 1.0), (64, 4099, 0.3)):
+        w = without_negative_zeros(judge.random_bits(n, k, density, dtype))
+        stored = sparse_bitmask_fixture.compress(w)
+        assert same_tensors(BitmapWeight.compress(w).to_compressed_tensors(), stored)
+        assert same_bits(BitmapWeight.from_compressed_tensors(stored).decompress(), w)
+        assert same_bits(sparse_bitmask_fixture.decompress(BitmapWeight.compress(w).to_compressed_tensors()), w)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.layers.0.mlp.up_proj.", "model.layers.0.mlp.up_proj.weight."])
@@ -261,6 +444,8 @@ def test_compress_traces_with_a_size_from_data():
         (dict(row_offsets=torch.zeros(11, dtype=torch.int64)), "row_offsets"),
         (dict(row_offsets=torch.zeros(12, dtype=torch.int32)), "row_offsets"),
         (dict(row_offsets=torch.full((12,), -1)), "row_offsets"),
+        (dict(row_offsets=torch.full((12,), 2**62)), "row_offsets"),
+        (dict(row_offsets=torch.full((12,), 165)), "row_offsets"),
         (dict(bias=torch.ones(12)), "bias"),
         (dict(cols=31), "x"),
         (dict(scales=torch.ones(11, 1)), "values"),
@@ -271,15 +456,19 @@ def test_compress_traces_with_a_size_from_data():
 def test_bad_input_names_the_argument(change, argument):
     values, bitmask, row_offsets, cols = tensors_of(BitmapWeight.compress(sparse(11, 30)))
     args = dict(x=torch.randn(2, 30), values=values, bitmask=bitmask, row_offsets=row_offsets, bias=None, cols=cols)
-    with pytest.raises(ValueError, match=f"bitmap_gemm: {argument}: expected .*, got "):
+    said = f"bitmap_gemm: {argument}: expected .*, got "
+    with pytest.raises((ValueError, RuntimeError), match=said) as compiled:
         ops.bitmap_gemm(**(args | change))
+    with pytest.raises(ValueError, match=said) as by_reference:
+        ops.bitmap_gemm.default._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, **(args | change))
+    assert str(compiled.value).splitlines()[0] == str(by_reference.value)
 
 
 def test_other_errors():
     w = BitmapWeight.compress(sparse(6, 21))
 
     def fails(message, function, *args, **kwargs):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, RuntimeError), match=message):
             function(*args, **kwargs)
 
     fails(
