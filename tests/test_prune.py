@@ -9,36 +9,17 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import headstart  # noqa: E402
+from artifacts import WORDS, check_layout, tiny_folder, tokenizer  # noqa: E402
+from artifacts import run_prune as run  # noqa: E402
 from headstart import BitmapLinear, BitmapWeight, cli, prune  # noqa: E402
 from headstart.engine import artifact  # noqa: E402
 from headstart.offline.prune import prune_layers, prune_weight  # noqa: E402
 from models import SIZES, logits, make, tokens  # noqa: E402
-from test_artifact import check_layout  # noqa: E402
-
-WORDS = [f"w{i}" for i in range(2, SIZES["vocab_size"])]
-
-
-def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1} | {w: i + 2 for i, w in enumerate(WORDS)}, "<pad>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>")
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Of a tiny model in float32 with a tokenizer; beside it a text of 600 tokens, each a word."""
-    make().save_pretrained(tmp_path / "in", max_shard_size="100KB")
-    tokenizer().save_pretrained(tmp_path / "in")
-    ids = torch.randint(2, SIZES["vocab_size"], (600,), generator=torch.Generator().manual_seed(5))
-    (tmp_path / "text.txt").write_text(" ".join(f"w{i}" for i in ids))
-    return tmp_path
-
-
-def run(folder, out="out", **options):
-    options = dict(texts=[folder / "text.txt"], tokens=100, windows=3) | options
-    return prune.run(folder / "in", folder / out, **options)
+    return tiny_folder(tmp_path)
 
 
 def text_ids(folder):
