@@ -114,10 +114,8 @@ def run(
 
     def written(bar: Progress) -> Iterator[dict[str, torch.Tensor]]:
         yield {name: reader.get_parameter_or_buffer(name) for name in groups[0]}
-        task = bar.add_task(
-            f"pruning {len(layers)} layers",
-            total=len(layers) * (2 * len(held_out) + 2 * len(samples)),
-        )
+        steps = len(layers) * 2 * (len(held_out) + len(samples))
+        task = bar.add_task(f"pruning {len(layers)} layers", total=steps)
         pruning = prune_layers(
             reader,
             layers,
@@ -147,21 +145,20 @@ def run(
             generation=reader.generation_config,
             tokenizer=tokenizer,
         )
-    stored = sum(entry["nnz"] for entry in options.values()) + sum(
-        config.get_submodule(name).weight.numel() for name in plain
-    )
+    stored = sum(entry["nnz"] for entry in options.values())
+    stored += sum(config.get_submodule(name).weight.numel() for name in plain)
     result = Pruned(output, losses, stored / count, (output / FILE).stat().st_size)
     changes = "; ".join(
         f"loss on {name} {before:.4f} -> {after:.4f} ({after - before:+.4f})"
         for name, (before, after) in losses.items()
     )
-    as_they_are = "" if not plain else f", {len(plain)} of them plain, as their bitmap would be larger"
+    grew = f", {len(plain)} of them plain, as their bitmap would be larger" if plain else ""
+    length = len(next(iter(held_out.values())))
     Console().print(
         f"{output}: {parameters * dtype.itemsize / 2**20:,.0f} MiB in {str(dtype).removeprefix('torch.')} -> "
         f"{result.bytes / 2**20:,.0f} MiB; {len(linears)} layers, with {count / parameters:.0%} of the weights, have "
-        f"{result.density:.3f} of them left, by {method} in every row{as_they_are}; {changes}, the last "
-        f"{len(next(iter(held_out.values()))) // 2:,} of {len(next(iter(held_out.values()))):,} held-out tokens each; "
-        f"{time.perf_counter() - start:.1f} s.",
+        f"{result.density:.3f} of them left, by {method} in every row{grew}; {changes}, the last {length // 2:,} of "
+        f"{length:,} held-out tokens each; {time.perf_counter() - start:.1f} s.",
         highlight=False,
         soft_wrap=True,
     )
