@@ -1,8 +1,8 @@
 """What the kernels are compared with, and what they are checked against.
 
 Baselines are what a user would run otherwise: torch's scaled_dot_product_attention, and FlexAttention compiled for the
-CPU with the same blocks; torch's own int4 operator, and F.linear with the weight in bf16. Checks are plain float32
-torch over a few rows of queries, or the reference.
+CPU with the same blocks; torch's own int4 operator, F.linear with the weight in bf16, and a copy. Checks are plain
+float32 torch over a few rows of queries, or the reference.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ SDPA = "torch SDPA"
 FLEX = "FlexAttention"
 INT4 = "torch int4"
 LINEAR = "bf16 linear"
+COPY = "copy"
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

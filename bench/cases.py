@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 import baselines
 import headstart
-from baselines import BLOCK, FLEX, INT4, LINEAR, SDPA
+from baselines import BLOCK, COPY, FLEX, INT4, LINEAR, SDPA
+from headstart.ops.bitmap import BitmapWeight
 from headstart.ops.int4_gemm import Int4Weight
 from headstart.reference import centroid_lookup as lookup_reference
 from headstart.reference import int4_gemm as int4_reference
@@ -60,13 +61,18 @@ class Matrix:
 
     @property
     def words(self) -> str:
-        return f"{self.n:,} × {self.k:,}, group {GROUP}"
+        return f"{self.n:,} × {self.k:,}"
 
 
 MATRICES = (Matrix(4096, 4096), Matrix(11008, 4096))
 GROUP = 128
 INT4_GEMM = "int4_gemm"
 INT4_ROWS = (1, 16, 256)  # of activations: decoding, a batch of it, a prefill
+BITMAP, BITMAP_GEMM = "bitmap", "bitmap_gemm"
+BITMAP_ROWS = (1, 16, 64, 256)
+BITMAP_VALUES = {"same": "bf16 values", "int8": "int8 values", "int4": "int4 values"}
+COMPRESS = "compress"
+ZEROS = 0.5  # of a weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,9 +115,13 @@ class Spec:
 
     @property
     def title(self) -> str:
-        what = {"decode": "keys", "centroid_lookup": "keys", INT4_GEMM: "rows"}.get(self.family, "tokens")
+        what = {"decode": "keys", "centroid_lookup": "keys", INT4_GEMM: "rows", BITMAP_GEMM: "rows"}
+        shape = self.shape.words
+        if isinstance(self.shape, Matrix):
+            shape += f", group {GROUP}" if self.family == INT4_GEMM else f", {100 * ZEROS:.0f} % zeros"
+        count = "" if self.family == BITMAP else f", {self.tokens:,} {what.get(self.family, 'tokens')}"
         tier = f", {self.tier} tier" if self.tier else ""
-        return f"{self.family}, {self.dtype}, {self.shape.words}, {self.tokens:,} {what}{tier}"
+        return f"{self.family}, {self.dtype}, {shape}{count}{tier}"
 
     @property
     def names(self) -> list[str]:
@@ -125,6 +135,8 @@ class Spec:
             "centroid_lookup": [name for lookup in LOOKUPS for name in (lookup, f"{REFERENCE}, {lookup}")],
             "tier": [SDPA, EVERY],
             INT4_GEMM: [INT4, LINEAR, INT4_GEMM],
+            BITMAP: [COPY, *BITMAP_VALUES.values(), COMPRESS],
+            BITMAP_GEMM: [LINEAR, *BITMAP_VALUES.values()],
         }[self.family]
 
     def build(self) -> list[Work]:
@@ -135,8 +147,9 @@ class Spec:
 
 
 def specs(family: str, tokens: int, *, dtypes=tuple(DTYPES), flex: bool = False, tier=None) -> Iterator[Spec]:
-    if family == INT4_GEMM:  # its rows are its own, and its baseline takes bf16
-        matrices, rows = (MATRICES, INT4_ROWS) if tier is None else (MATRICES[:1], INT4_ROWS[:1])
+    rows_of = {INT4_GEMM: INT4_ROWS, BITMAP_GEMM: BITMAP_ROWS, BITMAP: (1,)}
+    if family in rows_of:  # their rows are their own, and their baselines take bf16
+        matrices, rows = (MATRICES, rows_of[family]) if tier is None else (MATRICES[:1], rows_of[family][:1])
         for matrix in matrices if "bf16" in dtypes else ():
             for m in rows:
                 yield Spec(family, "bf16", matrix, m, tier=tier)
@@ -470,6 +483,79 @@ def int4_targets(spec: Spec) -> tuple[Target, ...]:
     }.get(spec.tokens, ())
 
 
+def pruned(spec: Spec) -> tuple[torch.Tensor, dict[str, BitmapWeight]]:
+    """A weight of which a random half is 0, and compressed, by the name of its values."""
+    w = torch.randn(spec.shape.n, spec.shape.k).to(DTYPES[spec.dtype])
+    w.masked_fill_(torch.rand(w.shape) < ZEROS, 0)
+    return w, {name: BitmapWeight.compress(w, values, GROUP) for values, name in BITMAP_VALUES.items()}
+
+
+def tensors_of(w: BitmapWeight) -> tuple[torch.Tensor, ...]:
+    return tuple(t for t in (w.values, w.bitmask, w.row_offsets, w.scales) if t is not None)
+
+
+def of_tensors(w: BitmapWeight, values, bitmask, row_offsets, scales=None) -> BitmapWeight:
+    """Another weight of w's shape; made once for each copy, as its checks are no part of what is timed."""
+    return BitmapWeight(values, bitmask, row_offsets, w.shape, scales, w.group_size)
+
+
+def cold_weights(w: BitmapWeight) -> Iterator[BitmapWeight]:
+    return itertools.cycle([of_tensors(w, *copy) for copy in Rotation(tensors_of(w), cold_bytes()).items])
+
+
+def bitmap(spec: Spec) -> list[Work]:
+    """To and from a dense weight that is allocated already; each from memory."""
+    w, weights = pruned(spec)
+    out = torch.empty_like(w)
+    dense = Rotation((w,), cold_bytes())
+    works = [Work(COPY, lambda: out.copy_(*dense.next()), baseline=COPY, bytes=2 * w.nbytes, limit="copy")]
+    for name, c in weights.items():
+        cold, same = cold_weights(c), c.scales is None
+        exact = w if same else c.decompress()
+        works.append(
+            Work(
+                name,
+                lambda cold=cold: next(cold).decompress(out),
+                bytes=c.nbytes + w.nbytes,
+                limit="copy",
+                check=lambda got, exact=exact: float((got != exact).sum()),
+                targets=(Target(f"versus.{COPY}", at_least=1.1),) if same and spec.tier is None else (),
+            )
+        )
+    compress = Work(
+        COMPRESS,
+        lambda: BitmapWeight.compress(*dense.next()),
+        bytes=w.nbytes,
+        check=lambda got: float((got.decompress() != w).sum()),
+        targets=(Target("gbs", at_least=1),),
+    )
+    return [*works, compress]
+
+
+def bitmap_gemm(spec: Spec) -> list[Work]:
+    """The same weight dense in bf16, and compressed; each from memory."""
+    w, weights = pruned(spec)
+    m, numbers = spec.tokens, dict(flops=2 * spec.tokens * w.numel(), limit="read" if spec.tokens == 1 else "gemm")
+    x = torch.randn(m, spec.shape.k).to(w.dtype)
+    dense = Rotation((w,), cold_bytes())
+    works = [Work(LINEAR, lambda: F.linear(x, *dense.next()), baseline=LINEAR, bytes=w.nbytes, **numbers)]
+    for name, c in weights.items():
+        cold = cold_weights(c)
+        exact = x.float() @ c.decompress().float().mT
+        works.append(
+            Work(
+                name,
+                lambda cold=cold: headstart.bitmap_gemm(x, next(cold)),
+                bytes=c.nbytes,
+                check=lambda out, exact=exact: baselines.relative_error(out, exact),
+                error_bar=ERROR_BAR[spec.dtype],
+                targets=(Target(f"versus.{LINEAR}", at_least=2.5),) if m == 1 and spec.tier is None else (),
+                **numbers,
+            )
+        )
+    return works
+
+
 BUILDERS = {
     "sparse_attention": sparse_attention,
     "prefill_index": prefill_index,
@@ -478,5 +564,7 @@ BUILDERS = {
     "centroid_lookup": centroid_lookup,
     "tier": tier,
     INT4_GEMM: int4_gemm,
+    BITMAP: bitmap,
+    BITMAP_GEMM: bitmap_gemm,
 }
 FAMILIES = tuple(name for name in BUILDERS if name != "tier")

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import report
-from baselines import FLEX, INT4, LINEAR, SDPA
-from cases import EVERY, GROUP, INT4_GEMM
+from baselines import COPY, FLEX, INT4, LINEAR, SDPA
+from cases import BITMAP, BITMAP_GEMM, COMPRESS, EVERY, GROUP, INT4_GEMM, ZEROS
 
 BEGIN, END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
 DEMO_BEGIN, DEMO_END = "<!-- demo:begin -->", "<!-- demo:end -->"
@@ -21,9 +21,11 @@ DEMO_BEGIN, DEMO_END = "<!-- demo:begin -->", "<!-- demo:end -->"
 def markdown(results: dict, source: str) -> str:
     """The text between the markers."""
     environment, machine = results["environment"], results["machine"]
-    int4 = [group for group in results["groups"] if group["family"] == INT4_GEMM]
-    attention = [group for group in results["groups"] if group["family"] != INT4_GEMM]
-    lines = table(attention) + ([""] if attention and int4 else []) + table(int4)
+    tables: dict[str, list[dict]] = {"attention": [], INT4_GEMM: [], BITMAP: []}
+    table_of = {INT4_GEMM: INT4_GEMM, BITMAP: BITMAP, BITMAP_GEMM: BITMAP}
+    for group in results["groups"]:
+        tables[table_of.get(group["family"], "attention")].append(group)
+    lines = "\n\n".join("\n".join(table(groups)) for groups in tables.values() if groups).splitlines()
     gemm = " and ".join(f"{rate:,.0f} GFLOP/s in {name}" for name, rate in machine["gemm_gflops"].items())
     bandwidths = [report.digits(machine[name]) for name in ("read_gbs", "copy_gbs")]
     state = " with uncommitted changes" if environment["uncommitted"] else ""
@@ -59,6 +61,8 @@ def head(group: dict) -> str:
     shape = group["shape"]
     if group["family"] == INT4_GEMM:
         return f"weight {shape['n']:,} × {shape['k']:,}, group {GROUP}"
+    if group["family"] in (BITMAP, BITMAP_GEMM):
+        return f"weight {shape['n']:,} × {shape['k']:,}, {100 * ZEROS:.0f} % zeros"
     return f"{shape['hq']} heads on {shape['hkv']} KV heads, D {shape['d']}"
 
 
@@ -74,6 +78,7 @@ def shown(group: dict, result: dict) -> bool:
 def row_name(group: dict, result: dict) -> str:
     family, tokens = group["family"], f"{group['tokens']:,}"
     dtype = "" if group["dtype"] == "bf16" else f", {group['dtype']}"
+    tier = f", {group['tier']} tier" if group["tier"] else ""
     if family == "sparse_attention":
         name = {SDPA: f"{SDPA}, {tokens} tokens", EVERY: f"`sparse_attention`, {EVERY}"}.get(result["name"])
         return (name or f"`sparse_attention`, {result['name'].replace('density', 'd =')}") + dtype
@@ -86,8 +91,12 @@ def row_name(group: dict, result: dict) -> str:
     if family == "centroid_lookup":
         return f"`centroid_lookup`, {result['name']}, {tokens} keys{dtype}"
     if family == INT4_GEMM:
-        tier = f", {group['tier']} tier" if group["tier"] else ""
         return f"`int4_gemm`, {tokens} row{'s' if group['tokens'] > 1 else ''}{tier}"
+    if family == BITMAP:
+        op = "`bitmap_compress`" if result["name"] == COMPRESS else f"`bitmap_decompress`, {result['name']}"
+        return op + tier
+    if family == BITMAP_GEMM:
+        return f"`bitmap_gemm`, {tokens} row{'s' if group['tokens'] > 1 else ''}, {result['name']}{tier}"
     if family == "tier":
         return f"{EVERY}, {group['tier']} tier, {tokens} tokens{dtype or ', bf16'}"
     return f"`merge_attention`, {tokens} tokens{dtype}"
@@ -102,13 +111,16 @@ def cell(group: dict, result: dict) -> str:
             parts.append(f"**{report.digits(ratio)}× SDPA**{same}")
         elif name == INT4:
             parts.append(f"**{report.digits(ratio)}× {INT4}**")
+        elif name == COPY:
+            parts.append(f"**{report.digits(ratio)}× a copy**")
         elif name in (FLEX, LINEAR):
-            parts.append(f"{report.digits(ratio)}× {name}")
+            bold = "**" if group["family"] == BITMAP_GEMM else ""
+            parts.append(f"{bold}{report.digits(ratio)}× {name}{bold}")
     if "per_density" in result:
         parts.append(f"{result['per_density']:.2f} · d of {EVERY}")
     elif "share_of_full" in result:
         parts.append(f"{100 * result['share_of_full']:.1f} % of {EVERY}")
-    elif group["family"] in ("sparse_attention", INT4_GEMM) and result["limit"] == "gemm":
+    elif group["family"] in ("sparse_attention", INT4_GEMM, BITMAP_GEMM) and result["limit"] == "gemm":
         share = percent["best_gemm" if group["dtype"] == "bf16" else "gemm"]
         parts.append(f"{share:.0f} % of GEMM")
     for name, words in (("read", "read bandwidth"), ("copy", "copy bandwidth")):

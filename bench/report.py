@@ -11,8 +11,8 @@ import os
 import statistics
 from pathlib import Path
 
-from baselines import FLEX, INT4, LINEAR, SDPA
-from cases import EVERY, INT4_GEMM, Spec
+from baselines import COPY, FLEX, INT4, LINEAR, SDPA
+from cases import BITMAP, BITMAP_GEMM, EVERY, INT4_GEMM, Spec
 from measure import interleave
 
 SCHEMA = 1
@@ -143,6 +143,7 @@ def target_words(target: dict) -> str:
         "percent.read": f"{bound:g} % of read",
         "per_density": f"{bound:g} · d",
         "share_of_full": f"{100 * bound:g} %",
+        "gbs": f"{bound:g} GB/s",
     }
     return f"{sign} {words.get(metric, f'{bound:g} {metric}')}"
 
@@ -158,12 +159,16 @@ COLUMNS = {
     "% best": 7,
 }
 RATIOS = {SDPA: "× SDPA", FLEX: "× Flex"}
-INT4_RATIOS = {INT4: "× int4", LINEAR: "× linear"}
+RATIOS_OF = {
+    INT4_GEMM: {INT4: "× int4", LINEAR: "× linear"},
+    BITMAP: {COPY: "× copy"},
+    BITMAP_GEMM: {LINEAR: "× linear"},
+}
 
 
 def ratios(group: dict) -> dict[str, str]:
     """The baselines of a group's family, and what their columns are called."""
-    return INT4_RATIOS if group["family"] == INT4_GEMM else RATIOS
+    return RATIOS_OF.get(group["family"], RATIOS)
 
 
 def console():
@@ -174,9 +179,9 @@ def console():
 
 
 LEGEND = (
-    "% limit: of the GEMM rate in the dtype, or of the read (decode, int4 with one row) or copy (merge) bandwidth; "
-    "% best: of the best GEMM rate; × SDPA, × Flex, × int4 (torch's operator), × linear (bf16): times faster; "
-    "of every block: the time as a share of every block's, or factor · density"
+    "% limit: of the GEMM rate in the dtype, or of the read (decode, a weight with one row) or copy (merge, bitmap) "
+    "bandwidth; % best: of the best GEMM rate; × SDPA, × Flex, × int4 (torch's operator), × linear (bf16), × copy: "
+    "times faster; of every block: the time as a share of every block's, or factor · density"
 )
 
 

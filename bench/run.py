@@ -86,7 +86,7 @@ def inside_tier(options: argparse.Namespace) -> int:
         return 1
     raw = [
         {**report.run_group(spec, seconds=options.seconds, min_rounds=3), "aten_capability": aten}
-        for family in ("tier", cases.INT4_GEMM)
+        for family in ("tier", cases.INT4_GEMM, cases.BITMAP, cases.BITMAP_GEMM)
         for spec in cases.specs(family, options.tokens, dtypes=options.dtype, tier=tier)
     ]
     options.output.write_text(json.dumps(raw))

@@ -65,4 +65,46 @@ struct Int4GemmArgs {
   int64_t group_size;  // a multiple of 32, or -1: the whole row
 };
 
+// A headstart::BitmapWeight [N, K]. All tensors are contiguous; rows may be a slice of a larger weight.
+struct BitmapWeight {
+  const void* values;          // row-major; 4 bits: two signed nibbles a byte, value 2i low and 2i + 1 high
+  const uint8_t* bitmask;      // [N, ceil(K / 8)]: bit k % 8 of byte k / 8; pad bits are not to be relied on
+  const int64_t* row_offsets;  // [N + 1]: where a row's values begin, counted in values
+  const void* scales;          // [N, ceil(K / group_size)]; null: the values are the weights, bit by bit
+  Dtype scale_dtype;
+  int value_bits;      // 8, 16 or 32; with scales 8 (int8) or 4
+  int64_t group_size;  // 1 to max(K, 1)
+  int64_t n, k;
+  int64_t stored;  // how many values there are; none past them may be read
+};
+
+struct BitmapDecompressArgs {
+  BitmapWeight weight;
+  void* out;        // [N, K]: the values' bits, or weights in scale_dtype
+  int64_t out_row;  // distance of rows
+};
+
+// x · wᵀ + bias. Quantised weights are value · scale, rounded to scale_dtype or not.
+struct BitmapGemmArgs {
+  BitmapWeight weight;  // without scales, its values are `dtype`
+  Dtype dtype;
+  const void* x;  // [M, K]
+  int64_t x_row;
+  const void* bias;  // [N] or null
+  void* out;         // [M, N]
+  int64_t m;
+};
+
+// Two steps: bitmap_mask writes bitmask and row_offsets; after it `values` has room for row_offsets[N] of them, and
+// bitmap_gather writes those.
+struct BitmapCompressArgs {
+  const void* w;  // [N, K]
+  int64_t w_row;
+  int value_bytes;  // 1, 2 or 4
+  int64_t n, k;
+  uint8_t* bitmask;      // [N, ceil(K / 8)], pad bits 0
+  int64_t* row_offsets;  // [N + 1]
+  void* values;
+};
+
 }  // namespace headstart

@@ -47,6 +47,10 @@ inline std::string dtype_name(ScalarType type) {
       return "int16";
     case ScalarType::Bool:
       return "bool";
+    case ScalarType::Float8_e4m3fn:
+      return "float8_e4m3fn";
+    case ScalarType::Float8_e5m2:
+      return "float8_e5m2";
     default:
       return "dtype " + std::to_string(static_cast<int>(type));
   }
@@ -126,6 +130,13 @@ class Checks {
     if (x.size(last) > 1 && x.stride(last) != 1) {
       fail(argument, "a contiguous last dimension (stride 1)", "stride " + std::to_string(x.stride(last)));
     }
+  }
+
+  void contiguous(const char* argument, const Tensor& x) const {
+    if (x.is_contiguous()) return;
+    std::string strides;
+    for (int64_t i = 0; i < x.dim(); ++i) strides += (i ? ", " : "") + std::to_string(x.stride(i));
+    fail(argument, "a contiguous tensor", "strides (" + strides + ")");
   }
 
   void block_size(const char* argument, int64_t value) const {

@@ -5,9 +5,6 @@
 // returns.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-
-#include <array>
 #include <string>
 #include <vector>
 
@@ -16,50 +13,13 @@
 
 namespace headstart {
 
-inline void check_contiguous(const Checks& check, const char* argument, const Tensor& x) {
-  if (x.is_contiguous()) return;
-  std::string strides;
-  for (int64_t i = 0; i < x.dim(); ++i) strides += (i ? ", " : "") + std::to_string(x.stride(i));
-  check.fail(argument, "a contiguous tensor", "strides (" + strides + ")");
-}
-
 inline void check_int4_packed(const Checks& check, const Tensor& packed, int64_t n, int64_t k,
                               const Tensor* like = nullptr) {
   check.expect(n > 0 && k > 0, "packed", "a weight with at least one row and column",
                "(" + std::to_string(n) + ", " + std::to_string(k) + ")");
   check.tensor("packed", packed, {ScalarType::Int},
                {int4::panels(n), int4::slabs(k), int4::kWordsPerColumn, int4::kPanel}, like);
-  check_contiguous(check, "packed", packed);
-}
-
-// x as rows of K: (rows, distance of two). Leading dims that do not run on evenly take a copy.
-inline Tensor as_rows(const Tensor& x, int64_t& rows, int64_t& stride) {
-  rows = 1;
-  stride = 0;
-  int64_t expected = 0;  // the stride that goes on with the rows so far
-  for (int64_t i = x.dim() - 2; i >= 0; --i) {
-    if (x.size(i) != 1) {
-      if (rows == 1) {
-        stride = expected = x.stride(i);
-      } else if (x.stride(i) != expected) {
-        const Tensor copy = dense(x);
-        rows = 1;
-        for (int64_t j = 0; j < x.dim() - 1; ++j) rows *= x.size(j);
-        stride = x.size(x.dim() - 1);
-        return copy;
-      }
-    }
-    rows *= x.size(i);
-    expected *= x.size(i);
-  }
-  return x;
-}
-
-inline Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
+  check.contiguous("packed", packed);
 }
 
 template <typename Kernels>
@@ -82,10 +42,10 @@ Tensor int4_gemm(const Tensor x, const Tensor packed, const Tensor scales, const
   const std::vector<Dim> panels{int4::panels(n), group_size == -1 ? 1 : ceil_div(k, group_size), int4::kPanel};
   check.floating("scales", scales, panels);
   check.same_device("scales", scales, packed);
-  check_contiguous(check, "scales", scales);
+  check.contiguous("scales", scales);
   if (zeros.has_value()) {
     check.tensor("zeros", *zeros, {ScalarType::Byte}, panels, &packed);
-    check_contiguous(check, "zeros", *zeros);
+    check.contiguous("zeros", *zeros);
   }
   if (bias.has_value()) {
     check.tensor("bias", *bias, {x.scalar_type()}, {n}, &x);

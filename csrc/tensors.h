@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <initializer_list>
 #include <optional>
 #include <tuple>
@@ -46,5 +47,35 @@ inline Tensor new_ints(const Tensor& like, std::initializer_list<int64_t> shape)
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// x as rows of K: (rows, distance of two). Leading dims that do not run on evenly take a copy.
+inline Tensor as_rows(const Tensor& x, int64_t& rows, int64_t& stride) {
+  rows = 1;
+  stride = 0;
+  int64_t expected = 0;  // the stride that goes on with the rows so far
+  for (int64_t i = x.dim() - 2; i >= 0; --i) {
+    if (x.size(i) != 1) {
+      if (rows == 1) {
+        stride = expected = x.stride(i);
+      } else if (x.stride(i) != expected) {
+        const Tensor copy = dense(x);
+        rows = 1;
+        for (int64_t j = 0; j < x.dim() - 1; ++j) rows *= x.size(j);
+        stride = x.size(x.dim() - 1);
+        return copy;
+      }
+    }
+    rows *= x.size(i);
+    expected *= x.size(i);
+  }
+  return x;
+}
+
+inline Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  using torch::stable::detail::from;
+  std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
 
 }  // namespace headstart

@@ -86,12 +86,24 @@ struct Kernels {
   void (*int4_gemm)(const Int4GemmArgs&, const Parallel&);
   void (*int4_pack)(const Int4PackArgs&, const Parallel&);
   void (*int4_unpack)(const Int4PackArgs&, const Parallel&);
+  void (*bitmap_mask)(const BitmapCompressArgs&, const Parallel&);
+  void (*bitmap_gather)(const BitmapCompressArgs&, const Parallel&);
+  void (*bitmap_decompress)(const BitmapDecompressArgs&, const Parallel&);
+  void (*bitmap_gemm)(const BitmapGemmArgs&, const Parallel&);
 };
 
 // The table of the tier in use (tiers.cpp).
 const Kernels& kernels();
 
-// Each tier's sources define its functions in a namespace of their own: generic::, avx2::, avx512::, avx512_bf16::.
+// Each tier's sources define its functions in a namespace of their own: generic::, avx2::, avx512::, avx512_bf16::. The
+// bitmap kernels are compiled for VBMI2 besides, which some CPUs of the last two tiers have.
+#define HEADSTART_DECLARE_BITMAP(tier)                                  \
+  namespace tier {                                                      \
+  void bitmap_mask(const BitmapCompressArgs&, const Parallel&);         \
+  void bitmap_gather(const BitmapCompressArgs&, const Parallel&);       \
+  void bitmap_decompress(const BitmapDecompressArgs&, const Parallel&); \
+  void bitmap_gemm(const BitmapGemmArgs&, const Parallel&);             \
+  }
 #define HEADSTART_DECLARE_TIER(tier)                                    \
   namespace tier {                                                      \
   void sparse_attention(const SparseAttentionArgs&, const Parallel&);   \
@@ -103,12 +115,16 @@ const Kernels& kernels();
   void int4_gemm(const Int4GemmArgs&, const Parallel&);                 \
   void int4_pack(const Int4PackArgs&, const Parallel&);                 \
   void int4_unpack(const Int4PackArgs&, const Parallel&);               \
-  }
+  }                                                                     \
+  HEADSTART_DECLARE_BITMAP(tier)
 HEADSTART_DECLARE_TIER(generic)
 HEADSTART_DECLARE_TIER(avx2)
 HEADSTART_DECLARE_TIER(avx512)
 HEADSTART_DECLARE_TIER(avx512_bf16)
 HEADSTART_DECLARE_TIER(avx512_bf16_emulated)
+HEADSTART_DECLARE_BITMAP(avx512_vbmi2)
+HEADSTART_DECLARE_BITMAP(avx512_bf16_vbmi2)
+#undef HEADSTART_DECLARE_BITMAP
 #undef HEADSTART_DECLARE_TIER
 
 }  // namespace headstart

@@ -8,6 +8,7 @@
 
 #include <vector>
 
+#include "../bitmap.h"
 #include "../int4_gemm.h"
 #include "../prefill_index.h"
 #include "kernels.h"
@@ -340,8 +341,31 @@ Tensor int4_unpack(const Tensor packed, int64_t n, int64_t k) {
 }
 
 struct CpuKernels {
-  static constexpr int64_t kDenseRows = 0;
+  static constexpr int64_t kDenseRows = 0, kBitmapDenseRows = 0;
   static void int4_gemm(const Int4GemmArgs& args, const Tensor&) { kernels().int4_gemm(args, threads()); }
+
+  // No row may reach past the values. Only those that could, with every bit set, have their bits counted.
+  static void check_data(const Checks& check, const BitmapWeight& w) {
+    const int64_t bytes = ceil_div(w.k, 8);
+    for (int64_t n = 0; n < w.n; ++n) {
+      const int64_t first = w.row_offsets[n];
+      if (first >= 0 && first <= w.stored - w.k) continue;
+      int64_t count = 0;
+      for (int64_t i = 0; i < bytes; ++i) count += __builtin_popcount(w.bitmask[n * bytes + i]);
+      check.expect(first >= 0 && first <= w.stored - count, "row_offsets",
+                   "rows within the " + std::to_string(w.stored) + " values",
+                   "row " + std::to_string(n) + " at " + std::to_string(first) + " with " + std::to_string(count));
+    }
+  }
+  static int64_t bitmap_mask(const BitmapCompressArgs& args, const Tensor&) {
+    kernels().bitmap_mask(args, threads());
+    return args.row_offsets[args.n];
+  }
+  static void bitmap_gather(const BitmapCompressArgs& args, const Tensor&) { kernels().bitmap_gather(args, threads()); }
+  static void bitmap_decompress(const BitmapDecompressArgs& args, const Tensor&) {
+    kernels().bitmap_decompress(args, threads());
+  }
+  static void bitmap_gemm(const BitmapGemmArgs& args, const Tensor&) { kernels().bitmap_gemm(args, threads()); }
   static void vertical_slash_index(const VerticalSlashArgs& args, const Tensor&) {
     kernels().vertical_slash_index(args, threads());
   }
@@ -366,4 +390,8 @@ STABLE_TORCH_LIBRARY_IMPL(HEADSTART_NAMESPACE, CPU, m) {
   m.impl("int4_gemm", TORCH_BOX(&headstart::int4_gemm<headstart::CpuKernels>));
   m.impl("int4_pack", TORCH_BOX(&headstart::int4_pack));
   m.impl("int4_unpack", TORCH_BOX(&headstart::int4_unpack));
+  m.impl("bitmap_compress", TORCH_BOX(&headstart::bitmap_compress<headstart::CpuKernels>));
+  m.impl("bitmap_decompress", TORCH_BOX(&headstart::bitmap_decompress<headstart::CpuKernels>));
+  m.impl("bitmap_decompress.out", TORCH_BOX(&headstart::bitmap_decompress_out<headstart::CpuKernels>));
+  m.impl("bitmap_gemm", TORCH_BOX(&headstart::bitmap_gemm<headstart::CpuKernels>));
 }

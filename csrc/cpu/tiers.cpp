@@ -26,7 +26,7 @@ struct Tier {
 bool bit(unsigned word, int n) { return (word >> n & 1) != 0; }
 
 struct CpuFeatures {
-  bool avx2 = false, avx512 = false, avx512_bf16 = false;
+  bool avx2 = false, avx512 = false, avx512_bf16 = false, vbmi2 = false;
 
   CpuFeatures() {
     unsigned a, b, c, d;
@@ -38,6 +38,7 @@ struct CpuFeatures {
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
     avx2 = avx && fma && f16c && bit(b, 5) && ymm;
     avx512 = avx2 && zmm && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
+    vbmi2 = avx512 && bit(c, 6);
     if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return;
     avx512_bf16 = avx512 && bit(a, 5);
   }
@@ -50,35 +51,46 @@ const CpuFeatures& features() {
 
 #endif
 
-#define HEADSTART_KERNELS(tier) \
-  {tier::sparse_attention,      \
-   tier::merge_attention,       \
-   tier::vertical_slash_index,  \
-   tier::block_topk_index,      \
-   tier::adaptive_block_index,  \
-   tier::centroid_lookup,       \
-   tier::int4_gemm,             \
-   tier::int4_pack,             \
-   tier::int4_unpack}
+#define HEADSTART_KERNELS(tier, of_bitmap) \
+  {tier::sparse_attention,                 \
+   tier::merge_attention,                  \
+   tier::vertical_slash_index,             \
+   tier::block_topk_index,                 \
+   tier::adaptive_block_index,             \
+   tier::centroid_lookup,                  \
+   tier::int4_gemm,                        \
+   tier::int4_pack,                        \
+   tier::int4_unpack,                      \
+   of_bitmap::bitmap_mask,                 \
+   of_bitmap::bitmap_gather,               \
+   of_bitmap::bitmap_decompress,           \
+   of_bitmap::bitmap_gemm}
 
-// Lowest first. The emulated tier runs the bf16 kernels' data movement without the instruction; it is built for tests
-// and never chosen by itself.
+// Lowest first. A tier that stands here twice is one: no CPU has both rows of it. VBMI2 comes neither with AVX-512 (Ice
+// Lake is the first that has it) nor with BF16 (Cooper Lake has not). The emulated tier runs the data movement of the
+// bf16 and VBMI2 kernels without the instructions; it is built for tests and never chosen by itself.
 const Tier kTiers[] = {
-    {"generic", [] { return true; }, HEADSTART_KERNELS(generic)},
+    {"generic", [] { return true; }, HEADSTART_KERNELS(generic, generic)},
 #if defined(__x86_64__)
-    {"avx2", [] { return features().avx2; }, HEADSTART_KERNELS(avx2)},
+    {"avx2", [] { return features().avx2; }, HEADSTART_KERNELS(avx2, avx2)},
 #if HEADSTART_EMULATED_TIER
-    {"avx512_bf16_emulated", [] { return features().avx512; }, HEADSTART_KERNELS(avx512_bf16_emulated)},
+    {"avx512_bf16_emulated", [] { return features().avx512; },
+     HEADSTART_KERNELS(avx512_bf16_emulated, avx512_bf16_emulated)},
 #endif
-    {"avx512", [] { return features().avx512; }, HEADSTART_KERNELS(avx512)},
-    {"avx512_bf16", [] { return features().avx512_bf16; }, HEADSTART_KERNELS(avx512_bf16)},
+    {"avx512", [] { return features().avx512 && !features().vbmi2; }, HEADSTART_KERNELS(avx512, avx512)},
+    {"avx512", [] { return features().avx512 && features().vbmi2; }, HEADSTART_KERNELS(avx512, avx512_vbmi2)},
+    {"avx512_bf16", [] { return features().avx512_bf16 && !features().vbmi2; },
+     HEADSTART_KERNELS(avx512_bf16, avx512_bf16)},
+    {"avx512_bf16", [] { return features().avx512_bf16 && features().vbmi2; },
+     HEADSTART_KERNELS(avx512_bf16, avx512_bf16_vbmi2)},
 #endif
 };
 constexpr int kTierCount = sizeof kTiers / sizeof kTiers[0];
 
+// The tier of that name that this CPU runs, or -1.
 int find(const char* name) {
   for (int i = 0; i < kTierCount; ++i) {
-    if (std::strcmp(kTiers[i].name, name) == 0) return i;
+    if (kTiers[i].supported() && std::strcmp(kTiers[i].name, name) == 0) return i;
   }
   return -1;
 }
@@ -92,7 +104,7 @@ int choose() {
   }
   const char* wanted = std::getenv("HEADSTART_ISA");
   const int asked = wanted == nullptr ? -1 : find(wanted);
-  return asked >= 0 && kTiers[asked].supported() ? asked : best;
+  return asked >= 0 ? asked : best;
 }
 
 int& current() {
@@ -125,7 +137,7 @@ __attribute__((visibility("default"))) const char* headstart_cpu_tier() {
 
 __attribute__((visibility("default"))) int headstart_set_cpu_tier(const char* name) {
   const int tier = headstart::find(name);
-  if (tier < 0 || !headstart::kTiers[tier].supported()) return 1;
+  if (tier < 0) return 1;
   headstart::current() = tier;
   return 0;
 }

@@ -38,6 +38,10 @@ CPU_KERNELS = frozenset(
         "int4_gemm",
         "int4_pack",
         "int4_unpack",
+        "bitmap_compress",
+        "bitmap_decompress",
+        "bitmap_decompress.out",
+        "bitmap_gemm",
     }
 )
 CUDA_KERNELS = frozenset(

@@ -73,10 +73,7 @@ class BitmapWeight:
             group_size: consecutive columns that share a scale, or -1 for the whole row; unused for ``"same"``.
         """
         op = "BitmapWeight.compress"
-        choices = {"same": None, "int8": 8, "int4": 4}
-        _checks.expect(values in choices, op, "values", "'same', 'int8' or 'int4'", repr(values))
-        bits = choices[values]
-        _checks.tensor(op, "w", w, VALUE_DTYPES if bits is None else _checks.FLOAT_DTYPES, ("N", "K"))
+        bits = _value_bits(op, values, w)
         shape = tuple(w.shape)
         if bits is None:
             return cls(*bitmap_compress(w), shape)
@@ -87,6 +84,24 @@ class BitmapWeight:
         kept, bitmask, row_offsets = bitmap_compress(codes)
         kept = reference.pack_signed_nibbles(kept) if bits == 4 else kept
         return cls(kept, bitmask, row_offsets, shape, scales, group_size)
+
+    @staticmethod
+    def size(w: torch.Tensor, values: str = "same", group_size: int = 128) -> int:
+        """The bytes that `compress` would make of w [N, K]. Where few weights are 0 they are more than ``w.nbytes``.
+
+        Exact for ``"same"``; for the others, which leave out what rounds to 0 too, the most it can be.
+        """
+        op = "BitmapWeight.size"
+        value_bits = _value_bits(op, values, w)
+        n, k = w.shape
+        bits = w.view(reference.INTEGER[w.element_size()])
+        nnz = int(bits.count_nonzero()) if values == "same" else int(w.count_nonzero())
+        tables = n * -(-k // 8) + 8 * (n + 1)
+        if values == "same":
+            return nnz * w.element_size() + tables
+        _check_group_size(op, group_size)
+        groups = 1 if group_size == -1 else -(-k // group_size)
+        return -(-nnz * value_bits // 8) + tables + n * groups * w.element_size()
 
     def decompress(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """The weight [N, K]; into `out`, of the same dtype and shape, if it is given."""
@@ -171,7 +186,8 @@ def bitmap_gemm(x: torch.Tensor, weight: BitmapWeight, bias: torch.Tensor | None
         bias: [N] in x's dtype, or None.
 
     Returns:
-        [..., N] in x's dtype; sums are float32.
+        [..., N] in x's dtype; sums are float32. A quantised weight is its value times its scale, which a kernel may
+        round to the scale's dtype as `decompress` does, or not.
 
     Raises:
         ValueError or RuntimeError: naming the argument, what was expected and what was got.
@@ -193,6 +209,14 @@ def bitmap_gemm(x: torch.Tensor, weight: BitmapWeight, bias: torch.Tensor | None
 
 
 # --- the contract: checks, fake kernels, schemas --------------------------------------------------------------------
+
+
+def _value_bits(op, values, w):
+    """Of a quantised value; None if values are w's own."""
+    choices = {"same": None, "int8": 8, "int4": 4}
+    _checks.expect(values in choices, op, "values", "'same', 'int8' or 'int4'", repr(values))
+    _checks.tensor(op, "w", w, VALUE_DTYPES if values == "same" else _checks.FLOAT_DTYPES, ("N", "K"))
+    return choices[values]
 
 
 def _check_group_size(op, group_size):
@@ -220,10 +244,13 @@ def _check_weight(op, values, bitmask, row_offsets, cols, scales, group_size):
 def _check_data(op, values, bitmask, row_offsets):
     """On the CPU only, where reading data costs no synchronisation: no row may reach past the values."""
     if values.device.type == "cpu" and bitmask.shape[0] > 0:
-        last = int((row_offsets[:-1] + reference.count_bits(bitmask)).max())
+        first, counts = row_offsets[:-1], reference.count_bits(bitmask)
         stored = len(values) * (2 if values.dtype == torch.uint8 else 1)
-        inside = int(row_offsets.min()) >= 0 and last <= stored
-        _checks.expect(inside, op, "row_offsets", f"rows within the {stored} values", f"one that ends at {last}")
+        outside = ((first < 0) | (first > stored - counts)).nonzero()
+        if len(outside):
+            row = int(outside[0])
+            got = f"row {row} at {int(first[row])} with {int(counts[row])}"
+            _checks.fail(op, "row_offsets", f"rows within the {stored} values", got)
 
 
 def _check_compress(w):
