@@ -127,7 +127,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     def fails(*args, **kwargs):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", fails)
+    monkeypatch.setattr(transformers.PretrainedConfig, "save_pretrained", fails)
     with pytest.raises(OSError, match="the disk is full"):
         quantize.run(tmp_path / "in", tmp_path / "out", group_size=64)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before

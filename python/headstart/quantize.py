@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import time
@@ -14,10 +13,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ._checkpoint_files import CheckpointFiles
-from ._files import write_whole_folder
-from .engine.load import find, load_from, load_model
-from .offline.int4_quantize import Quantized, choose_layers
+from ._checkpoint_files import FILE, CheckpointFiles
+from .engine.int4_linear import Int4Linear
+from .engine.load import find, load_model
+from .offline.int4_quantize import choose_layers, quantize_weight
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -33,7 +32,8 @@ def run(
 ) -> Path:
     """Quantises a model and writes it, with its tokenizer, to the folder `output`.
 
-    Of a directory of safetensors one layer at a time is in memory besides the result; a GGUF file is read whole.
+    One decoder layer at a time is in memory; a GGUF file is read whole. The result has the layout of
+    `engine.artifact`: each decoder layer is one aligned piece of the file.
 
     Args:
         model: a directory, a ``.gguf`` file, or "smollm2".
@@ -47,7 +47,8 @@ def run(
     """
     import transformers
 
-    from .engine.quantizer import renamer
+    from .engine import artifact
+    from .engine.quantizer import TENSORS, HeadstartConfig, renamer
 
     output, start = Path(output), time.perf_counter()
     if dtype is not None:
@@ -56,49 +57,62 @@ def run(
         dtype = DTYPES[str(dtype).removeprefix("torch.")]
     if group_size != -1 and (group_size < 1 or group_size % 32):
         raise ValueError(f"quantize: group_size: expected a multiple of 32, or -1 (a row), got {group_size}")
-    _check_output(output)
+    check_output("quantize", output)
     folder, names = find(model, "quantize")
     if names:
         read, tokenizer = load_model(model, dtype=dtype)
-        config, tensors, generation = read.config, dict(read.state_dict()), read.generation_config
+        config, generation, tied = read.config, read.generation_config, read.all_tied_weights_keys
+        tensors = {name: x for name, x in read.state_dict().items() if name not in tied}
         del read
     else:
-        config, generation = transformers.AutoConfig.from_pretrained(folder), None
+        config, generation = transformers.AutoConfig.from_pretrained(folder), artifact.generation_config(folder)
         if getattr(config, "quantization_config", None):
             raise ValueError(f"quantize: model: expected one that is not quantised, got {folder}")
         files = CheckpointFiles(folder)
-        tensors, tokenizer = {name: files.slice(name) for name in files.names()}, _tokenizer(folder)
+        tensors, tokenizer = {name: files.slice(name) for name in files.names()}, artifact.tokenizer_of(folder)
     with torch.device("meta"):
         skeleton = transformers.AutoModelForCausalLM.from_config(config)
-    rename = renamer(skeleton)
-    stored = {rename(name): name for name in tensors}
-    layers = {}
-    for name in choose_layers(skeleton, exclude):
-        if f"{name}.weight" not in stored:
-            raise ValueError(f"{folder}: {name}.weight: expected a tensor; no file has it")
-        layers[name] = stored[f"{name}.weight"].removesuffix(".weight")
-    count = sum(skeleton.get_submodule(name).weight.numel() for name in layers)
+    rename, kept = renamer(skeleton), artifact.known_names(folder, skeleton, tensors)
+    stored = {rename(name): name for name in kept}
+    layers = {stored[f"{name}.weight"].removesuffix(".weight") for name in choose_layers(skeleton, exclude)}
+    exact = {*(skeleton._keep_in_fp32_modules or ()), *(skeleton._keep_in_fp32_modules_strict or ())}
+    found: dict[str, dict] = {}  # options by layer
+    count = sum(skeleton.get_parameter(rename(f"{layer}.weight")).numel() for layer in layers)
+
+    def quantized(names: list[str]) -> dict[str, torch.Tensor]:
+        group = {}
+        for name in names:
+            x, layer = tensors.pop(name)[...], name.removesuffix(".weight")
+            if name.endswith(".weight") and layer in layers:
+                weight = quantize_weight(name, x, group_size=group_size, symmetric=symmetric, dtype=dtype)
+                linear = Int4Linear.from_weight(weight)
+                group |= {f"{layer}.{field}": tensor for field, tensor in linear.state_dict().items()}
+                found[layer] = linear.options()
+                progress.advance(task, x.numel())
+            elif dtype is not None and x.is_floating_point() and not any(part in name for part in exact):
+                group[name] = x.to(dtype)
+            else:
+                group[name] = x
+        return group
+
+    possible = [*kept, *(f"{layer}.{field}" for layer in layers for field in TENSORS["int4"])]
+    shown = dtype or getattr(config, "dtype", None) or next(x[...].dtype for x in tensors.values())
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task(f"quantising {len(layers)} layers", total=count)
-        options = {"group_size": group_size, "symmetric": symmetric, "dtype": dtype}
-        source = Quantized(tensors, layers, **options, advance=lambda weights: progress.advance(task, weights))
-        del tensors
-        with contextlib.redirect_stderr(io.StringIO()):  # transformers' own progress bars
-            quantized = load_from(source, config, dtype, None if names else folder)
-    if generation is not None:
-        quantized.generation_config = generation
-
-    def write(partial: Path) -> None:
-        with contextlib.redirect_stderr(io.StringIO()):
-            quantized.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-
-    write_whole_folder(output, write)
-    parameters, dtype = skeleton.num_parameters(), quantized.dtype
-    size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
+        artifact.write(
+            output,
+            skeleton,
+            possible,
+            map(quantized, artifact.group_by_layer(skeleton, kept)),
+            lambda: HeadstartConfig.describing("int4", found),
+            dtype=shown,
+            generation=generation,
+            tokenizer=tokenizer,
+        )
+    parameters = skeleton.num_parameters()
+    size = (output / FILE).stat().st_size
     Console().print(
-        f"{output}: {parameters * dtype.itemsize / 2**20:,.0f} MiB in {str(dtype).removeprefix('torch.')} -> "
+        f"{output}: {parameters * shown.itemsize / 2**20:,.0f} MiB in {str(shown).removeprefix('torch.')} -> "
         f"{size / 2**20:,.0f} MiB; {len(layers)} layers, with {count / parameters:.0%} of the weights, are int4; "
         f"{time.perf_counter() - start:.1f} s."
         + (
@@ -112,10 +126,10 @@ def run(
     return output
 
 
-def _check_output(output: Path) -> None:
-    """Only what this wrote before is replaced."""
+def check_output(op: str, output: Path) -> None:
+    """Only what a command of ours wrote before is replaced."""
     if not output.parent.is_dir():
-        raise FileNotFoundError(f"quantize: output: expected a folder in one that exists, got {output}")
+        raise FileNotFoundError(f"{op}: output: expected a folder in one that exists, got {output}")
     if output.is_dir() and any(output.iterdir()):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             content = json.loads((output / "config.json").read_text(encoding="utf-8"))
@@ -123,13 +137,4 @@ def _check_output(output: Path) -> None:
                 return
     elif not output.exists() or output.is_dir():
         return
-    raise ValueError(f"quantize: output: expected a new folder, an empty one or one of its own, got {output}")
-
-
-def _tokenizer(folder: Path):
-    import transformers
-
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError):  # a folder may hold the weights alone
-        return None
+    raise ValueError(f"{op}: output: expected a new folder, an empty one or one of its own, got {output}")

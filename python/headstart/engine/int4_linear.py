@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..ops.int4_gemm import Int4Weight, _int4_gemm
+from .packed_linear import PackedLinear, frozen
 
 PANEL, SLAB = 16, 32  # of the packed layout (csrc/layouts/int4.h)
 
 
-class Int4Linear(nn.Module):
+class Int4Linear(PackedLinear):
     """``x @ weight.T + bias`` for x [..., K] in float32, float16 or bfloat16; the result [..., N] has x's dtype.
 
     Everything is a parameter that takes no gradient, out dim first, so that tensor parallelism can shard it:
@@ -33,6 +34,8 @@ class Int4Linear(nn.Module):
         dtype: of the bias; torch's default if None.
     """
 
+    WEIGHTS = "int4"
+
     def __init__(
         self,
         in_features: int,
@@ -52,25 +55,23 @@ class Int4Linear(nn.Module):
         groups = 1 if group_size == -1 else -(-in_features // group_size)
 
         def tensor(*shape: int, dtype: torch.dtype | None) -> nn.Parameter:
-            return _frozen(torch.zeros(shape, dtype=dtype, device=device))
+            return frozen(torch.zeros(shape, dtype=dtype, device=device))
 
         self.packed = tensor(panels, -(-in_features // SLAB), 4, PANEL, dtype=torch.int32)
         self.scales = tensor(panels, groups, PANEL, dtype=scale_dtype or dtype)
         self.zeros = None if symmetric else tensor(panels, groups, PANEL, dtype=torch.uint8)
         order = torch.arange(in_features, dtype=torch.int32, device=device)
-        self.permutation = _frozen(order) if act_order else None
+        self.permutation = frozen(order) if act_order else None
         self.bias = tensor(out_features, dtype=dtype) if bias else None
 
     @classmethod
     def from_weight(cls, weight: Int4Weight, bias: torch.Tensor | None = None) -> Int4Linear:
         """A layer with these very tensors; bias [N] or None."""
         n, k = weight.shape
-        if bias is not None and (bias.shape != (n,) or not bias.is_floating_point()):
-            got = f"{str(bias.dtype).removeprefix('torch.')} {list(bias.shape)}"
-            raise ValueError(f"Int4Linear: bias: expected floating point [{n}], got {got}")
         layer = cls(k, n, weight.group_size, bias=False, symmetric=True, device="meta")
-        layer.packed, layer.scales = _frozen(weight.packed), _frozen(weight.scales)
-        layer.zeros, layer.permutation, layer.bias = map(_frozen, (weight.zeros, weight.permutation, bias))
+        layer._check_bias(bias)
+        layer.packed, layer.scales = frozen(weight.packed), frozen(weight.scales)
+        layer.zeros, layer.permutation, layer.bias = map(frozen, (weight.zeros, weight.permutation, bias))
         return layer
 
     @property
@@ -90,20 +91,30 @@ class Int4Linear(nn.Module):
         n = min(self.out_features, PANEL * self.packed.shape[0])  # a shard has fewer panels
         return _int4_gemm(x, self.packed, self.scales, self.zeros, bias, group_size=self.group_size, n=n)
 
-    def _apply(self, fn: Callable, recurse: bool = True) -> Int4Linear:
-        """`nn.Module.to` and its like: all but the bias keep their dtype."""
+    def options(self) -> dict[str, Any]:
+        return {
+            "group_size": self.group_size,
+            "symmetric": self.zeros is None,
+            "act_order": self.permutation is not None,
+            "scale_dtype": str(self.scales.dtype).removeprefix("torch."),
+        }
 
-        def apply(t: torch.Tensor) -> torch.Tensor:
-            out = fn(t)
-            return out if t is self.bias or out.dtype == t.dtype else t.to(out.device)
+    def check(self, where: str) -> None:
+        """Every other bit pattern is a weight."""
 
-        return super()._apply(apply, recurse)
+        def expect(good: bool, field: str, expected: str) -> None:
+            if not good:
+                raise ValueError(f"{where}: {field}: expected {expected}; the data are damaged")
+
+        expect(bool(torch.isfinite(self.scales).all()), "scales", "finite scales")
+        if self.zeros is not None:
+            expect(bool((self.zeros <= 15).all()), "zeros", "zero points 0 to 15")
+        if self.permutation is not None:
+            columns = torch.arange(self.in_features, device=self.permutation.device)
+            whole = torch.equal(self.permutation.long().sort().values, columns)
+            expect(whole, "permutation", "every column once")
 
     def extra_repr(self) -> str:
         features = f"in_features={self.in_features}, out_features={self.out_features}"
         kind = f"symmetric={self.zeros is None}, act_order={self.permutation is not None}"
         return f"{features}, bias={self.bias is not None}, group_size={self.group_size}, {kind}"
-
-
-def _frozen(t: torch.Tensor | None) -> nn.Parameter | None:
-    return None if t is None else nn.Parameter(t.detach(), requires_grad=False)

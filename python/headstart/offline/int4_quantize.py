@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -41,47 +40,11 @@ def choose_layers(model: nn.Module, exclude: Collection[str] = ()) -> list[str]:
     return chosen
 
 
-class Quantized:
-    """A model's own tensors as the source of its int4 layers (`engine/quantizer.py`): quantised when asked for.
-
-    Args:
-        tensors: by name; ``[...]`` of one gives its data. A layer's weight is let go once it is quantised.
-        layers: by the names of the layers in the model, their names in `tensors`.
-        group_size, symmetric: see `Int4Weight.quantize`.
-        dtype: of the scales; the weight's own if None.
-        advance: called after every layer with the number of its weights.
-    """
-
-    def __init__(
-        self,
-        tensors: Mapping[str, Any],
-        layers: Mapping[str, str],
-        *,
-        group_size: int = 128,
-        symmetric: bool = False,
-        dtype: torch.dtype | None = None,
-        advance: Callable[[int], None] = lambda weights: None,
-    ):
-        self._layers, self._options, self._dtype, self._advance = dict(layers), (group_size, symmetric), dtype, advance
-        taken = {f"{layer}.{field}" for layer in layers.values() for field in ("weight", "bias")}
-        self._plain = {name: x for name, x in tensors.items() if name not in taken}
-        self._taken = {name: x for name, x in tensors.items() if name in taken}
-
-    def plain(self) -> dict[str, Any]:
-        return self._plain
-
-    def modules(self, model: nn.Module, rename: Callable[[str], str]) -> dict[str, str]:
-        return self._layers
-
-    def read(self, name: str, layer) -> tuple[Int4Weight, torch.Tensor | None]:
-        w = self._taken.pop(f"{name}.weight")[...]
-        try:
-            weight = Int4Weight.quantize(w.to(self._dtype or w.dtype), *self._options)
-        except ValueError as error:
-            raise ValueError(f"{name}.weight: {error}") from None
-        bias = self._taken[f"{name}.bias"][...].to(layer.dtype) if layer.has_bias else None
-        self._advance(w.numel())
-        return weight, bias
-
-    def __deepcopy__(self, memo) -> Quantized:
-        return self  # transformers copies configs, and what hangs on them
+def quantize_weight(
+    name: str, w: torch.Tensor, *, group_size: int, symmetric: bool, dtype: torch.dtype | None
+) -> Int4Weight:
+    """`Int4Weight.quantize`, with scales of `dtype` (w's own if None); errors begin with the tensor's name."""
+    try:
+        return Int4Weight.quantize(w.to(dtype or w.dtype), group_size, symmetric)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
