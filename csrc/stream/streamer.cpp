@@ -365,6 +365,15 @@ int Streamer::acquire(int layer, const std::function<bool()>& interrupted) {
   return held;
 }
 
+bool Streamer::ready(int layer) const {
+  const State& s = *state_;
+  s.check_usable();
+  const std::lock_guard<std::mutex> lock(state_->mutex);
+  if (s.ahead.empty()) return false;
+  const Slot& slot = s.slots[s.ahead.front()];
+  return slot.layer == layer && (!slot.error.empty() || s.whole(slot));
+}
+
 void Streamer::release(int held) {
   State& s = *state_;
   s.check_usable();

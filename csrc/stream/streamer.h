@@ -99,6 +99,9 @@ class Streamer {
   // every slot is held, after `close`, and in a process that was forked from the one that made the streamer.
   int acquire(int layer, const std::function<bool()>& interrupted);
 
+  // Whether `acquire` of the layer would return, or throw, at once.
+  bool ready(int layer) const;
+
   // Throws std::invalid_argument for a slot that is not held.
   void release(int slot);
 
