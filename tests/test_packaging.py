@@ -119,7 +119,21 @@ LAYERS = (
     ("ops",),
     ("offline",),
     ("engine",),
-    ("", "reporting", "demo", "inspect", "search", "quantize", "context", "texts", "tune", "doctor", "cli", "__main__"),
+    (
+        "",
+        "reporting",
+        "demo",
+        "inspect",
+        "search",
+        "quantize",
+        "prune",
+        "context",
+        "texts",
+        "tune",
+        "doctor",
+        "cli",
+        "__main__",
+    ),
 )
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 

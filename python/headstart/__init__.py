@@ -5,7 +5,7 @@ Face model: `headstart.patch(model)`. `headstart doctor` tells what runs here an
 """
 
 from . import _library
-from .engine import PrefillPlan, load, patch, registration, unpatch
+from .engine import BitmapLinear, Int4Linear, PrefillPlan, load, patch, registration, unpatch
 from .ops.bitmap import BitmapWeight, bitmap_gemm
 from .ops.centroid_lookup import KeyClusters, centroid_lookup
 from .ops.int4_gemm import Int4Weight, int4_gemm
@@ -29,9 +29,11 @@ _library.register_triton_kernels()
 registration.install()
 
 __all__ = [
+    "BitmapLinear",
     "BitmapWeight",
     "BlockIndex",
     "Context",
+    "Int4Linear",
     "Int4Weight",
     "KeyClusters",
     "PrefillPlan",

@@ -1,4 +1,5 @@
-"""The commands behind `headstart`: `demo`, `search`, `inspect`, `quantize`, `context`, `tune`, `bench`, `doctor`.
+"""The commands behind `headstart`: `demo`, `search`, `inspect`, `quantize`, `prune`, `context`, `tune`, `bench` and
+`doctor`.
 
 Heavy imports wait until a command runs.
 """
@@ -100,6 +101,28 @@ def quantize(
     from headstart.quantize import run
 
     run(model, output, group_size=group_size, symmetric=symmetric, dtype=dtype, exclude=exclude or ())
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="A directory, a .gguf file, or smollm2.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
+    sparsity: Annotated[float, typer.Option(help="The share of zeros in every row of the linear layers.")] = 0.5,
+    method: Annotated[str, typer.Option(help="magnitude, or wanda, which reads texts.")] = "wanda",
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="A UTF-8 file: its beginning to measure on, the rest for wanda; may be repeated."),
+    ] = None,
+    values: Annotated[str, typer.Option(help="What is left: same (as it is), int8 or int4.")] = "same",
+    group_size: Annotated[int, typer.Option(help="Of int8 and int4: columns that share a scale; -1, a row.")] = 128,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of a window; 2048, or what model and texts have.")] = None,
+    windows: Annotated[int, typer.Option(help="Windows that wanda reads, of all texts together.")] = 8,
+) -> None:
+    """Write a model with zeros in its linear layers, as bitmaps; tell the loss before and after."""
+    from headstart.prune import run
+
+    options = {"values": values, "group_size": group_size, "tokens": tokens, "windows": windows}
+    run(model, output, sparsity=sparsity, method=method, texts=text or (), **options)
 
 
 @contexts.command("build")

@@ -98,6 +98,12 @@ def write(
     write_whole_folder(folder, save)
 
 
+def skeleton_of(model: nn.Module) -> nn.Module:
+    """The same model without data."""
+    with torch.device("meta"):
+        return type(model)(model.config)
+
+
 def rewrite(model: str | os.PathLike, folder: str | os.PathLike) -> None:
     """Writes a folder of safetensors that is not quantised anew, with the layout of `write` and the same values."""
     import transformers

@@ -71,7 +71,7 @@ class Int4Checkpoint:
     def _where(self, layer: str) -> str:
         return f"{self.files.path(f'{layer}.{self._fields[layer][0]}')}: {layer}"
 
-    def plain(self) -> dict[str, Any]:
+    def plain(self, model: nn.Module, rename: Callable[[str], str]) -> dict[str, Any]:
         """What transformers loads: the tensors that do not belong to an int4 layer, unread."""
         taken = {f"{layer}.{field}" for layer, fields in self._fields.items() for field in (*fields, "bias")}
         return {name: self.files.slice(name) for name in self.files.names() if name not in taken}
@@ -102,23 +102,24 @@ class Int4Checkpoint:
             if weight.shape != want:
                 got = list(weight.shape)
                 raise ValueError(f"{self._fields[name][0]}: expected a weight of {list(want)}, got one of {got}")
-            return weight, self._bias(name, layer)
+            return weight, read_bias(self.files, name, layer)
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{self._where(name)}: {error}") from None
 
-    def _bias(self, name: str, layer: Waiting) -> torch.Tensor | None:
-        stored = self.files.tensor(f"{name}.bias") if f"{name}.bias" in self.files else None
-        if layer.has_bias:
-            if stored is None or stored.shape != (layer.out_features,):
-                got = "none" if stored is None else list(stored.shape)
-                raise ValueError(f"bias: expected [{layer.out_features}], got {got}")
-            return stored.to(layer.dtype)
-        if stored is not None and stored.count_nonzero() > 0:  # GPTQ's tools write zeros for layers without a bias
-            raise ValueError("bias: expected none, as the model has none, or zeros")
-        return None
-
     def __deepcopy__(self, memo) -> Int4Checkpoint:
         return self  # transformers copies configs, and what hangs on them
+
+
+def read_bias(files: CheckpointFiles, name: str, layer: Waiting) -> torch.Tensor | None:
+    stored = files.tensor(f"{name}.bias") if f"{name}.bias" in files else None
+    if layer.has_bias:
+        if stored is None or stored.shape != (layer.out_features,):
+            got = "none" if stored is None else list(stored.shape)
+            raise ValueError(f"bias: expected [{layer.out_features}], got {got}")
+        return stored.to(layer.dtype)
+    if stored is not None and stored.count_nonzero() > 0:  # GPTQ's tools write zeros for layers without a bias
+        raise ValueError("bias: expected none, as the model has none, or zeros")
+    return None
 
 
 # --- formats: what the config says, and from it what reads a layer --------------------------------------------------
@@ -177,7 +178,7 @@ def _compressed_tensors(config: dict[str, Any], expect: Expect) -> Plan:
     expect(sparsity == "dense", "sparsity_config: format", "'dense'", sparsity)
 
     def plan(name, fields):
-        expect(not any(_matches(name, pattern) for pattern in ignore), "ignore", f"no name of {name}", ignore)
+        expect(not any(matches(name, pattern) for pattern in ignore), "ignore", f"no name of {name}", ignore)
         ranks = {group: _rank(name, groups[group].get("targets") or []) for group in groups}
         group = min(ranks, key=ranks.get)
         expect(ranks[group] < NO_MATCH, "config_groups", f"a group whose targets name {name}", list(groups))
@@ -216,12 +217,12 @@ def _rank(name: str, targets: list[str]) -> int:
     """How closely a group's targets name a layer: in compressed-tensors a name goes before a pattern before a class."""
     if name in targets:
         return 0
-    if any(target.startswith("re:") and _matches(name, target) for target in targets):
+    if any(target.startswith("re:") and matches(name, target) for target in targets):
         return 1
     return 2 if "Linear" in targets else NO_MATCH
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
     return re.match(pattern[3:], name) is not None if pattern.startswith("re:") else pattern in (name, "Linear")
 
 

