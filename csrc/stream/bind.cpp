@@ -129,6 +129,9 @@ than this, if it is positive. Not to be used in a process that was forked after 
            "The buffer that holds a layer, once it is read. OSError names the layer and the file that could not be "
            "read.")
       .def(
+          "ready", [](PyStreamer& s, int layer) { return s.streamer().ready(layer); }, py::arg("layer"),
+          "Whether acquire would not wait.")
+      .def(
           "release", [](PyStreamer& s, int slot) { s.streamer().release(slot); }, py::arg("slot"))
       .def("close", &PyStreamer::close, "Ends the reading threads.")
       .def("statistics", &PyStreamer::statistics,

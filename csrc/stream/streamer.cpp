@@ -135,9 +135,9 @@ struct Streamer::State {
   Options options;
   pid_t pid = getpid();
 
-  std::timed_mutex acquiring;  // callers that wait take turns; taken before `mutex`
-  std::mutex mutex;            // guards all below
-  std::condition_variable work, filled;
+  std::mutex mutex;                      // guards all below
+  std::condition_variable work, filled;  // for the reading threads; for the callers
+  bool taken = false;                    // by a caller that waits for a layer, or ends the threads: they take turns
   std::vector<Slot> slots;
   std::deque<int> ahead;  // slots being filled or full, in the order of the schedule
   size_t next = 0;        // what to read next, in the schedule
@@ -245,6 +245,28 @@ struct Streamer::State {
     }
   }
 
+  // A caller's turn, from its construction to its end; waits for it as `acquire` waits.
+  struct Turn {
+    State& s;
+    Turn(State& s, std::unique_lock<std::mutex>& lock, const std::function<bool()>& interrupted) : s(s) {
+      while (s.taken) s.wait(lock, interrupted);
+      s.taken = true;
+    }
+    ~Turn() {  // the lock is held
+      s.taken = false;
+      s.filled.notify_all();
+    }
+  };
+
+  // Until something may have changed, and a little at most.
+  void wait(std::unique_lock<std::mutex>& lock, const std::function<bool()>& interrupted) {
+    if (filled.wait_for(lock, kSignalsEvery) == std::cv_status::no_timeout) return;
+    lock.unlock();
+    const bool stop = interrupted();
+    lock.lock();
+    if (stop) throw Interrupted();
+  }
+
   void check_usable() const {
     if (getpid() != pid) {
       throw std::runtime_error("streamer: made in process " + std::to_string(pid) + ", and this is " +
@@ -326,11 +348,8 @@ int Streamer::acquire(int layer, const std::function<bool()>& interrupted) {
   const auto known = std::find(s.schedule.begin(), s.schedule.end(), layer) != s.schedule.end();
   if (!known) throw std::invalid_argument("Streamer: acquire: layer " + std::to_string(layer) + " is not scheduled");
   const double begin = now();
-  std::unique_lock<std::timed_mutex> turn(s.acquiring, std::defer_lock);
-  while (!turn.try_lock_for(kSignalsEvery)) {
-    if (interrupted()) throw Interrupted();
-  }
   std::unique_lock<std::mutex> lock(s.mutex);
+  const State::Turn turn(s, lock, interrupted);
   if (!s.stopping) s.aim_at(layer);
   s.work.notify_all();
   for (;;) {
@@ -349,11 +368,7 @@ int Streamer::acquire(int layer, const std::function<bool()>& interrupted) {
       throw std::runtime_error("streamer: " + s.layers[layer].name + ": expected a buffer to read it to, all " +
                                std::to_string(s.slots.size()) + " are held");
     }
-    if (s.filled.wait_for(lock, kSignalsEvery) == std::cv_status::timeout) {
-      lock.unlock();
-      if (interrupted()) throw Interrupted();
-      lock.lock();
-    }
+    s.wait(lock, interrupted);
   }
   const int held = s.ahead.front();
   s.ahead.pop_front();
@@ -390,16 +405,16 @@ void Streamer::release(int held) {
 void Streamer::close() {
   State& s = *state_;
   s.check_usable();
-  {
-    const std::lock_guard<std::mutex> lock(s.mutex);
-    s.stopping = true;
-    s.work.notify_all();
-    s.filled.notify_all();
-  }
-  const std::lock_guard<std::timed_mutex> turn(s.acquiring);  // no other caller is inside, or joins as well
+  std::unique_lock<std::mutex> lock(s.mutex);
+  s.stopping = true;
+  s.work.notify_all();
+  s.filled.notify_all();
+  const State::Turn turn(s, lock, [] { return false; });
+  lock.unlock();
   for (std::thread& thread : s.threads) {
     if (thread.joinable()) thread.join();
   }
+  lock.lock();
 }
 
 Statistics Streamer::statistics() const {

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .packed_linear import PackedLinear
 from .stream_plan import Part, Plan
 
 DEPTH = 3  # buffers of the ring
@@ -48,6 +49,7 @@ class WeightStream:
         self.layers = [layer for layer, _ in layers]
         self.parts = [part for _, part in layers]
         self._lock = threading.RLock()
+        self._checked: set[int] = set()  # layers of which the packed data were read once
         self._targets = [_targets(layer, part) for layer, part in layers]
         buffers = [_Memory(plan.slot_bytes, pin=device.type == "cuda") for _ in range(plan.slots)]
         self._buffers = buffers
@@ -69,10 +71,19 @@ class WeightStream:
             for (parameters, field), tensor in zip(targets, tensors, strict=True):
                 parameters[field] = tensor
             try:
+                if index not in self._checked:
+                    self._check(index)
                 yield
             finally:
                 for (parameters, field), tensor in zip(targets, empty, strict=True):
                     parameters[field] = tensor
+
+    def _check(self, index: int) -> None:
+        part = self.parts[index]
+        for name, module in self.layers[index].named_modules():
+            if isinstance(module, PackedLinear):
+                module.check(f"{part.extents[0][0]}: {part.name}.{name}")
+        self._checked.add(index)
 
     def start(self) -> None:
         """Begins to read the first layers, before anybody asks for them."""
@@ -112,7 +123,7 @@ def _targets(layer: nn.Module, part: Part) -> list[tuple[dict[str, nn.Parameter]
     """Where the part's parameters belong: their modules' own dictionaries."""
     found = []
     for place in part.places:
-        module, _, field = place.name.removeprefix(f"{part.name}.").rpartition(".")
+        module, _, field = place.tensor.name.removeprefix(f"{part.name}.").rpartition(".")
         found.append((layer.get_submodule(module)._parameters, field))
     return found
 
@@ -135,7 +146,7 @@ class _Memory:
     """Page-aligned bytes, as large as asked for and no larger, that go when the last view of them goes."""
 
     def __init__(self, count: int, pin: bool = False):
-        self.raw = mmap.mmap(-1, count)
+        self.raw = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             self.raw.madvise(mmap.MADV_HUGEPAGE)
         self.tensor = torch.frombuffer(self.raw, dtype=torch.uint8)
@@ -266,23 +277,29 @@ class _DeviceRing(_Ring):
 # --- what a model with streamed layers does not do -----------------------------------------------------------------
 
 
-def _refuse(what: str, cure: str) -> Callable:
-    def refuse(*args, **kwargs):
-        raise RuntimeError(f"{what}: the weights of streamed layers are in files, not in memory; {cure}")
+class _Refusal:
+    """Stands in the place of a method."""
 
-    return refuse
+    def __init__(self, what: str, cure: str):
+        self._words = f"{what}: the weights of streamed layers are in files, not in memory; {cure}"
+
+    def __call__(self, *args, **kwargs):
+        raise RuntimeError(self._words)
+
+    def __reduce__(self):
+        raise RuntimeError("a model with streamed weights cannot be pickled; load it where it is needed")
 
 
 def _guard(layer: nn.Module, device: torch.device) -> None:
     read = "read the tensors from the model's files, or load it without memory_budget"
-    layer.register_state_dict_pre_hook(_refuse("state_dict", read))
-    layer.register_load_state_dict_pre_hook(_refuse("load_state_dict", "load it without memory_budget"))
+    layer.register_state_dict_pre_hook(_Refusal("state_dict", read))
+    layer.register_load_state_dict_pre_hook(_Refusal("load_state_dict", "load it without memory_budget"))
     layer._apply = functools.partial(_apply, layer, device)
 
 
 def guard_model(model: nn.Module, path: Path, device: torch.device) -> None:
     """What would save or move weights that are not there says so."""
-    model.save_pretrained = _refuse("save_pretrained", f"copy {path}, or load it without memory_budget")
+    model.save_pretrained = _Refusal("save_pretrained", f"copy {path}, or load it without memory_budget")
     model._apply = functools.partial(_apply, model, device)
 
 
@@ -291,5 +308,5 @@ def _apply(module: nn.Module, device: torch.device, fn: Callable, recurse: bool 
     for dtype in {parameter.dtype for parameter in module.parameters()}:
         after = fn(torch.empty(0, dtype=dtype, device=device))
         if after.dtype != dtype or after.device != device:
-            _refuse("to", "load the model with the device and the dtype that it is to have")()
+            _Refusal("to", "load the model with the device and the dtype that it is to have")()
     return module

@@ -19,9 +19,10 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from .._checkpoint_files import Stored, stored_tensors
+from .._checkpoint_files import stored_tensors
+from .artifact import decoder_layers
 from .stream import DEPTH, WeightStream, guard_model, read_part
-from .stream_plan import Part, parse_budget, plan
+from .stream_plan import Part, Tensor, parse_budget, plan
 
 
 def load_streamed(
@@ -55,10 +56,12 @@ def load_streamed(
             layers, rest, unknown = _parts(model, path, checkpoint_files, load_config)
             chosen = plan([part for _, part in layers], rest, budget, depth)
             streamed.extend(layers[i] for i in chosen.streamed)
+            for layer, part in streamed:
+                _check_streamed(model, path, layer, part)
             kept = [rest, *(part for i, (_, part) in enumerate(layers) if i not in chosen.streamed)]
             tensors = unknown | dict(_read(kept, device, options))
             info, index = kind._load_pretrained_model(model, tensors, None, load_config, *args, **kwargs)
-            info.missing_keys -= {place.name for _, part in streamed for place in part.places}
+            info.missing_keys -= {place.tensor.name for _, part in streamed for place in part.places}
             return info, index
 
     Streamed.__name__, Streamed.__qualname__, Streamed.__module__ = kind.__name__, kind.__qualname__, kind.__module__
@@ -66,7 +69,7 @@ def load_streamed(
         path,
         config=config if kind.config_class is type(config) else config.get_text_config(),
         dtype=dtype or "auto",
-        device_map={"": device},
+        device_map=None if device.type == "cpu" else {"": device},
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
@@ -80,85 +83,67 @@ def load_streamed(
 
 
 def _read(parts: Iterable[Part], device: torch.device, options: dict) -> Iterable[tuple[str, torch.Tensor]]:
-    """Tensors by their names in the model; one part after another is read."""
+    """Tensors by their names in the files; one part after another is read."""
     for part in parts:
         buffer = read_part(part, **options)
         for place in part.places:
-            yield place.name, place.of(buffer).to(device)
+            yield place.tensor.key, place.of(buffer).to(device)
 
 
 def _parts(model: nn.Module, path: Path, files: Iterable[str] | None, load_config):
     """(layer, its part) of every decoder layer, the part of the rest, and what the model has no place for, by name."""
     if not files or not all(str(file).endswith(".safetensors") for file in files):
         raise ValueError(f"{path}: expected safetensors files, which are what can be streamed, got {files}")
-    prefix, layers = _decoder_layers(model)
-    names = [f"{prefix}.{i}" for i in range(len(layers))]
-    parameters, known = dict(model.named_parameters(remove_duplicate=False)), model.state_dict()
-    _check_untied(model, path, prefix)
-    inside: list[list[tuple[str, Stored, torch.dtype]]] = [[] for _ in layers]
-    rest: list[tuple[str, Stored, torch.dtype]] = []
+    names = decoder_layers(model)
+    layers, depth = {name: i for i, name in enumerate(names)}, names[0].count(".") + 1
+    known, parameters = model.state_dict(), {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    inside: list[list[Tensor]] = [[] for _ in names]
+    rest: list[Tensor] = []
     unknown = {}
     for key, stored in (item for file in files for item in stored_tensors(file).items()):
-        name, converter = _name_in_model(key, model, known, load_config)
-        layer = _layer_of(name, prefix)
-        if converter is not None:
-            raise ValueError(
-                f"{stored.path}: {key}: expected a tensor that {type(model).__name__} takes as it is, since weights are "
-                f"streamed as they lie in the file; transformers makes {name} of it and others"
-            )
+        name, converted = _name_in_model(key, model, known, load_config)
         if name not in known:
-            unknown[name] = torch.empty(0, device="meta")
+            unknown[key] = torch.empty(0, device="meta")
             continue
-        dtype = _dtype_in_model(name, known[name], stored, load_config)
-        if layer is None or name not in parameters:
-            rest.append((name, stored, dtype))
-            continue
-        if tuple(known[name].shape) != stored.shape:
-            want, got = list(known[name].shape), list(stored.shape)
-            raise ValueError(f"{stored.path}: {name}: expected {want}, as config.json says, got {got}")
-        inside[layer].append((name, stored, dtype))
-    for i, (name, tensors) in enumerate(zip(names, inside)):
-        wanted = {f"{name}.{field}" for field, _ in layers[i].named_parameters()}
-        if missing := sorted(wanted - {tensor[0] for tensor in tensors}):
-            raise ValueError(f"{path}: {missing[0]}: expected a tensor, which no file has")
+        tensor = Tensor(key, name, stored, _dtype_in_model(name, known[name], load_config), converted)
+        layer = layers.get(".".join(name.split(".")[:depth]))
+        (rest if layer is None or name not in parameters else inside[layer]).append(tensor)
     parts = [Part.of(name, tensors) for name, tensors in zip(names, inside)]
-    return list(zip(layers, parts)), Part.of("what belongs to no layer", rest), unknown
+    return [(model.get_submodule(part.name), part) for part in parts], Part.of("no layer", rest), unknown
 
 
-def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of layers that has the most of the model's weights, and its name."""
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise ValueError(f"load: memory_budget: expected a model with a list of decoder layers, got {type(model).__name__}")
-    return max(lists, key=lambda item: sum(p.nbytes for p in item[1].parameters()))
-
-
-def _layer_of(name: str, prefix: str) -> int | None:
-    if not name.startswith(f"{prefix}."):
-        return None
-    number = name.removeprefix(f"{prefix}.").partition(".")[0]
-    return int(number) if number.isdigit() else None
-
-
-def _check_untied(model: nn.Module, path: Path, prefix: str) -> None:
+def _check_streamed(model: nn.Module, path: Path, layer: nn.Module, part: Part) -> None:
+    """That the layer's parameters are its own, and lie in the files as the layer takes them."""
     ties = getattr(model, "all_tied_weights_keys", None) or {}
-    for name in (*ties, *ties.values()):
-        if _layer_of(name, prefix) is not None:
-            raise ValueError(f"{path}: {name}: expected weights of a layer's own, since layers are streamed; it is tied")
+    tied = {*ties, *ties.values()}
+    found = {place.tensor.name: place for place in part.places}
+    for field, parameter in layer.named_parameters():
+        name = f"{part.name}.{field}"
+        if name not in found:
+            raise ValueError(f"{path}: {name}: expected a tensor, which no file has")
+        place, want, got = found[name], list(parameter.shape), list(found[name].tensor.stored.shape)
+        cure = "is to be streamed as it lies in the file; give a memory_budget that holds all weights, or none"
+        if place.tensor.converted:
+            made = f"transformers makes {name} of it and others"
+            raise ValueError(f"{place.tensor.stored.path}: {place.tensor.key}: {made}, and {name} {cure}")
+        if name in tied:
+            raise ValueError(f"{place.tensor.stored.path}: {name}: it is tied to another weight, and {cure}")
+        if want != got:
+            raise ValueError(f"{place.tensor.stored.path}: {name}: expected {want}, as config.json says, got {got}")
 
 
-def _name_in_model(key: str, model: nn.Module, known: dict, load_config) -> tuple[str, str | None]:
-    """The parameter that transformers makes of a checkpoint's tensor, and what converts it, if anything does."""
+def _name_in_model(key: str, model: nn.Module, known: dict, load_config) -> tuple[str, bool]:
+    """The parameter that transformers makes of a checkpoint's tensor, and whether it is more than that tensor."""
     mapping = load_config.weight_mapping or []
     renamings = [t for t in mapping if isinstance(t, WeightRenaming)]
     converters = [t for t in mapping if isinstance(t, WeightConverter)]
     name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
     if name not in known and key in known:
-        return key, None
-    return name, converter
+        return key, False
+    return name, converter is not None
 
 
-def _dtype_in_model(name: str, parameter: torch.Tensor, stored: Stored, load_config) -> torch.dtype:
+def _dtype_in_model(name: str, parameter: torch.Tensor, load_config) -> torch.dtype:
     """What transformers would cast it to: some models keep some weights in float32."""
     plan = load_config.dtype_plan or {}
     if plan:

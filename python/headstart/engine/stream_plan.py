@@ -41,29 +41,39 @@ def parse_budget(budget: int | str) -> int:
     raise ValueError(f'load: memory_budget: expected bytes, or a text such as "2GiB" or "500MB", got {budget!r}')
 
 
-class Place(NamedTuple):
-    """Where a tensor lies in its part's buffer, and what it becomes."""
+class Tensor(NamedTuple):
+    """A tensor of the files, and what it becomes."""
 
-    name: str  # of the parameter in the model
-    position: int
+    key: str  # in the files
+    name: str  # of the parameter, in the model
     stored: Stored
     dtype: torch.dtype
+    converted: bool = False  # by transformers, which makes a parameter of it and others
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in its part's buffer."""
+
+    position: int
+    tensor: Tensor
 
     @property
     def is_view(self) -> bool:
         """Else it is copied out of the buffer: cast, or because its elements are not aligned in the file."""
-        return self.dtype == self.stored.dtype and self.position % self.dtype.itemsize == 0
+        key, name, stored, dtype, converted = self.tensor
+        return dtype == stored.dtype and self.position % dtype.itemsize == 0 and not converted
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.stored.shape) * self.dtype.itemsize
+        return math.prod(self.tensor.stored.shape) * self.tensor.dtype.itemsize
 
     def of(self, buffer: torch.Tensor) -> torch.Tensor:
         """The tensor in a buffer (uint8 [bytes]), or a copy."""
-        raw = buffer[self.position : self.position + self.stored.end - self.stored.begin]
-        if self.position % self.stored.dtype.itemsize:
+        stored = self.tensor.stored
+        raw = buffer[self.position : self.position + stored.end - stored.begin]
+        if self.position % stored.dtype.itemsize:
             raw = raw.clone()
-        return raw.view(self.stored.dtype).view(self.stored.shape).to(self.dtype)
+        return raw.view(stored.dtype).view(stored.shape).to(self.tensor.dtype)
 
 
 @dataclass(frozen=True)
@@ -73,22 +83,22 @@ class Part:
     places: list[Place]
 
     @classmethod
-    def of(cls, name: str, tensors: Iterable[tuple[str, Stored, torch.dtype]]) -> Part:
-        """From (parameter, where it is stored, dtype that it is to have)."""
-        extents: list[list] = []
+    def of(cls, name: str, tensors: Iterable[Tensor]) -> Part:
+        extents: list[tuple[str, int, list[Tensor]]] = []  # file, end, what lies in it
         places = []
-        for parameter, stored, dtype in sorted(tensors, key=lambda x: (str(x[1].path), x[1].begin)):
-            if stored.begin == stored.end:
-                places.append(Place(parameter, 0, stored, dtype))
-                continue
-            if not extents or extents[-1][0] != str(stored.path) or stored.begin > extents[-1][2] + GAP:
-                extents.append([str(stored.path), stored.begin // PAGE * PAGE, stored.end, []])
-            extents[-1][2] = max(extents[-1][2], stored.end)
-            extents[-1][3].append((parameter, stored, dtype))
+        for tensor in sorted(tensors, key=lambda t: (str(t.stored.path), t.stored.begin)):
+            path, begin, end = str(tensor.stored.path), tensor.stored.begin, tensor.stored.end
+            if begin == end:
+                places.append(Place(0, tensor))
+            elif extents and extents[-1][0] == path and begin <= extents[-1][1] + GAP:
+                extents[-1] = path, max(end, extents[-1][1]), [*extents[-1][2], tensor]
+            else:
+                extents.append((path, end, [tensor]))
         at, found = 0, []
-        for path, begin, end, inside in extents:
+        for path, end, inside in extents:
+            begin = inside[0].stored.begin // PAGE * PAGE
             found.append((path, begin, end, at))
-            places += [Place(p, at + stored.begin - begin, stored, dtype) for p, stored, dtype in inside]
+            places += [Place(at + tensor.stored.begin - begin, tensor) for tensor in inside]
             at += _whole_pages(end - begin)
         return cls(name, found, places)
 
@@ -127,7 +137,7 @@ class Plan:
 
 
 def plan(layers: Sequence[Part], rest: Part, budget: int, depth: int) -> Plan:
-    """Streams as few layers as the budget allows, at even distances, so that what is computed between two reads is even.
+    """Streams as few layers as the budget allows, at even distances: what is computed between two reads is even.
 
     The ring has up to `depth` buffers; fewer, but at least `MIN_DEPTH`, if else the budget would not do at all.
     """
