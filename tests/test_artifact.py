@@ -1,6 +1,7 @@
 """Folders in headstart's layout: a decoder layer is one aligned piece of the file, and every loader opens them."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -8,41 +9,12 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import headstart  # noqa: E402
+from artifacts import check_layout, run_prune, tiny_folder  # noqa: E402
 from headstart import quantize  # noqa: E402
-from headstart._checkpoint_files import PADDING, PAGE  # noqa: E402
+from headstart._checkpoint_files import PADDING, LayeredFile  # noqa: E402
 from headstart.engine import artifact  # noqa: E402
 from headstart.engine.quantizer import HeadstartConfig  # noqa: E402
 from models import logits, make, tokens  # noqa: E402
-
-
-def spans(folder):
-    """The names in the file and where their data begin and end, in the file's order."""
-    with open(folder / "model.safetensors", "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__")
-    found = {name: [8 + length + offset for offset in x["data_offsets"]] for name, x in header.items()}
-    return dict(sorted(found.items(), key=lambda item: item[1]))
-
-
-def check_layout(folder, layers, prefix="model.layers."):
-    """What is in no layer comes first; each layer is one piece of whole pages."""
-    found = spans(folder)
-    runs = []  # (layer or None, first byte, end)
-    for name, (first, end) in found.items():
-        layer = int(name.removeprefix(prefix).split(".")[0]) if name.startswith(prefix) else None
-        if name.startswith(PADDING):
-            runs[-1] = (runs[-1][0], runs[-1][1], end)
-        elif runs and runs[-1][0] == layer:
-            assert first == runs[-1][2]
-            runs[-1] = (layer, runs[-1][1], end)
-        else:
-            runs.append((layer, first, end))
-    assert [layer for layer, _, _ in runs] == [None, *range(layers)]
-    assert all(first % PAGE == 0 and end % PAGE == 0 for _, first, end in runs)
-    assert all(a[2] == b[1] for a, b in zip(runs, runs[1:]))
-    assert runs[-1][2] == (folder / "model.safetensors").stat().st_size
-    return found
 
 
 def warned_of_padding(folder, caplog, opened=transformers.AutoModelForCausalLM.from_pretrained):
@@ -93,6 +65,26 @@ def test_an_int4_model(tmp_path, caplog):
     assert "model.layers.2.mlp.down_proj.packed" in found
     first, second = opened_quietly(tmp_path / "out", caplog)
     assert torch.equal(logits(first, tokens()), logits(second, tokens()))
+
+
+@pytest.mark.parametrize("command", ["quantize", "prune"])
+def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch, command):
+    tiny_folder(tmp_path, num_hidden_layers=4)
+    add, before, count = LayeredFile.add, [], []
+
+    def watched(self, tensors):
+        assert not [name for name, alive in before if alive() is not None]
+        made = {name: x for name, x in tensors.items() if name.endswith((".packed", ".values"))}
+        before.extend((name, weakref.ref(x)) for name, x in made.items())
+        count.append(len(made))
+        add(self, tensors)
+
+    monkeypatch.setattr(LayeredFile, "add", watched)
+    if command == "quantize":
+        quantize.run(tmp_path / "in", tmp_path / "out", group_size=32, exclude=["lm_head"])
+    else:
+        run_prune(tmp_path)
+    assert count == [0, 7, 7, 7, 7]
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])

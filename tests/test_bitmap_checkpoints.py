@@ -172,6 +172,22 @@ def test_written_and_read_again(tmp_path, tied):
     check(headstart.load(tmp_path / "out"), model, layers)
 
 
+def test_against_the_package_compressed_tensors(tmp_path):
+    """Up to 0.14.0.1 it reads what we write, and we read what it writes, norms and embedding compressed or not."""
+    package = pytest.importorskip("compressed_tensors.compressors.sparse_compressors.sparse_bitmask")
+    judge = package.BitmaskCompressor(config=pytest.importorskip("compressed_tensors.config").BitmaskConfig())
+    model = bitmap_formats.prune(make(attention_bias=True, intermediate_size=100))
+    layers, state = bitmap_formats.write(tmp_path / "in", model), model.state_dict()
+    save_compressed_tensors(headstart.load(tmp_path / "in"), tmp_path / "out")
+    read = dict(judge.decompress(str(tmp_path / "out")))
+    assert read.keys() == state.keys() and all(torch.equal(x, state[name]) for name, x in read.items())
+    for targets in (set(layers), None):
+        tensors = judge.compress(dict(state), targets)
+        bitmap_formats.save_file(tensors, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+        bitmap_formats.edit(tmp_path / "out", lambda q: q["sparsity_config"].update(targets=None))
+        check(headstart.load(tmp_path / "out"), model, [*layers, *([] if targets else ["lm_head"])])
+
+
 def test_what_cannot_be_written(tmp_path):
     model = make(num_hidden_layers=1)
     with pytest.raises(ValueError, match="model: expected BitmapLinear layers, got a LlamaForCausalLM"):

@@ -86,6 +86,7 @@ def write(
         with LayeredFile(partial / FILE, names) as file:
             for group in groups:
                 file.add(group)
+                del group  # before the next one is made
         config = type(model.config).from_dict(model.config.to_dict())
         config.architectures = [type(model).__name__]
         config.dtype = dtype or model.dtype

@@ -50,4 +50,4 @@ def _register() -> None:
     try:
         from . import quantizer  # noqa: F401  registers itself, also where its own import was what led here
     except ImportError as error:  # never break an import of transformers
-        warnings.warn(f"headstart's int4 models cannot be opened by from_pretrained: {error}", stacklevel=2)
+        warnings.warn(f"headstart's packed models cannot be opened by from_pretrained: {error}", stacklevel=2)
