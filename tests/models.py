@@ -32,7 +32,8 @@ def make(family="Llama", attn="sdpa", **sizes):
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**SIZES | sizes)
     config._attn_implementation = attn
-    return getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config).eval()
+    name = "GPT2LMHeadModel" if family == "GPT2" else f"{family.removesuffix('Text')}ForCausalLM"
+    return getattr(transformers, name)(config).eval()
 
 
 def tokens(batch=2, length=150):

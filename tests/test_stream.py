@@ -32,16 +32,21 @@ from models import left_padded, logits, make, tokens  # noqa: E402
 LAYERS = 6
 
 
-def least(folder):
+def least(folder, **options):
     """The smallest budget, as the error for one that is smaller says."""
     with pytest.raises(ValueError, match=r"memory_budget: expected at least \d+ bytes .*, got 1$") as error:
-        headstart.load(folder, memory_budget=1)
+        headstart.load(folder, memory_budget=1, **options)
     return int(str(error.value).split("at least ")[1].split()[0])
 
 
 def streamed(folder, more=0, **options):
     """The model with the smallest budget, and that many bytes more."""
-    return headstart.load(folder, memory_budget=least(folder) + more, **options)
+    return headstart.load(folder, memory_budget=least(folder, **options) + more, **options)
+
+
+def loaded(folder, **options):
+    """Frozen, as a streamed model is: whether a weight takes gradients decides how torch folds the product's batch."""
+    return headstart.load(folder, **options).requires_grad_(False)
 
 
 def slow(folder, rate, **options):
@@ -58,7 +63,7 @@ def llama(tmp_path_factory):
 def saved(folder, model, **options):
     """The model as it is loaded: MKL's products differ in the last bit with the alignment of the weights."""
     model.save_pretrained(folder, **options)
-    return headstart.load(folder), folder
+    return loaded(folder), folder
 
 
 def check_same(model, want, *, length=40, new=12):
@@ -134,8 +139,7 @@ def test_shards_and_tied_embeddings(tmp_path):
 
 def test_another_dtype_is_cast_every_time(llama, tmp_path):
     _, folder = llama
-    want = headstart.load(folder, dtype=torch.bfloat16)
-    got = headstart.load(folder, dtype=torch.bfloat16, memory_budget=600_000)
+    want, got = loaded(folder, dtype=torch.bfloat16), streamed(folder, dtype=torch.bfloat16)
     assert all(part.copied_bytes for part in stream_of(got).parts)
     check_same(got, want)
 
@@ -143,7 +147,7 @@ def test_another_dtype_is_cast_every_time(llama, tmp_path):
 def test_elements_that_are_not_aligned_in_the_file(tmp_path):
     """Writers of old let the header end anywhere."""
     model = make(num_hidden_layers=3)
-    model, _ = saved(tmp_path, model)
+    model = copy.deepcopy(saved(tmp_path, model)[0])  # which is not mapped from the file, and aligned
     path = tmp_path / "model.safetensors"
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
@@ -168,8 +172,7 @@ def test_a_layers_tensors_apart_from_each_other(tmp_path):
     text += b" " * (-len(text) % 8)
     data = b"".join(state[name].numpy().tobytes() for name in order)
     (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
-    model = headstart.load(tmp_path)
-    got = streamed(tmp_path)
+    model, got = loaded(tmp_path), streamed(tmp_path)
     assert all(len(part.extents) > 2 for part in stream_of(got).parts)
     check_same(got, model)
 
@@ -180,7 +183,7 @@ def test_a_layers_tensors_apart_from_each_other(tmp_path):
 @pytest.mark.parametrize("layered", [False, True])
 def test_int4(tmp_path, layered):
     folder = int4_formats.write_own(tmp_path, make(num_hidden_layers=4))
-    want = headstart.load(folder)
+    want = loaded(folder)
     if layered:
         groups = artifact.group_by_layer(want, want.state_dict())
         tensors = want.state_dict()
@@ -192,8 +195,7 @@ def test_int4(tmp_path, layered):
             lambda: HeadstartConfig.of(want),
         )
         folder = tmp_path / "layered"
-    want = headstart.load(folder)
-    got = streamed(folder)
+    want, got = loaded(folder), streamed(folder)
     parts = stream_of(got).parts
     assert len(parts) == 4 and sum(isinstance(m, Int4Linear) for m in got.modules()) == 4 * 7
     if layered:
@@ -218,7 +220,7 @@ def write_bitmaps(folder, model, values):
 @pytest.mark.parametrize("values", ["same", "int8", "int4"])
 def test_bitmaps(tmp_path, values):
     write_bitmaps(tmp_path / "bitmap", make(num_hidden_layers=4), values)
-    model = headstart.load(tmp_path / "bitmap")
+    model = loaded(tmp_path / "bitmap")
     got = streamed(tmp_path / "bitmap")
     parts = stream_of(got).parts
     assert len(parts) == 4 and all(len(part.extents) == 1 and not part.copied_bytes for part in parts)
@@ -342,6 +344,7 @@ def test_nothing_is_left_when_the_model_goes(llama):
     def threads():
         return len(os.listdir("/proc/self/task"))
 
+    gc.collect()  # what other tests left
     got = streamed(llama[1])
     logits(got, tokens())
     stream, before = weakref.ref(stream_of(got)), threads()
@@ -368,13 +371,16 @@ def test_storage_is_read_while_layers_compute(llama):
     for layer in got.model.layers:
         layer.mlp.register_forward_hook(lambda *_: time.sleep(0.9 * step))
     logits(got, tokens(1, 4))
+    stream_of(got).take_events()
     begin, rounds = time.perf_counter(), 4
     for _ in range(rounds):
         logits(got, tokens(1, 4))
-    wall, slowest = time.perf_counter() - begin, rounds * LAYERS * step
-    assert 0.85 * slowest < wall < 1.15 * slowest
-    kinds = [kind for kind, *_ in stream_of(got).take_events()]
-    assert kinds.count("hold") == kinds.count("wait") == (rounds + 1) * LAYERS
+    wall, events = time.perf_counter() - begin, stream_of(got).take_events()
+    kinds = [kind for kind, *_ in events]
+    assert kinds.count("hold") == kinds.count("wait") == rounds * LAYERS
+    reading = rounds * LAYERS * step
+    computing = sum(end - start for kind, _, start, end, _ in events if kind == "hold")
+    assert 0.85 * reading < wall < 1.15 * max(reading, computing) and wall < 0.75 * (reading + computing)
 
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -406,7 +412,7 @@ def test_files_that_do_not_fit(tmp_path):
     def refused(changed, words):
         int4_formats.save_file(changed, path, metadata={"format": "pt"})
         with pytest.raises(ValueError, match=words):
-            headstart.load(tmp_path, memory_budget=300_000)
+            headstart.load(tmp_path, memory_budget=400_000)
 
     refused(
         {k: x for k, x in tensors.items() if k != name}, f"{tmp_path}: {name}: expected a tensor, which no file has"
@@ -417,7 +423,7 @@ def test_files_that_do_not_fit(tmp_path):
     refused({k: x for k, x in tensors.items() if k != "model.norm.weight"}, "model.norm.weight: expected a tensor")
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=f"{path}: not a whole safetensors file"):
-        headstart.load(tmp_path, memory_budget=300_000)
+        headstart.load(tmp_path, memory_budget=400_000)
 
 
 def test_what_cannot_be_streamed_is_named(tmp_path):
@@ -430,9 +436,9 @@ def test_what_cannot_be_streamed_is_named(tmp_path):
     model = make("Mixtral", num_hidden_layers=4)
     model, _ = saved(tmp_path / "moe", model)
     with pytest.raises(
-        ValueError, match="experts.0.*: transformers makes .* of it and others, and .* is to be streamed"
+        ValueError, match=r"experts\.\d.*: transformers makes .* of it and others, and .* is to be streamed"
     ):
-        headstart.load(tmp_path / "moe", memory_budget=400_000)
+        headstart.load(tmp_path / "moe", memory_budget="2.1MB")
     check_same(headstart.load(tmp_path / "moe", memory_budget="1GiB"), model)
     torch.save(make().state_dict(), tmp_path / "pytorch_model.bin")
     make().config.save_pretrained(tmp_path)
@@ -510,10 +516,10 @@ def test_extents_are_joined_over_small_gaps_only():
     apart += [tensor("d", "/g", 0, 10), tensor("e", "/f", 3, 3)]
     found = Part.of("x", reversed(apart))
     first = (7002 + gap) // 4096 * 4096
-    assert found.extents == [("/f", 4096, 7001, 0), ("/f", first, 9000 + gap, 4096), ("/g", 0, 10, 8192)]
+    assert found.extents == [("/f", 4096, 7001, 0), ("/f", first, 9000 + gap, 4096), ("/g", 0, 10, 12288)]
     places = {place.tensor.name: place.position for place in found.places}
-    assert places == {"a": 904, "b": 2904, "c": 4096 + 7002 + gap - first, "d": 8192, "e": 0}
-    assert found.buffer_bytes == 3 * 4096 and found.read_bytes == 7001 - 4096 + 9000 + gap - first + 10
+    assert places == {"a": 904, "b": 2904, "c": 4096 + 7002 + gap - first, "d": 12288, "e": 0}
+    assert found.buffer_bytes == 4 * 4096 and found.read_bytes == 7001 - 4096 + 9000 + gap - first + 10
 
 
 PEAK = """
