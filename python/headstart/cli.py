@@ -27,19 +27,35 @@ SOURCE_TREE = Path(__file__).resolve().parents[2]
 @app.command()
 def demo(
     context: Annotated[bool, typer.Option("--context", help="Many questions about one text instead.")] = False,
-    tokens: Annotated[int | None, typer.Option(min=1, help="How many tokens the model reads.")] = None,
+    offload: Annotated[bool, typer.Option("--offload", help="A model in less memory than it needs instead.")] = False,
+    tokens: Annotated[int | None, typer.Option(min=1, help="How many the model reads; with --offload, writes.")] = None,
     report: Annotated[Path, typer.Option(help="Folder for the JSON and the picture.")] = Path("demo-report"),
     pattern: Annotated[list[str] | None, typer.Option(help="Run this pattern only; may be repeated.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    size: Annotated[str | None, typer.Option(help="With --offload: smollm2, or 1b with random weights.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help='With --offload: memory for weights, such as "600MB"; 30 % of them.')
+    ] = None,
+    files: Annotated[Path | None, typer.Option(help="With --offload: a folder where the models stay.")] = None,
 ) -> None:
     """Read a long text with SmolLM2-135M, with and without headstart: seconds, loss, density."""
     options = {"report": report, "threads": threads, "seed": seed} | ({} if tokens is None else {"tokens": tokens})
-    if context:
+    given = {"size": size, "budget": budget, "files": files}
+    given = {name: value for name, value in given.items() if value is not None}
+    if pattern and (context or offload):
+        raise ValueError("demo: pattern: expected none with --context and --offload")
+    if given and not offload:
+        raise ValueError(f"demo: {next(iter(given))}: expected none without --offload")
+    if context and offload:
+        raise ValueError("demo: offload: expected one of --context and --offload, got both")
+    if offload:
+        from headstart.demo.offload import run
+
+        run(**options, **given)
+    elif context:
         from headstart.demo.context import run
 
-        if pattern:
-            raise ValueError("demo: pattern: expected none with --context, which reads the text with one")
         run(**options)
     else:
         from headstart.demo import run

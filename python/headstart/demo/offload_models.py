@@ -1,0 +1,138 @@
+"""The models of `headstart demo --offload`: one in bfloat16, and the same one half pruned, as bitmaps."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .._files import write_whole_folder
+from ..engine import artifact
+from ..engine.bitmap_linear import BitmapLinear
+from ..engine.load import SMOLLM2, load_model
+from ..engine.quantizer import TENSORS, HeadstartConfig
+from ..offline.prune import prune_weight
+from ..texts import token_ids
+
+DENSE = "bfloat16"
+VALUES = {"bitmap 50 %": "same", "int8 + bitmap": "int8", "int4 + bitmap": "int4"}
+LLAMA_1B = dict(
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_hidden_layers=22,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    vocab_size=32000,
+)
+
+
+class Size(NamedTuple):
+    name: str
+    layers: int
+    mib: int  # of the weights in bfloat16
+
+
+SIZES = {
+    SMOLLM2: Size("SmolLM2-135M", 30, 257),
+    "1b": Size("a Llama of 1.1 billion random weights", LLAMA_1B["num_hidden_layers"], 2099),
+}
+ALL_FILES = 3.3  # times that: the four models, and what accelerate writes
+PROMPT = 8  # tokens
+
+
+def make(size: str, folder: Path, seed: int, advance: Callable[[], None]) -> dict[str, Path]:
+    """A folder for each of the models, by name; if all are there already, nothing is written."""
+    folders = {name: folder / f"{size}-{seed}-{name.replace(' ', '').replace('%', '')}" for name in (DENSE, *VALUES)}
+    if all((path / "config.json").is_file() for path in folders.values()):
+        return folders
+    folder.mkdir(parents=True, exist_ok=True)
+    needed, free = ALL_FILES * SIZES[size].mib / 1024, shutil.disk_usage(folder).free / 2**30
+    if free < needed:
+        raise ValueError(f"demo: files: expected {needed:.1f} GiB of free space in {folder}, got {free:.1f} GiB")
+    model = load_model(SMOLLM2, dtype=torch.bfloat16)[0] if size == SMOLLM2 else random_llama(seed)
+    write_all(model, folders, advance)
+    return folders
+
+
+def random_llama(seed: int, **sizes: int):
+    """In bfloat16. All its layers have the same weights, so that only one must be made, pruned and quantised."""
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(**LLAMA_1B | sizes)
+    count, config.num_hidden_layers = config.num_hidden_layers, 1
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    first = model.model.layers[0]
+    for i in range(1, count):
+        layer = copy.deepcopy(first, {id(p): p for p in first.parameters()})
+        layer.self_attn.layer_idx = i
+        model.model.layers.append(layer)
+    config.num_hidden_layers = model.config.num_hidden_layers = count
+    return model
+
+
+def write_all(model: nn.Module, folders: dict[str, Path], advance: Callable[[], None]) -> None:
+    """Saves the model, then prunes half of every row of its linear layers by magnitude, and saves it as bitmaps.
+
+    What the layers share is pruned and packed once. `advance` is called for every layer of every model.
+    """
+    layers = artifact.decoder_layers(model)
+    tied = model.all_tied_weights_keys
+    names = [name for name in model.state_dict() if name not in tied]
+    groups, skeleton = artifact.group_by_layer(model, names), artifact.skeleton_of(model)
+    state = {name: x.clone() for name, x in model.state_dict().items() if name not in tied}  # none shared
+    write_whole_folder(folders[DENSE], functools.partial(model.save_pretrained, state_dict=state))
+    del state
+
+    linears = {
+        layer: {f"{layer}.{part}": m for part, m in model.get_submodule(layer).named_modules() if type(m) is nn.Linear}
+        for layer in layers
+    }
+    pruned: dict[nn.Parameter, nn.Parameter] = {}
+    for layer in layers:
+        for linear in linears[layer].values():
+            if linear.weight not in pruned:
+                pruned[linear.weight] = nn.Parameter(prune_weight(linear.weight.detach(), 0.5), requires_grad=False)
+            linear.weight = pruned[linear.weight]
+        advance()
+    pruned.clear()
+
+    def bitmaps(values: str, options: dict[str, dict]) -> Iterator[dict[str, torch.Tensor]]:
+        packed: dict[nn.Parameter, BitmapLinear] = {}
+        yield {name: model.get_parameter(name) for name in groups[0]}
+        for layer, group in zip(layers, groups[1:], strict=True):
+            rest = set(group) - {f"{name}.weight" for name in linears[layer]}
+            tensors = {name: model.get_parameter(name) for name in rest}
+            for name, linear in linears[layer].items():
+                if linear.weight not in packed:
+                    packed[linear.weight] = BitmapLinear.from_linear(linear, values)
+                options[name] = packed[linear.weight].options()
+                tensors |= {f"{name}.{key}": x for key, x in packed[linear.weight].state_dict().items()}
+            yield tensors
+            advance()
+
+    possible = names + [f"{name}.{key}" for layer in layers for name in linears[layer] for key in TENSORS["bitmap"]]
+    for kind, values in VALUES.items():
+        options: dict[str, dict] = {}
+        groups_of = bitmaps(values, options)
+        describe = lambda options=options: HeadstartConfig.describing("bitmap", options)  # noqa: E731
+        artifact.write(folders[kind], skeleton, possible, groups_of, describe, dtype=model.dtype)
+
+
+def prompt(size: str) -> tuple[torch.Tensor, object]:
+    """int64 [1, tokens], and the tokenizer if the model has one."""
+    if size != SMOLLM2:
+        return torch.arange(1, PROMPT + 1)[None], None
+    import transformers
+
+    from ..engine.load import find
+
+    folder, names = find(SMOLLM2, "demo")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **names)
+    return token_ids(tokenizer)[None, :PROMPT], tokenizer
