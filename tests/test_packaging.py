@@ -114,7 +114,7 @@ def test_every_make_target_a_page_names_exists():
 
 # From the bottom up: a file imports from its own layer and from those before it.
 LAYERS = (
-    ("_library", "_files", "_checkpoint_files", "_environment"),
+    ("_library", "_files", "_checkpoint_files", "_environment", "_stream"),
     ("reference", "triton"),
     ("ops",),
     ("offline",),

@@ -358,7 +358,7 @@ def test_a_hook_put_over_a_patched_linear_survives_unpatch():
         ({"prefill": "spiral"}, ValueError, "patch: prefill: expected one of dense, .* got 'spiral'"),
         ({"prefill": 3}, ValueError, "patch: prefill: expected one of"),
         ({"prefill": "missing/plan.json"}, FileNotFoundError, "expected a file, got 'missing/plan.json'"),
-        ({"linear": "int3"}, ValueError, "patch: linear: expected one of auto, fp32, model, got 'int3'"),
+        ({"linear": "int3"}, ValueError, "patch: linear: expected one of auto, fp32, int8, model, got 'int3'"),
         ({"model": torch.nn.Linear(8, 8)}, ValueError, "patch: model: expected a transformers decoder"),
         ({"model": "name"}, ValueError, "patch: model: expected a transformers model, got str"),
     ],

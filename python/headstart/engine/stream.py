@@ -163,7 +163,7 @@ class _Memory:
 
 def _streamer(parts: Sequence[Part], buffers: Sequence[_Memory], **options):
     try:
-        from .. import _stream
+        from .._stream import Streamer
     except ImportError as error:
         raise ImportError(
             f"headstart.load: memory_budget: the weight streamer is not there ({error}); build it for this Python: "
@@ -172,7 +172,7 @@ def _streamer(parts: Sequence[Part], buffers: Sequence[_Memory], **options):
     files = sorted({path for part in parts for path, *_ in part.extents})
     number = {path: i for i, path in enumerate(files)}
     layers = [(part.name, [(number[path], *where) for path, *where in part.extents]) for part in parts]
-    return _stream.Streamer(files, layers, [b.raw for b in buffers], list(range(len(parts))), **options)
+    return Streamer(files, layers, [b.raw for b in buffers], list(range(len(parts))), **options)
 
 
 def read_part(part: Part, **options) -> torch.Tensor:

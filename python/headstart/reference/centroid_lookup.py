@@ -255,7 +255,7 @@ def _initial_centres(x: torch.Tensor, count: int, generator: torch.Generator) ->
 
 
 def _nearest(x: torch.Tensor, centres: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(labels, cosine) [H, N] of the nearest centre; 2^24 cosines at a time."""
-    chunk = max(1, 2**24 // (x.shape[0] * centres.shape[1]))
+    """(labels, cosine) [H, N] of the nearest centre; 2^20 cosines at a time, which stay in a CPU's cache."""
+    chunk = max(1, 2**20 // (x.shape[0] * centres.shape[1]))
     fits, labels = zip(*((part @ centres.mT).max(-1) for part in x.split(chunk, 1)), strict=True)
     return torch.cat(labels, 1), torch.cat(fits, 1)
