@@ -17,11 +17,13 @@ Source: Squeezed Attention (Hooper et al., 2024, arXiv 2411.09688), section 3; s
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from ..ops.centroid_lookup import KeyClusters
 from ..reference.centroid_lookup import log_scores, select
@@ -155,21 +157,23 @@ def _errors(keys, values, clusters: KeyClusters, queries, best_scores, scores) -
     heads, group = len(keys), len(queries) // len(keys)
     m, n, w = clusters.order.shape[1], keys.shape[1], queries.shape[1]
     step = math.ceil(group * w * n / ERROR_ELEMENTS)
-    behind = torch.zeros(w, n, dtype=torch.bool, device=keys.device)
+    behind = torch.zeros(w, 1, n, dtype=torch.bool, device=keys.device)
     last = min(w, n - m)
-    behind[:, n - last :] = torch.ones(w, last, dtype=torch.bool, device=keys.device).triu_(1 + last - w)
+    behind[:, 0, n - last :] = torch.ones(w, last, dtype=torch.bool, device=keys.device).triu_(1 + last - w)
     behind, table = behind[::step], []
     for h in range(heads):
-        q, v = queries[h * group : (h + 1) * group, ::step].float(), values[h].float()
+        q, best = queries[h * group : (h + 1) * group, ::step].float().transpose(0, 1), best_scores[h, ::step]
         p = (q @ keys[h].float().mT / math.sqrt(q.shape[-1])).masked_fill_(behind, -math.inf).softmax(-1)
-        out, sizes = p @ v, clusters.cluster_offsets[h].diff().long()
-        table.append([])
-        for share in SHARES:
-            kept = best_scores[h, ::step] > at(scores[h : h + 1], share)
-            p[..., :m] *= kept.repeat_interleave(sizes, dim=1, output_size=m)  # shares rise: what is left out stays so
-            error = p @ v / p.sum(-1, keepdim=True).clamp(min=1e-20) - out
-            table[-1].append((error.square().sum(-1) / out.square().sum(-1).clamp(min=1e-20)).mean())
-    return torch.tensor(table, device=keys.device).cummax(1).values
+        v = F.pad(values[h].float(), (0, 1), value=1.0)  # the ones add up the weights
+        ends = clusters.cluster_offsets[h].tolist()
+        parts = torch.stack([p[..., a:b] @ v[a:b] for a, b in itertools.pairwise(ends)])  # [C, W, G, D + 1]
+        kept = torch.stack([best > at(scores[h : h + 1], share) for share in SHARES], 1)  # [W, shares, C]
+        outs = kept.float() @ parts.flatten(2).transpose(0, 1) + (p[..., m:] @ v[m:]).flatten(1)[:, None]
+        sums, weights = outs.unflatten(-1, q.shape[1:2] + v.shape[-1:]).split([v.shape[-1] - 1, 1], -1)
+        out = sums / weights.clamp(min=1e-20)
+        error, size = ((out - out[:, :1]).square().sum(-1), out[:, :1].square().sum(-1).clamp(min=1e-20))
+        table.append((error / size).mean((0, 2)))
+    return torch.stack(table).cummax(1).values
 
 
 def _child_quantiles(clusters: KeyClusters, queries: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
