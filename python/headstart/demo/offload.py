@@ -42,7 +42,7 @@ class Decoded(NamedTuple):
     logits: torch.Tensor  # [1 + tokens, vocabulary], the prompt's first
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def run(
     size: str = "smollm2",
     budget: int | str | None = None,
@@ -183,7 +183,7 @@ def compare(
     best = max(rates, key=rates.get)
     with progress.step("all in memory", len(folders)) as advance:
         for name, folder in folders.items():
-            model = load(folder).requires_grad_(False)
+            model = load(folder)
             found = decode(model, ids, tokens)
             rows[name]["memory_seconds"] = statistics.median(found.seconds)
             _check_same(name, logits[name], found.logits)
@@ -224,7 +224,7 @@ def disk_offloaded(folder: Path, away: str):
 
     from ..engine.load import load
 
-    return accelerate.disk_offload(load(folder).requires_grad_(False), away, execution_device=torch.device("cpu"))
+    return accelerate.disk_offload(load(folder), away, execution_device=torch.device("cpu"))
 
 
 def decode(model, ids: torch.Tensor, tokens: int, before: Callable[[], None] = lambda: None) -> Decoded:
