@@ -30,7 +30,7 @@ from .._files import write_whole
 SHARE = 0.3  # of the model's bytes: the default budget
 TOKENS = 4
 ROUNDS = 2  # with nothing in the page cache
-ACCELERATE = "accelerate disk_offload"
+ACCELERATE = "accelerate"  # its disk_offload
 # Direct reads of the storage that are tried: threads, and bytes of a read.
 READS = ((1, 1 << 20), (2, 1 << 20), (4, 1 << 20), (4, 256 << 10), (2, 4 << 20), (4, 4 << 20))
 READ_BYTES = 512 << 20
@@ -343,38 +343,51 @@ def _show(content: dict, report: Path) -> None:
 
     rows, console, rate = content["rows"], Console(), content["storage_bytes_per_second"]
     baseline = rows[ACCELERATE].get("cold_seconds")
-    columns = ("layers read", "MiB a token", "s a token", "of storage", "of slowest", "cached", "in memory", "peak MiB")
+    columns = (
+        "read",
+        "MiB a\ntoken",
+        "s a\ntoken",
+        "\n",
+        "cached",
+        "in\nmemory",
+        "of\nstorage",
+        "of\nslowest",
+        "peak\nMiB",
+    )
     table = Table(
         Column("weights", no_wrap=True),
         *(Column(title, justify="right", no_wrap=True) for title in columns),
         box=SIMPLE_HEAD,
         pad_edge=False,
-        title=f"{content['model']} with a memory budget of {content['budget_bytes'] / 2**20:,.0f} MiB",
+        padding=(0, 1, 0, 0),
+        title=f"{content['model']}, memory budget {content['budget_bytes'] / 2**20:,.0f} MiB",
         caption=(
-            "s a token: nothing of the weights is in the page cache; cached: everything is; in memory: no budget\n"
-            f"of storage: of {rate / 1e6:,.0f} MB/s, the best that direct reads reach ({content['storage_best']})\n"
-            "of slowest: the time over that of its slowest stage alone, which is reading at that rate, or computing"
+            "read: layers that are not in memory; s a token: nothing of the weights is in the\n"
+            "page cache; cached: all is; in memory: without a budget; of storage: the share\n"
+            f"of {rate / 1e6:,.0f} MB/s, the best that direct reads reach ({content['storage_best']});\n"
+            "of slowest: the time over its slowest stage's alone, reading at that rate or\n"
+            f"computing in memory; accelerate: its disk_offload of {next(iter(rows))}"
         ),
     )
     for name, row in rows.items():
         if "missing" in row:
-            table.add_row(name, row["missing"])
             continue
-        cold = f"{row['cold_seconds']:.3f}"
-        if baseline and name != ACCELERATE:
-            cold += f" ({baseline / row['cold_seconds']:.1f}x)"
+        slowest, peak = row.get("slowest_seconds"), row["peak_bytes"]
         table.add_row(
             name,
-            f"{row['streamed_layers']} of {row['layers']}" if "layers" in row else "all",
+            f"{row['streamed_layers']}/{row['layers']}" if "layers" in row else "all",
             f"{row['read_bytes'] / 2**20:,.0f}",
-            cold,
-            f"{row['rate_share']:.0%}",
-            f"{row['cold_seconds'] / row['slowest_seconds']:.2f}" if "slowest_seconds" in row else "",
+            f"{row['cold_seconds']:.3f}",
+            f"{baseline / row['cold_seconds']:.1f}x" if baseline else "",
             f"{row['warm_seconds']:.3f}",
             f"{row['memory_seconds']:.3f}" if "memory_seconds" in row else "",
-            "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f}",
+            f"{row['rate_share']:.0%}",
+            f"{row['cold_seconds'] / slowest:.2f}" if slowest else "",
+            "" if peak is None else f"{peak / 2**20:,.0f}",
         )
     console.print(table)
+    if "missing" in rows[ACCELERATE]:
+        console.print(f"accelerate: {rows[ACCELERATE]['missing']}", highlight=False)
     if content["text"]:
         console.print(f"[bold]bfloat16, streamed:[/bold] {' '.join(content['text'].split())}", highlight=False)
     if content["streamer_bytes_per_second"]:
