@@ -84,6 +84,9 @@ def write_all(model: nn.Module, folders: dict[str, Path], advance: Callable[[], 
 
     What the layers share is pruned and packed once. `advance` is called for every layer of every model.
     """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     layers = artifact.decoder_layers(model)
     tied = model.all_tied_weights_keys
     names = [name for name in model.state_dict() if name not in tied]
