@@ -18,12 +18,13 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo demo-context test build bench lint format sanitize gpu gpu-steps clean missing
+.PHONY: help demo demo-context demo-offload test build bench lint format sanitize gpu gpu-steps clean missing
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo      set everything up and read 8,192 tokens with SmolLM2-135M, with and without headstart'
 	@echo 'make demo-context  many questions about one long text, with the same model'
+	@echo 'make demo-offload  the model in less memory than its weights take'
 	@echo 'make test      the whole test suite'
 	@echo 'make build     compile the kernels into $(PACKAGE)'
 	@echo 'make bench     CPU microbenchmarks against their baselines'
@@ -101,6 +102,9 @@ demo: $(VENV)/.installed
 
 demo-context: $(VENV)/.installed
 	$(BIN)/headstart demo --context $(DEMO_ARGS)
+
+demo-offload: $(VENV)/.installed
+	$(BIN)/headstart demo --offload $(DEMO_ARGS)
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests -q $(TEST_ARGS)

@@ -86,6 +86,25 @@ def test_pages_in_the_cache_are_not_read_from_storage(file):
     assert streamer.statistics()["cached"] > 0 and streamer.statistics()["direct"] == 0
 
 
+def test_streaming_leaves_the_page_cache_as_it_is(tmp_path):
+    """What is not in the cache is read past it, and does not get there."""
+    path, size = tmp_path / "large", 4 << 20
+    path.write_bytes(os.urandom(LAYERS * size))
+    layers = [(f"layer {i}", [(0, i * size, (i + 1) * size, 0)]) for i in range(LAYERS)]
+    with open(path, "rb") as opened:
+        os.fsync(opened)
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.pread(opened.fileno(), 1, 2 * size)  # some pages, from here on
+    streamer, buffers = make(path, layers=layers, size=size, block=1 << 20)
+    for turn in range(3 * LAYERS):
+        take(streamer, buffers, turn % LAYERS)
+    streamer.close()
+    found = streamer.statistics()
+    if not found["direct"]:
+        pytest.skip("this file system has no O_DIRECT")
+    assert found["direct"] > 2 * LAYERS * size and 0 < found["cached"] <= 4 * size and found["buffered"] == 0
+
+
 # --- order and time ------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -37,20 +38,34 @@ class File {
 #ifdef O_DIRECT
     if (source != Source::kCached) direct_ = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
 #endif
+    struct stat found;
+    if (source == Source::kAuto && fstat(plain_, &found) == 0 && found.st_size > 0) {
+      mapped_ = found.st_size;
+      map_ = mmap(nullptr, mapped_, PROT_READ, MAP_SHARED, plain_, 0);
+    }
   }
   ~File() {
+    if (map_ != MAP_FAILED) munmap(map_, mapped_);
     if (plain_ >= 0) close(plain_);
     if (direct_ >= 0) close(direct_);
   }
   File(File&& other) noexcept
-      : path_(std::move(other.path_)), source_(other.source_), plain_(other.plain_), direct_(other.direct_) {
+      : path_(std::move(other.path_)),
+        source_(other.source_),
+        plain_(other.plain_),
+        direct_(other.direct_),
+        map_(other.map_),
+        mapped_(other.mapped_) {
     other.plain_ = other.direct_ = -1;
+    other.map_ = MAP_FAILED;
   }
 
   // Reads [offset, offset + bytes) to `to`, and no further than the next page; an error in words, or "".
   std::string read(char* to, int64_t offset, int64_t bytes, Statistics& counted) const {
     int64_t done = 0;
-    if (source_ == Source::kAuto) counted.cached += done = read_cached(to, offset, bytes);
+    if (const int64_t resident = resident_bytes(offset, bytes); resident > 0) {
+      counted.cached += done = read_cached(to, offset, resident);
+    }
     if (done < bytes && direct_ >= 0) {
       const int64_t before = done;
       done = done / kPage * kPage;
@@ -75,7 +90,20 @@ class File {
   const std::string& path() const { return path_; }
 
  private:
-  // What the page cache has of it, from the start, without waiting for the storage.
+  // How much the page cache has of it, from the start. A read with RWF_NOWAIT would tell as well, but Linux then begins
+  // to read what is not there into the cache, which soon serves everything. Of a file that belongs to somebody else
+  // and cannot be written, Linux claims all.
+  int64_t resident_bytes(int64_t offset, int64_t bytes) const {
+    static const int64_t page = sysconf(_SC_PAGESIZE);
+    const int64_t begin = offset / page * page, end = std::min(offset + bytes, mapped_);
+    if (map_ == MAP_FAILED || begin >= end) return 0;
+    std::vector<unsigned char> pages((end - begin + page - 1) / page);
+    if (mincore(static_cast<char*>(map_) + begin, end - begin, pages.data()) != 0) return 0;
+    const auto missing = std::find_if(pages.begin(), pages.end(), [](unsigned char x) { return (x & 1) == 0; });
+    return std::min(begin + (missing - pages.begin()) * page, end) - offset;
+  }
+
+  // What of it is still in the page cache, from the start, without waiting for the storage.
   int64_t read_cached(char* to, int64_t offset, int64_t bytes) const {
 #ifdef RWF_NOWAIT
     iovec part{to, static_cast<size_t>(bytes)};
@@ -102,6 +130,8 @@ class File {
   std::string path_;
   Source source_;
   int plain_ = -1, direct_ = -1;
+  void* map_ = MAP_FAILED;  // nothing is read through it; it tells which pages are in the cache
+  int64_t mapped_ = 0;
 };
 
 struct Chunk {

@@ -50,6 +50,8 @@ def make(size: str, folder: Path, seed: int, advance: Callable[[], None]) -> dic
     """A folder for each of the models, by name; if all are there already, nothing is written."""
     folders = {name: folder / f"{size}-{seed}-{name.replace(' ', '').replace('%', '')}" for name in (DENSE, *VALUES)}
     if all((path / "config.json").is_file() for path in folders.values()):
+        for _ in range(SIZES[size].layers * len(folders)):
+            advance()
         return folders
     folder.mkdir(parents=True, exist_ok=True)
     needed, free = ALL_FILES * SIZES[size].mib / 1024, shutil.disk_usage(folder).free / 2**30
@@ -82,6 +84,9 @@ def write_all(model: nn.Module, folders: dict[str, Path], advance: Callable[[], 
 
     What the layers share is pruned and packed once. `advance` is called for every layer of every model.
     """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     layers = artifact.decoder_layers(model)
     tied = model.all_tied_weights_keys
     names = [name for name in model.state_dict() if name not in tied]

@@ -76,10 +76,18 @@ def load_streamed(
     check(info)
     model.__class__ = kind
     model.eval().requires_grad_(False)
+    if (head := model.get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(_contiguous)
     if streamed:
         guard_model(model, path, device)
         model._headstart_stream = WeightStream(streamed, chosen, device, **options)
     return model
+
+
+def _contiguous(head: nn.Module, args: tuple) -> tuple:
+    """The last token's states are a slice of all tokens', with strides for which torch copies the weight to multiply
+    with it: as large as the embedding is, beyond any budget. `contiguous` leaves them, as there is but one."""
+    return (args[0].clone(memory_format=torch.contiguous_format), *args[1:]) if args else args
 
 
 def _read(parts: Iterable[Part], device: torch.device, options: dict) -> Iterable[tuple[str, torch.Tensor]]:
