@@ -139,7 +139,7 @@ class Spec:
                 *(name for step in STEPS for name in (step, f"{SDPA}, {step}")),
             ],
             "tier": [SDPA, EVERY],
-            INT4_GEMM: [INT4, LINEAR, INT4_GEMM],
+            INT4_GEMM: [INT4, LINEAR, INT4_GEMM, INT8_ACTIVATIONS],
             BITMAP: [COPY, *BITMAP_VALUES.values(), COMPRESS],
             BITMAP_GEMM: [LINEAR, *BITMAP_VALUES.values()],
         }[self.family]
