@@ -571,6 +571,9 @@ struct BitmapGemm {
       p[r] = rows.values(id[r], scratch + r * (a.weight.k + kPast));
       mask[r] = rows.bits(id[r]);
     }
+    // Four short rows side by side are no streams to the hardware: the same place of the next four is fetched instead.
+    const int64_t ahead = a.weight.row_offsets[min(n + kFold, a.weight.n)] - a.weight.row_offsets[n];
+    const int64_t ahead_bytes = a.weight.value_bits == 4 ? ahead / 2 : ahead * static_cast<int64_t>(sizeof(S));
     Vec total[m][kFold], sum[m][kFold], scale[kFold];
     for (int r = 0; r < kFold; ++r) {
       for (int i = 0; i < m; ++i) total[i][r] = broadcast(0.0f);
@@ -604,6 +607,7 @@ struct BitmapGemm {
       stride = count * kUnits;
 #pragma GCC unroll 4
       for (int r = 0; r < kFold; ++r) {
+        __builtin_prefetch(mask[r] + kFold * rows.bytes + first * sizeof(uint32_t), 0, 2);
 #pragma GCC unroll 4
         for (int i = 0; i < m; ++i) sum[i][r] = broadcast(0.0f);
       }
@@ -613,6 +617,7 @@ struct BitmapGemm {
         for (int r = 0; r < kFold; ++r) {
           uint32_t bits;
           std::memcpy(&bits, mask[r] + (first + s) * sizeof bits, sizeof bits);
+          __builtin_prefetch(reinterpret_cast<const char*>(p[r]) + ahead_bytes, 0, 2);
           add(r, bits, x);
         }
       }
@@ -634,11 +639,11 @@ struct BitmapGemm {
 
   template <int m>
   void fused_all(const Parallel& parallel) {
-    constexpr int64_t kJobRows = 2 * kFold;
+    const int64_t job_rows = round_up(max(1, min(64, a.weight.n / (8 * parallel.workers))), kFold);
     PerWorker<Buffer<S>> scratch(parallel.workers, kFold * (a.weight.k + kPast));
-    for_each_job(parallel, ceil_div(a.weight.n, kJobRows), [&](int64_t job, int worker) {
-      const int64_t end = min(a.weight.n, (job + 1) * kJobRows);
-      for (int64_t n = job * kJobRows; n < end; n += kFold) fused<m>(n, scratch[worker]);
+    for_each_job(parallel, ceil_div(a.weight.n, job_rows), [&](int64_t job, int worker) {
+      const int64_t end = min(a.weight.n, (job + 1) * job_rows);
+      for (int64_t n = job * job_rows; n < end; n += kFold) fused<m>(n, scratch[worker]);
     });
   }
 
