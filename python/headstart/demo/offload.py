@@ -346,14 +346,14 @@ def _show(content: dict, report: Path) -> None:
     rows, console, rate = content["rows"], Console(), content["storage_bytes_per_second"]
     baseline = rows[ACCELERATE].get("cold_seconds")
     columns = (
-        "read",
+        "layers\nread",
         "MiB a\ntoken",
-        "s a\ntoken",
+        "cold\ns",
         "\n",
-        "cached",
-        "in\nmemory",
-        "of\nstorage",
-        "of\nslowest",
+        "warm\ns",
+        "in RAM\ns",
+        "of\ndisk",
+        "of\nstage",
         "peak\nMiB",
     )
     table = Table(
@@ -364,11 +364,11 @@ def _show(content: dict, report: Path) -> None:
         padding=(0, 0, 0, 1),
         title=f"{content['model']}, memory budget {content['budget_bytes'] / 2**20:,.0f} MiB",
         caption=(
-            "read: layers that are not in memory; s a token: nothing of the weights is in the\n"
-            "page cache; cached: all is; in memory: without a budget; of disk: the share\n"
-            f"of {rate / 1e6:,.0f} MB/s, the best that direct reads reach ({content['storage_best']});\n"
-            "of slowest: the time over its slowest stage's alone, reading at that rate or\n"
-            f"computing in memory; accelerate: its disk_offload of {next(iter(rows))}"
+            "layers read: those not in memory; cold, warm: seconds a token with nothing and all\n"
+            "of the weights in the page cache; in RAM: without a budget; of disk: the share of\n"
+            f"{rate / 1e6:,.0f} MB/s, the best that direct reads reach ({content['storage_best']});\n"
+            "of stage: cold over its slowest stage alone, which is reading at that rate or\n"
+            f"computing in RAM; accelerate: its disk_offload of {next(iter(rows))}"
         ),
     )
     for name, row in rows.items():
