@@ -363,13 +363,6 @@ def _show(content: dict, report: Path) -> None:
         pad_edge=False,
         padding=(0, 0, 0, 1),
         title=f"{content['model']}, memory budget {content['budget_bytes'] / 2**20:,.0f} MiB",
-        caption=(
-            "layers read: those not in memory; cold, warm: seconds a token with nothing and all\n"
-            "of the weights in the page cache; in RAM: without a budget; of disk: the share of\n"
-            f"{rate / 1e6:,.0f} MB/s, the best that direct reads reach ({content['storage_best']});\n"
-            "of stage: cold over its slowest stage alone, which is reading at that rate or\n"
-            f"computing in RAM; accelerate: its disk_offload of {next(iter(rows))}"
-        ),
     )
     for name, row in rows.items():
         if "missing" in row:
@@ -388,6 +381,14 @@ def _show(content: dict, report: Path) -> None:
             "" if peak is None else f"{peak / 2**20:,.0f}",
         )
     console.print(table)
+    console.print(
+        "Layers read are those not in memory. Cold and warm: seconds a token with nothing and all of the weights in the "
+        f"page cache. Of disk: the share of {rate / 1e6:,.0f} MB/s, the best of direct reads "
+        f"({content['storage_best']}). Of stage: cold over its slowest stage alone, reading at that rate or computing "
+        f"in RAM. accelerate: its disk_offload of {next(iter(rows))}.",
+        highlight=False,
+        style="dim",
+    )
     if "missing" in rows[ACCELERATE]:
         console.print(f"accelerate: {rows[ACCELERATE]['missing']}", highlight=False)
     if content["text"]:
