@@ -382,8 +382,8 @@ def _show(content: dict, report: Path) -> None:
         )
     console.print(table)
     console.print(
-        "Layers read are those not in memory. Cold and warm: seconds a token with nothing and all of the weights in the "
-        f"page cache. Of disk: the share of {rate / 1e6:,.0f} MB/s, the best of direct reads "
+        "Layers read are those not in memory. Cold and warm: seconds a token with nothing and all of the weights in "
+        f"the page cache. Of disk: the share of {rate / 1e6:,.0f} MB/s, the best of direct reads "
         f"({content['storage_best']}). Of stage: cold over its slowest stage alone, reading at that rate or computing "
         f"in RAM. accelerate: its disk_offload of {next(iter(rows))}.",
         highlight=False,
