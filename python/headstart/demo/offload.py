@@ -346,14 +346,14 @@ def _show(content: dict, report: Path) -> None:
     rows, console, rate = content["rows"], Console(), content["storage_bytes_per_second"]
     baseline = rows[ACCELERATE].get("cold_seconds")
     columns = (
-        "read",
+        "layers\nread",
         "MiB a\ntoken",
-        "s a\ntoken",
+        "cold\ns",
         "\n",
-        "cached",
-        "in\nmemory",
-        "of\nstorage",
-        "of\nslowest",
+        "warm\ns",
+        "in RAM\ns",
+        "of\ndisk",
+        "of\nstage",
         "peak\nMiB",
     )
     table = Table(
@@ -363,13 +363,6 @@ def _show(content: dict, report: Path) -> None:
         pad_edge=False,
         padding=(0, 0, 0, 1),
         title=f"{content['model']}, memory budget {content['budget_bytes'] / 2**20:,.0f} MiB",
-        caption=(
-            "read: layers that are not in memory; s a token: nothing of the weights is in the\n"
-            "page cache; cached: all is; in memory: without a budget; of disk: the share\n"
-            f"of {rate / 1e6:,.0f} MB/s, the best that direct reads reach ({content['storage_best']});\n"
-            "of slowest: the time over its slowest stage's alone, reading at that rate or\n"
-            f"computing in memory; accelerate: its disk_offload of {next(iter(rows))}"
-        ),
     )
     for name, row in rows.items():
         if "missing" in row:
@@ -388,6 +381,14 @@ def _show(content: dict, report: Path) -> None:
             "" if peak is None else f"{peak / 2**20:,.0f}",
         )
     console.print(table)
+    console.print(
+        "Layers read are those not in memory. Cold and warm: seconds a token with nothing and all of the weights in "
+        f"the page cache. Of disk: the share of {rate / 1e6:,.0f} MB/s, the best of direct reads "
+        f"({content['storage_best']}). Of stage: cold over its slowest stage alone, reading at that rate or computing "
+        f"in RAM. accelerate: its disk_offload of {next(iter(rows))}.",
+        highlight=False,
+        style="dim",
+    )
     if "missing" in rows[ACCELERATE]:
         console.print(f"accelerate: {rows[ACCELERATE]['missing']}", highlight=False)
     if content["text"]:
