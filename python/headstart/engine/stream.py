@@ -16,6 +16,7 @@ what was read ahead for nothing.
 from __future__ import annotations
 
 import functools
+import importlib
 import mmap
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -163,7 +164,7 @@ class _Memory:
 
 def _streamer(parts: Sequence[Part], buffers: Sequence[_Memory], **options):
     try:
-        from .. import _stream
+        _stream = importlib.import_module("headstart._stream")
     except ImportError as error:
         raise ImportError(
             f"headstart.load: memory_budget: the weight streamer is not there ({error}); build it for this Python: "
