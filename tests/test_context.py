@@ -170,7 +170,7 @@ def test_a_batch_shares_the_context(model, context, patched):
 
 
 def test_short_contexts_are_attended_whole(model, monkeypatch):
-    monkeypatch.setattr(engine_context, "BREAK_EVEN", 1024)
+    monkeypatch.setattr(engine_context, "BREAK_EVEN", 2**20)
     context = Context.build(model, tokens(64), prefill="dense")
     assert context.layers[0].clustered == 64
     question = tokens(QUESTION, seed=1)
