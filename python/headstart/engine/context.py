@@ -35,8 +35,8 @@ from .patch import patch, unpatch
 
 DEFAULT_SPARSITY = 0.8
 SELECTIONS = ("threshold", "top_k", "top_p")
-# A context whose layers have fewer values in their keys (heads · tokens · head dim) is attended whole: looking up which of
-# them are needed takes longer than attending them. Measured (docs/measurements.md, "A fixed context").
+# A context whose layers have fewer values in their keys (heads · tokens · head dim) is attended whole: looking up which
+# of them are needed takes longer than attending them. Measured (docs/measurements.md, "A fixed context").
 BREAK_EVEN = 2**20
 
 
