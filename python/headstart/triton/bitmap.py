@@ -268,7 +268,8 @@ def bitmap_gemm(x, values, bitmask, row_offsets, bias=None, *, cols: int, scales
     numbers, constants = _weight_arguments(values, scales, cols, group_size)
     stride = rows.stride(0) if m > 1 else cols
     unit = 8 if stride % 8 == 0 and cols % 8 == 0 else 1
-    block_n, block_m, block_k = (32, 16, 64) if m <= 16 else (64, 32 if m <= 32 else 64, 64)
+    # Twice as large, tiles of float32, and of quantised values with 64 rows, would spill.
+    block_n, block_m, block_k = 32, 16 if m <= 16 else 32 if m <= 32 else 64, 32 if x.dtype == torch.float32 else 64
     tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
     wanted = triton.cdiv(PROGRAMS * device_limits(x.device).processors, tiles)
     parts = max(1, min(wanted, triton.cdiv(cols, PART), MAX_PARTS))
