@@ -40,7 +40,7 @@ ERROR_ELEMENTS = 2**23  # attention weights that errors are measured with, a hea
 # Sparsities at which scores under kept parents were calibrated.
 PARENT_GRID = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
 # Parents keep this many times the keys that their children shall keep.
-PARENT_ROOM = 3.0
+PARENT_ROOM = 2.0
 
 
 @dataclass(frozen=True)

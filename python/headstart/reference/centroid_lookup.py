@@ -214,6 +214,9 @@ def _means(x: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor) -> torch
     return _sums(x, order, offsets) / offsets.diff(dim=-1).clamp(min=1).unsqueeze(-1)
 
 
+SETTLED = 0.01  # the share of the points that move when it is enough: what follows adds 0.001 to the mean cosine
+
+
 def spherical_kmeans(x: torch.Tensor, count: int, seed: int, iterations: int) -> torch.Tensor:
     """Labels int64 [H, N] of x [H, N, D], clustered by cosine, every head by itself.
 
@@ -234,7 +237,7 @@ def spherical_kmeans(x: torch.Tensor, count: int, seed: int, iterations: int) ->
             restart = x.gather(1, spare.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
             centres = torch.where(empty.unsqueeze(-1), restart, centres)
         before, (labels, fit) = labels, _nearest(x, centres)
-        if torch.equal(labels, before):
+        if (labels != before).sum() <= SETTLED * labels.numel():
             break
     return labels
 
