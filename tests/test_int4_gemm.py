@@ -167,6 +167,10 @@ def test_activations_of_any_size_and_mean(cpu_tier, dtype):
         x[:, 77] = -3000
         check(x.to(dtype), *weight)
         check((x * 1e-6).to(dtype), *weight)
+        check((x * 2.0 ** torch.randint(-40, 0, (512,))).to(dtype), *weight)
+        if dtype != torch.float16:
+            check((x * 1e-34).to(dtype), *weight)
+            check((x * 1e30).to(dtype), *weight)
 
 
 @by_dtype

@@ -18,27 +18,33 @@
 //
 // An offset of 16 (of the 128 that bf16 has room for) costs a shift more a word and makes the sums 8 times more exact.
 //
-//   1 to 6 rows: one pass over the weights       more rows: a tile of 64 columns, dequantised once for all rows
+//   few rows: one pass over the weights           more rows: a tile of 64 columns, dequantised once for all rows
 //
 //   x'  ─ broadcast ─┐                              ┌────┐ 64 columns of a block of K:
 //   ┌────┬────┬────┬─┴──┐ panels, a register each   │    │ 16 KiB, in L1
 //   │word│word│word│word│ all rows of x in          └────┘
 //   └────┴────┴────┴────┘ accumulators         x' [6 rows] × [4 registers]: 24 accumulators, 4 loads, 6 broadcasts
 //
-// Activations rounded to int8, where the caller allows it, meet the codes as bytes, four k to a lane, in integers:
+// Integers. A CPU with VNNI and no bf16 dot product multiplies bytes four times as fast as floats, so there a span of a
+// row of activations becomes whole numbers of 23 bits, times a power of two, and each of those three digits of base 256:
 //
+//   x     = scale_x · (d0 + 256 d1 + 65536 d2), -128 <= d <= 127
 //   word  ── shift by 4 i ──▶ & 0x0f0f0f0f ──▶ │ k + 17 │ k + 1 │ k + 16 │ k │   k = 8 i + 2 t, i = 0, 1
 //
-// which is one logic operation a lane of four codes, and one vpdpbusd (or vpmaddubsw, vpmaddwd and an add). A row has a
-// scale for each span of K: total[n] += scale[n, g] · scale_x · (Σ x code - zero[n, g] · Σ x).
+// Bf16 within 2^14 of the span's largest value is exact, fp16 within 2^11; what is smaller is off by 2^-22 of the
+// largest. One logic operation makes a lane of four codes, one vpdpbusd (elsewhere vpmaddubsw, vpmaddwd and an add)
+// multiplies it by one digit of four activations, and no sum rounds. Where the caller allows activations to be rounded
+// to int8, there is one digit, and scale_x is the largest value over 127.
 //
-// Both add the products of a column in the same order, that of the packed words, into one accumulator a group (or a span
+//   total[n] += scale[n, g] · scale_x · (Σ x code - zero[n, g] · Σ x)
+//
+// All add the products of a column in the same order, that of the packed words, into one accumulator a group (or a span
 // of 256 of a longer one), and the groups in order: a row's result does not depend on the rows beside it, nor on the number of threads.
 //
 // Floor: few rows, K · N / 2 bytes and the scales at the read bandwidth. Instructions per vector of 64 bytes (128
 // weights): bf16 pairs 13 with the load (4 shifts, 4 and-or, 4 dot products), so 6.5 cycles at two a cycle; floats on
-// AVX-512 21 (8 shifts, 4 and-or, 8 multiply-adds); bytes 6 (1 shift, 2 and, 2 dot products). Many rows: 2 · M · N · K at
-// the machine's GEMM rate, of which bytes have four times as much as floats.
+// AVX-512 21 (8 shifts, 4 and-or, 8 multiply-adds); three digits 10 (1 shift, 2 and, 6 dot products), one 6. Many rows:
+// 2 · M · N · K at the machine's GEMM rate, of which one digit has four times as much as floats.
 
 #include "../layouts/int4.h"
 #include "tile.h"
@@ -62,6 +68,9 @@ constexpr int kSymmetricZero = 8;
 constexpr uint32_t kCodeBytes = 0x0f0f0f0fu;
 constexpr float kLargestByte = 127.0f;
 constexpr float kVanishing = 1e-30f;  // a span of smaller values is 0: the reciprocal of its scale would overflow
+constexpr uint32_t kExponent = 0x7f800000u;
+constexpr uint32_t kSmallestExponent = 23u << 23;  // 2^-104
+constexpr float kFineStep = 0x1p-21f;  // of the power of two that the largest value reaches: 22 bits and a sign
 
 // --- a vector of words ---------------------------------------------------------------------------------------------
 
@@ -217,15 +226,21 @@ inline double offsets(double even, double odd, FloatUnit) {
 }
 inline double offsets(double even, double odd, ExactUnit) { return -kMiddle * (even + odd - odd * kLeak); }
 
-// sum[r][v] += activations of pair · the pair, for `rows` rows of x whose units stand `stride` apart.
+// sum[r][v] += activations of pair · pair[v], for `rows` rows of x whose units stand `stride` apart.
 template <typename Unit, int rows, int vecs>
-inline __attribute__((always_inline)) void add_pair(Vec (&sum)[rows][vecs], const float* x, int64_t stride, int v,
-                                                    Words pair, Unit unit) {
-  const Vec even = even_code(pair, unit), odd = odd_code(pair, unit);
+inline __attribute__((always_inline)) void add_pairs(Vec (&sum)[rows][vecs], const float* x, int64_t stride,
+                                                     const Words (&pair)[vecs], Unit unit) {
+  Vec even[vecs], odd[vecs];
+#pragma GCC unroll 8
+  for (int v = 0; v < vecs; ++v) {
+    even[v] = even_code(pair[v], unit);
+    odd[v] = odd_code(pair[v], unit);
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) {
-    sum[r][v] = fma(broadcast(x[r * stride]), even, sum[r][v]);
-    sum[r][v] = fma(broadcast(x[r * stride + 1]), odd, sum[r][v]);
+    const Vec first = broadcast(x[r * stride]), second = broadcast(x[r * stride + 1]);
+#pragma GCC unroll 8
+    for (int v = 0; v < vecs; ++v) sum[r][v] = fma(second, odd[v], fma(first, even[v], sum[r][v]));
   }
 }
 
@@ -235,13 +250,28 @@ inline void store_pair(float* to, Words pair, Unit unit) {
   store(to + kPanel, odd_code(pair, unit));
 }
 
+// Of how many bytes a rounded activation is; each is multiplied like a row.
+template <typename Unit>
+struct DigitsOf {
+  static constexpr int value = 1;
+};
+template <bool vnni, int digits>
+struct ByteUnit;
+template <bool vnni, int digits>
+struct DigitsOf<ByteUnit<vnni, digits>> {
+  static constexpr int value = digits;
+};
+
 // Units that the multiplier takes as they are.
 template <typename Unit, int rows, int vecs>
-inline __attribute__((always_inline)) void add_pair(Vec (&sum)[rows][vecs], const uint32_t* x, int64_t stride, int v,
-                                                    Words unit, Unit) {
-#pragma GCC unroll 8
+inline __attribute__((always_inline)) void add_pairs(Vec (&sum)[rows][vecs], const uint32_t* x, int64_t stride,
+                                                     const Words (&unit)[vecs], Unit) {
+  constexpr int digits = DigitsOf<Unit>::value;
+#pragma GCC unroll 12
   for (int r = 0; r < rows; ++r) {
-    sum[r][v] = Unit::dot(Unit::broadcast_unit(x + r * stride), high(unit), sum[r][v]);
+    const Vec left = Unit::broadcast_unit(x + r / digits * stride + r % digits);
+#pragma GCC unroll 8
+    for (int v = 0; v < vecs; ++v) sum[r][v] = Unit::dot(left, high(unit[v]), sum[r][v]);
   }
 }
 template <typename Unit>
@@ -266,7 +296,7 @@ inline double offsets(double even, double odd, PairUnit) { return kOffset * (eve
 
 // Four codes and four rounded activations; the sums are int32 in the lanes of a Vec. Whether the CPU has VNNI is known
 // when the kernel runs, so the instruction is not the compiler's.
-template <bool vnni>
+template <bool vnni, int digits>
 struct ByteUnit {
   using Type = uint32_t;
   static constexpr int values = 4;
@@ -277,14 +307,14 @@ struct ByteUnit {
     return {_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(*p)))};
   }
   static Vec dot(Vec x, Vec codes, Vec sum) {
-    __m512i total = _mm512_castps_si512(sum.v);
     if constexpr (vnni) {
-      __asm__("vpdpbusd %2, %1, %0" : "+v"(total) : "v"(codes.v), "v"(x.v));
+      __asm__("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(codes.v), "v"(x.v));
+      return sum;
     } else {
       const __m512i pairs = _mm512_maddubs_epi16(_mm512_castps_si512(codes.v), _mm512_castps_si512(x.v));
-      total = _mm512_add_epi32(total, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+      const __m512i fours = _mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+      return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(sum.v), fours))};
     }
-    return {_mm512_castsi512_ps(total)};
   }
 #elif HEADSTART_TIER_AVX2
   static Vec load_units(const uint32_t* p) { return {_mm256_castsi256_ps(load_words(p).v)}; }
@@ -310,20 +340,26 @@ struct ByteUnit {
 #endif
 };
 
-template <bool vnni>
-inline void order_slab(uint32_t* to, const float values[kSlab], ByteUnit<vnni>) {
-  const auto byte = [&](int k) { return static_cast<uint32_t>(static_cast<uint8_t>(static_cast<int32_t>(values[k]))); };
-  for (int t = 0; t < kWordsPerColumn; ++t) {
-    for (int i = 0; i < 2; ++i) {
-      const int k = int4::pair_k(t, i);
-      to[2 * t + i] = byte(k) | byte(k + 16) << 8 | byte(k + 1) << 16 | byte(k + 17) << 24;
+// A slab of rounded activations, as `digits` of base 256 between -128 and 127, a unit of each, the lowest first.
+template <int digits>
+inline void order_slab(uint32_t* to, const int32_t values[kSlab]) {
+  int32_t rest[kSlab];
+  std::memcpy(rest, values, sizeof rest);
+  for (int d = 0; d < digits; ++d) {
+    uint8_t bytes[kSlab];  // k and k + 16 side by side, so that four bytes are a unit
+    for (int k = 0; k < kSlab / 2; ++k) {
+      bytes[2 * k] = static_cast<uint8_t>(rest[k]);
+      bytes[2 * k + 1] = static_cast<uint8_t>(rest[k + kSlab / 2]);
+    }
+    for (int t = 0; t < kWordsPerColumn; ++t) {
+      for (int i = 0; i < 2; ++i) {
+        std::memcpy(to + (2 * t + i) * digits + d, bytes + 2 * int4::pair_k(t, i), sizeof *to);
+      }
+    }
+    if (d + 1 < digits) {
+      for (int k = 0; k < kSlab; ++k) rest[k] = (rest[k] - static_cast<int8_t>(rest[k])) >> 8;
     }
   }
-}
-
-template <bool vnni>
-inline double offsets(double, double, ByteUnit<vnni>) {
-  return 0;
 }
 
 template <int i, typename Unit>
@@ -353,7 +389,6 @@ inline __attribute__((always_inline)) void for_each_piece(const Body& body) {
 
 // --- the product ---------------------------------------------------------------------------------------------------
 
-constexpr int kStreamRows = 6;       // as many rows go in one pass; more are worth a tile
 constexpr int kPrefetchWords = 192;  // 12 cache lines of each panel ahead
 constexpr int kTilePanels = 4;
 constexpr int kTileColumns = kTilePanels * kPanel;
@@ -365,13 +400,16 @@ template <typename Unit>
 struct Int4Gemm {
   using U = typename Unit::Type;
 
-  static constexpr bool kRounds = Unit::values == 4;  // activations, to bytes
+  static constexpr bool kRounds = Unit::values == 4;     // activations, to integers of
+  static constexpr int kDigits = DigitsOf<Unit>::value;  // bytes
   static constexpr int kWordUnits = 2 * kPairsPerWord / Unit::values;
   static constexpr int kPieceUnits = kRounds ? 1 : kWordUnits / kPairsPerWord;
   static constexpr int kSlabUnits = kSlab / Unit::values;
   static constexpr int kBlockSlabs = kBlockUnits / kSlabUnits;
+  static constexpr int kStreamRows =
+      kRounds && Vec::width == 16 ? 12 / kDigits : 6;  // as many go in one pass; more are worth a tile
   // Panels of one pass: enough independent sums to hide a multiply-add's latency.
-  static constexpr int kStreamPanels = Vec::width < 16 ? 2 : Unit::values == 1 ? 4 : 8;
+  static constexpr int kStreamPanels = Vec::width < 16 ? 2 : Unit::values == 1 || kDigits > 1 ? 4 : 8;
 
   // Of a row and a span: what the sum of products begins with, minus the sum of x, and the scale of rounded x.
   struct Terms {
@@ -381,7 +419,7 @@ struct Int4Gemm {
   const Int4GemmArgs& a;
   int64_t panels, slabs, group_slabs, groups;
   int64_t group_spans, spans;  // of a whole group; of all
-  Buffer<U> units;             // x in blocks of K that do not cross spans: [block][row][units of the block]
+  Buffer<U> units;             // x in blocks of K that do not cross spans: [block][row][unit][digit]
   Buffer<Terms> terms;         // [span][row]
 
   explicit Int4Gemm(const Int4GemmArgs& args)
@@ -392,7 +430,7 @@ struct Int4Gemm {
         groups(ceil_div(slabs, group_slabs)),
         group_spans(ceil_div(group_slabs, kSpanSlabs)),
         spans((groups - 1) * group_spans + ceil_div(slabs - (groups - 1) * group_slabs, kSpanSlabs)),
-        units(slabs * kSlabUnits * a.m),
+        units(slabs * kSlabUnits * kDigits * a.m),
         terms(spans * a.m) {}
 
   int64_t group_of(int64_t span) const { return span / group_spans; }
@@ -410,7 +448,9 @@ struct Int4Gemm {
     for (int64_t slab = span_begin(span); slab < end; slab += step) body(slab, min(step, end - slab));
   }
 
-  U* block_row(int64_t slab, int64_t count, int64_t row) { return units + (slab * a.m + row * count) * kSlabUnits; }
+  U* block_row(int64_t slab, int64_t count, int64_t row) {
+    return units + (slab * a.m + row * count) * kSlabUnits * kDigits;
+  }
 
   const uint32_t* words_of(int64_t panel, int64_t slab) const { return a.packed + int4::slab_word(panel, slab, a.k); }
 
@@ -440,36 +480,63 @@ struct Int4Gemm {
       largest = top[j] > largest ? top[j] : largest;
       wrong += bad[j];
     }
-    return (largest < kVanishing ? 0.0f : largest / kLargestByte) + wrong;
+    if (kDigits == 1) return (largest < kVanishing ? 0.0f : largest / kLargestByte) + wrong;
+    // A power of two, so that what has few enough bits is not rounded at all.
+    return bits_to_float(max(float_to_bits(largest) & kExponent, kSmallestExponent)) * kFineStep + wrong;
   }
 
   void prepare_row(int64_t row) {
     for (int64_t s = 0; s < spans; ++s) {
-      float lane[kSlab] = {};
-      const float scale = kRounds ? scale_of(row, s) : 1.0f;
-      const Vec inverse = broadcast(scale > 0.0f ? 1.0f / scale : 0.0f);
-      for_each_block(s, [&](int64_t slab, int64_t count) {
-        U* to = block_row(slab, count, row);
-        for (const int64_t end = slab + count; slab < end; ++slab, to += kSlabUnits) {
-          float values[kSlab];
-          read_slab(values, row, slab);
-          if (kRounds) {
-            for (int j = 0; j < kSlab; j += Vec::width) {
-              store(values + j, scale == scale ? nearest_whole(load(values + j) * inverse) : broadcast(0.0f));
-            }
-          }
-          order_slab(to, values, Unit());
-          for (int j = 0; j < kSlab; ++j) lane[j] += values[j];
-        }
-      });
-      for (int width = kSlab / 2; width >= 2; width /= 2) {
-        for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
+      if constexpr (kRounds) {
+        terms[s * a.m + row] = round_span(row, s);
+      } else {
+        terms[s * a.m + row] = order_span(row, s);
       }
-      const double even = lane[0], odd = lane[1], zero = a.zeros == nullptr && !kRounds ? kSymmetricZero : 0;
-      const double start = -offsets(even, odd, Unit()) - zero * (even + odd);
-      // Integers begin with the bits of +0, which -0.0 does not have.
-      terms[s * a.m + row] = {kRounds ? 0.0f : static_cast<float>(start), static_cast<float>(-(even + odd)), scale};
     }
+  }
+
+  Terms order_span(int64_t row, int64_t span) {
+    float lane[kSlab] = {};
+    for_each_block(span, [&](int64_t slab, int64_t count) {
+      U* to = block_row(slab, count, row);
+      for (const int64_t end = slab + count; slab < end; ++slab, to += kSlabUnits) {
+        float values[kSlab];
+        read_slab(values, row, slab);
+        order_slab(to, values, Unit());
+        for (int j = 0; j < kSlab; ++j) lane[j] += values[j];
+      }
+    });
+    for (int width = kSlab / 2; width >= 2; width /= 2) {
+      for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
+    }
+    const double even = lane[0], odd = lane[1], zero = a.zeros == nullptr ? kSymmetricZero : 0;
+    const double start = -offsets(even, odd, Unit()) - zero * (even + odd);
+    return {static_cast<float>(start), static_cast<float>(-(even + odd)), 1.0f};
+  }
+
+  Terms round_span(int64_t row, int64_t span) {
+    const float scale = scale_of(row, span);
+    const Vec inverse = broadcast(scale > 0.0f ? 1.0f / scale : 0.0f);
+    int32_t lane[kSlab] = {};
+    for_each_block(span, [&](int64_t slab, int64_t count) {
+      U* to = block_row(slab, count, row);
+      for (const int64_t end = slab + count; slab < end; ++slab, to += kSlabUnits * kDigits) {
+        float values[kSlab];
+        int32_t whole[kSlab];
+        read_slab(values, row, slab);
+        for (int j = 0; j < kSlab; j += Vec::width) {
+          store(values + j, scale == scale ? nearest_whole(load(values + j) * inverse) : broadcast(0.0f));
+        }
+        for (int j = 0; j < kSlab; ++j) {
+          whole[j] = static_cast<int32_t>(values[j]);
+          lane[j] += whole[j];
+        }
+        order_slab<kDigits>(to, whole);
+      }
+    });
+    int32_t sum = 0;
+    for (int j = 0; j < kSlab; ++j) sum += lane[j];
+    return {0.0f, -static_cast<float>(sum), scale};  // integers begin with the bits of +0
   }
 
   // --- the end of a span, and of a row: the same for few rows and many ---
@@ -484,12 +551,17 @@ struct Int4Gemm {
     return {load_as(a.scale_dtype, a.scales, at), a.zeros == nullptr ? symmetric : load_zeros(a.zeros + at)};
   }
 
-  Vec with_span(Vec total, Vec sum, Scaling by, const Terms& term) const {
+  // `sum` and, of rounded x, the sums of its other digits, each `step` after the one before.
+  inline __attribute__((always_inline)) Vec with_span(Vec total, const Vec* sum, int step, Scaling by,
+                                                      const Terms& term) const {
     if constexpr (kRounds) {
-      const Vec moved = fma(by.zero, broadcast(term.minus_sum), to_floats(sum));
+      Vec whole = to_floats(sum[(kDigits - 1) * step]);
+#pragma GCC unroll 2
+      for (int d = kDigits - 2; d >= 0; --d) whole = fma(whole, broadcast(256.0f), to_floats(sum[d * step]));
+      const Vec moved = fma(by.zero, broadcast(term.minus_sum), whole);
       return fma(by.scale * broadcast(term.scale), moved, total);
     } else {
-      return fma(by.scale, a.zeros == nullptr ? sum : fma(by.zero, broadcast(term.minus_sum), sum), total);
+      return fma(by.scale, a.zeros == nullptr ? *sum : fma(by.zero, broadcast(term.minus_sum), *sum), total);
     }
   }
 
@@ -510,17 +582,17 @@ struct Int4Gemm {
       for (int v = 0; v < vecs; ++v) total[r][v] = broadcast(0.0f);
     for (int64_t s = 0; s < spans; ++s) {
       const Terms* term = terms + s * a.m;
-      Vec sum[rows][vecs];
+      Vec sum[rows * kDigits][vecs];
+#pragma GCC unroll 18
+      for (int r = 0; r < rows * kDigits; ++r) {
 #pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 8
-        for (int v = 0; v < vecs; ++v) sum[r][v] = broadcast(term[r].start);
+        for (int v = 0; v < vecs; ++v) sum[r][v] = broadcast(term[r / kDigits].start);
       }
       for_each_block(s, [&](int64_t slab, int64_t count) __attribute__((always_inline)) {
-        const int64_t stride = count * kSlabUnits;
+        const int64_t stride = count * kSlabUnits * kDigits;
         const U* x = block_row(slab, count, 0);
         const uint32_t* words = words_of(panel, slab);
-        for (int64_t w = 0; w < count * kWordsPerColumn; ++w, x += kWordUnits, words += kPanel) {
+        for (int64_t w = 0; w < count * kWordsPerColumn; ++w, x += kWordUnits * kDigits, words += kPanel) {
           Words word[vecs];
 #pragma GCC unroll 8
           for (int v = 0; v < vecs; ++v) {
@@ -529,16 +601,20 @@ struct Int4Gemm {
             word[v] = load_words(words + v / kPanelVecs * slabs * kWordsPerSlab + v % kPanelVecs * Vec::width);
           }
           for_each_piece<Unit>([&](auto i) __attribute__((always_inline)) {
+            Words part[vecs];
 #pragma GCC unroll 8
-            for (int v = 0; v < vecs; ++v) {
-              add_pair(sum, x + i.value * kPieceUnits, stride, v, piece<i.value, Unit>(word[v]), Unit());
-            }
+            for (int v = 0; v < vecs; ++v) part[v] = piece<i.value, Unit>(word[v]);
+            add_pairs(sum, x + i.value * kPieceUnits * kDigits, stride, part, Unit());
           });
         }
       });
+#pragma GCC unroll 8
       for (int v = 0; v < vecs; ++v) {
         const Scaling by = scaling(panel + v / kPanelVecs, group_of(s), v % kPanelVecs);
-        for (int r = 0; r < rows; ++r) total[r][v] = with_span(total[r][v], sum[r][v], by, term[r]);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r) {
+          total[r][v] = with_span(total[r][v], &sum[r * kDigits][v], vecs, by, term[r]);
+        }
       }
     }
     for (int r = 0; r < rows; ++r)
@@ -547,13 +623,20 @@ struct Int4Gemm {
 
   template <int rows>
   void stream_all(const Parallel& parallel) {
-    // AVX-512 has the registers for two panels of six rows; the others have half as many, of half the width or less.
-    constexpr int width = rows == 1 ? kStreamPanels : Vec::width == 16 ? (rows == 2 ? 4 : 2) : (rows == 2 ? 2 : 1);
+    // AVX-512 has the registers for two panels of twelve sums; the others have half as many, of half the width or less.
+    constexpr int sums = rows * kDigits;
+    constexpr int width = rows == 1 ? kStreamPanels : Vec::width == 16 ? (sums == 2 ? 4 : 2) : (sums == 2 ? 2 : 1);
     for_each_job(parallel, ceil_div(panels, width), [&](int64_t job, int) {
       int64_t panel = job * width;
       if (panel + width <= panels) return stream<rows, width>(panel);
       for (; panel < panels; ++panel) stream<rows, 1>(panel);
     });
+  }
+
+  // Calls the stream of as many rows as there are.
+  template <int rows = kStreamRows>
+  void stream_rows(const Parallel& parallel) {
+    if constexpr (rows > 0) a.m == rows ? stream_all<rows>(parallel) : stream_rows<rows - 1>(parallel);
   }
 
   // --- many rows ---
@@ -582,6 +665,8 @@ struct Int4Gemm {
     }
   }
 
+  static constexpr int kTileRows = kRows / kDigits;  // in registers
+
   // Where vector v of a tile's 64 columns begins in Tile::weights.
   static constexpr int64_t place(int v) {
     return static_cast<int64_t>(v / kPanelVecs) * kBlockUnits * kPanel + v % kPanelVecs * Vec::width;
@@ -596,13 +681,16 @@ struct Int4Gemm {
   // sums += x · weights, for `rows` rows of the job from `i`, and `vecs` vectors of columns from `from`.
   template <int rows, int vecs>
   void multiply(Tile& tile, const Block& block, const U* x, int64_t i, int from) const {
+    constexpr int lines = rows * kDigits;
     float* kept = tile.sums + i * kTileColumns + from * Vec::width;
-    Vec sum[rows][vecs];
+    Vec sum[lines][vecs];
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
+    for (int r = 0; r < lines; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < vecs; ++v) {
-        sum[r][v] = block.first ? broadcast(block.term[i + r].start) : load(kept + r * kTileColumns + v * Vec::width);
+        const bool starts = block.first || kRounds;  // of integers, a block is a span
+        sum[r][v] =
+            starts ? broadcast(block.term[i + r / kDigits].start) : load(kept + r * kTileColumns + v * Vec::width);
       }
     }
     const U* weights = tile.weights + place(from);
@@ -611,8 +699,8 @@ struct Int4Gemm {
 #pragma GCC unroll 4
       for (int v = 0; v < vecs; ++v) right[v] = Unit::load_units(weights + place(v) + u * kPanel);
 #pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) {
-        const Vec left = Unit::broadcast_unit(x + r * block.units + u);
+      for (int r = 0; r < lines; ++r) {
+        const Vec left = Unit::broadcast_unit(x + (r / kDigits * block.units + u) * kDigits + r % kDigits);
 #pragma GCC unroll 4
         for (int v = 0; v < vecs; ++v) sum[r][v] = Unit::dot(left, right[v], sum[r][v]);
       }
@@ -623,9 +711,9 @@ struct Int4Gemm {
 #pragma GCC unroll 4
       for (int v = 0; v < vecs; ++v) {
         const int at = r * kTileColumns + v * Vec::width;
-        if (block.last) {
-          store(total + at,
-                with_span(load(total + at), sum[r][v], {tile.scale[from + v], tile.zero[from + v]}, block.term[i + r]));
+        if (block.last || kRounds) {
+          store(total + at, with_span(load(total + at), &sum[r * kDigits][v], vecs,
+                                      {tile.scale[from + v], tile.zero[from + v]}, block.term[i + r]));
         } else {
           store(kept + at, sum[r][v]);
         }
@@ -633,29 +721,20 @@ struct Int4Gemm {
     }
   }
 
-  template <int vecs>
+  // Calls the product of as many rows as there are.
+  template <int vecs, int most = kTileRows>
   void multiply_rows(Tile& tile, const Block& block, const U* x, int64_t i, int64_t rows, int from) const {
-    switch (rows) {
-      case 6:
-        return multiply<6, vecs>(tile, block, x, i, from);
-      case 5:
-        return multiply<5, vecs>(tile, block, x, i, from);
-      case 4:
-        return multiply<4, vecs>(tile, block, x, i, from);
-      case 3:
-        return multiply<3, vecs>(tile, block, x, i, from);
-      case 2:
-        return multiply<2, vecs>(tile, block, x, i, from);
-      default:
-        return multiply<1, vecs>(tile, block, x, i, from);
+    if constexpr (most > 1) {
+      if (rows < most) return multiply_rows<vecs, most - 1>(tile, block, x, i, rows, from);
     }
+    multiply<most, vecs>(tile, block, x, i, from);
   }
 
   void multiply_block(Tile& tile, const Block& block, const U* x, int64_t rows, int vecs) const {
     // Groups of rows as even as can be: 7 are 4 and 3, since a single row leaves the multiplier waiting for itself.
-    for (int64_t i = 0, left = ceil_div(rows, kRows), n; i < rows; i += n, --left) {
+    for (int64_t i = 0, left = ceil_div(rows, kTileRows), n; i < rows; i += n, --left) {
       n = ceil_div(rows - i, left);
-      const U* at = x + i * block.units;
+      const U* at = x + i * kDigits * block.units;
       int from = 0;
       for (; from + kVecs <= vecs; from += kVecs) multiply_rows<kVecs>(tile, block, at, i, n, from);
       if constexpr (kVecs == 4) {  // elsewhere a panel is a whole number of strips
@@ -695,7 +774,7 @@ struct Int4Gemm {
   void tile_all(const Parallel& parallel) {
     // Rows are split too where there are few tiles of columns.
     const int64_t tiles = ceil_div(panels, kTilePanels), wanted = ceil_div(4 * parallel.workers, tiles);
-    const int64_t chunk = min(kChunkRows, max(4 * kRows, round_up(ceil_div(a.m, wanted), kRows)));
+    const int64_t chunk = min(kChunkRows, max(4 * kTileRows, round_up(ceil_div(a.m, wanted), kTileRows)));
     const int64_t chunks = ceil_div(a.m, chunk);
     PerWorker<Tile> scratch(parallel.workers, min(chunk, a.m));
     for_each_job(parallel, tiles * chunks, [&](int64_t job, int worker) {
@@ -707,24 +786,10 @@ struct Int4Gemm {
   void run(const Parallel& parallel) {
     if (a.m <= kStreamRows) {
       for (int64_t row = 0; row < a.m; ++row) prepare_row(row);
+      stream_rows(parallel);
     } else {
       for_each_job(parallel, a.m, [&](int64_t row, int) { prepare_row(row); });
-    }
-    switch (a.m) {
-      case 1:
-        return stream_all<1>(parallel);
-      case 2:
-        return stream_all<2>(parallel);
-      case 3:
-        return stream_all<3>(parallel);
-      case 4:
-        return stream_all<4>(parallel);
-      case 5:
-        return stream_all<5>(parallel);
-      case 6:
-        return stream_all<6>(parallel);
-      default:
-        return tile_all(parallel);
+      tile_all(parallel);
     }
   }
 };
@@ -758,16 +823,16 @@ inline void unpack_slab(uint8_t* codes, const uint32_t* words) {
 namespace HEADSTART_TIER {
 
 void int4_gemm(const Int4GemmArgs& a, const Parallel& parallel) {
-  if (a.int8_activations) {
-#if HEADSTART_TIER_AVX512 && !HEADSTART_EMULATE_BF16_DOT  // tests run both units on a CPU with VNNI
-    if (__builtin_cpu_supports("avx512vnni")) return Int4Gemm<ByteUnit<true>>(a).run(parallel);
-#endif
-    return Int4Gemm<ByteUnit<false>>(a).run(parallel);
+#if HEADSTART_TIER_AVX512 && !HEADSTART_EMULATE_BF16_DOT  // tests run all units on a CPU with VNNI
+  if (__builtin_cpu_supports("avx512vnni")) {
+    if (a.int8_activations) return Int4Gemm<ByteUnit<true, 1>>(a).run(parallel);
+    const bool pairs = a.dtype == Dtype::kBFloat16 && UnitOf<BFloat16>::Type::values == 2;
+    if (a.dtype != Dtype::kFloat32 && !pairs) return Int4Gemm<ByteUnit<true, 3>>(a).run(parallel);
   }
-  if (a.dtype == Dtype::kFloat32) return Int4Gemm<ExactUnit>(a).run(parallel);
-#if HEADSTART_TIER_BF16_DOT
-  if (a.dtype == Dtype::kBFloat16) return Int4Gemm<PairUnit>(a).run(parallel);
 #endif
+  if (a.int8_activations) return Int4Gemm<ByteUnit<false, 1>>(a).run(parallel);
+  if (a.dtype == Dtype::kFloat32) return Int4Gemm<ExactUnit>(a).run(parallel);
+  if (a.dtype == Dtype::kBFloat16) return Int4Gemm<UnitOf<BFloat16>::Type>(a).run(parallel);
   Int4Gemm<FloatUnit>(a).run(parallel);
 }
 
