@@ -346,19 +346,14 @@ inline void order_slab(uint32_t* to, const int32_t values[kSlab]) {
   int32_t rest[kSlab];
   std::memcpy(rest, values, sizeof rest);
   for (int d = 0; d < digits; ++d) {
-    uint8_t bytes[kSlab];  // k and k + 16 side by side, so that four bytes are a unit
+    uint16_t pairs[kSlab / 2];  // k and k + 16; two of them, k and k + 1, are a unit
     for (int k = 0; k < kSlab / 2; ++k) {
-      bytes[2 * k] = static_cast<uint8_t>(rest[k]);
-      bytes[2 * k + 1] = static_cast<uint8_t>(rest[k + kSlab / 2]);
+      pairs[k] = static_cast<uint16_t>((rest[k] & 0xff) | (rest[k + kSlab / 2] & 0xff) << 8);
     }
     for (int t = 0; t < kWordsPerColumn; ++t) {
-      for (int i = 0; i < 2; ++i) {
-        std::memcpy(to + (2 * t + i) * digits + d, bytes + 2 * int4::pair_k(t, i), sizeof *to);
-      }
+      for (int i = 0; i < 2; ++i) std::memcpy(to + (2 * t + i) * digits + d, pairs + int4::pair_k(t, i), sizeof *to);
     }
-    if (d + 1 < digits) {
-      for (int k = 0; k < kSlab; ++k) rest[k] = (rest[k] - static_cast<int8_t>(rest[k])) >> 8;
-    }
+    for (int k = 0; k < kSlab; ++k) rest[k] = (rest[k] + 128) >> 8;
   }
 }
 
@@ -464,25 +459,11 @@ struct Int4Gemm {
     }
   }
 
-  // The scale of a span of a row that is rounded: NaN if a value is not finite.
-  float scale_of(int64_t row, int64_t span) const {
-    float top[kSlab] = {}, bad[kSlab] = {}, values[kSlab];
-    for (int64_t slab = span_begin(span); slab < span_end(span); ++slab) {
-      read_slab(values, row, slab);
-      for (int j = 0; j < kSlab; ++j) {
-        const float size = __builtin_fabsf(values[j]);
-        top[j] = size > top[j] ? size : top[j];
-        bad[j] += values[j] - values[j];
-      }
-    }
-    float largest = 0.0f, wrong = 0.0f;
-    for (int j = 0; j < kSlab; ++j) {
-      largest = top[j] > largest ? top[j] : largest;
-      wrong += bad[j];
-    }
-    if (kDigits == 1) return (largest < kVanishing ? 0.0f : largest / kLargestByte) + wrong;
+  // The scale of rounded x, from the largest value.
+  static float scale_of(float largest) {
+    if (kDigits == 1) return largest < kVanishing ? 0.0f : largest / kLargestByte;
     // A power of two, so that what has few enough bits is not rounded at all.
-    return bits_to_float(max(float_to_bits(largest) & kExponent, kSmallestExponent)) * kFineStep + wrong;
+    return bits_to_float(max(float_to_bits(largest) & kExponent, kSmallestExponent)) * kFineStep;
   }
 
   void prepare_row(int64_t row) {
@@ -515,25 +496,38 @@ struct Int4Gemm {
   }
 
   Terms round_span(int64_t row, int64_t span) {
-    const float scale = scale_of(row, span);
+    static_assert(!kRounds || kBlockSlabs == kSpanSlabs, "a block is a span");
+    const int64_t first = span_begin(span), count = span_end(span) - first;
+    float values[kSpanSlabs * kSlab];
+    Vec top = broadcast(0.0f), bad = top;
+    for (int64_t slab = 0; slab < count; ++slab) read_slab(values + slab * kSlab, row, first + slab);
+    for (int64_t j = 0; j < count * kSlab; j += Vec::width) {
+      const Vec x = load(values + j);
+      top = max(top, max(x, broadcast(0.0f) - x));
+      bad = bad + (x - x);
+    }
+    float tops[Vec::width], bads[Vec::width], largest = 0.0f, wrong = 0.0f;
+    store(tops, top);
+    store(bads, bad);
+    for (int i = 0; i < Vec::width; ++i) {
+      largest = tops[i] > largest ? tops[i] : largest;
+      wrong += bads[i];
+    }
+    const float scale = scale_of(largest) + wrong;  // NaN if a value is not finite
+    if (!(scale == scale)) std::memset(values, 0, sizeof values);
     const Vec inverse = broadcast(scale > 0.0f ? 1.0f / scale : 0.0f);
     int32_t lane[kSlab] = {};
-    for_each_block(span, [&](int64_t slab, int64_t count) {
-      U* to = block_row(slab, count, row);
-      for (const int64_t end = slab + count; slab < end; ++slab, to += kSlabUnits * kDigits) {
-        float values[kSlab];
-        int32_t whole[kSlab];
-        read_slab(values, row, slab);
-        for (int j = 0; j < kSlab; j += Vec::width) {
-          store(values + j, scale == scale ? nearest_whole(load(values + j) * inverse) : broadcast(0.0f));
-        }
-        for (int j = 0; j < kSlab; ++j) {
-          whole[j] = static_cast<int32_t>(values[j]);
-          lane[j] += whole[j];
-        }
-        order_slab<kDigits>(to, whole);
+    U* to = block_row(first, count, row);
+    for (int64_t slab = 0; slab < count; ++slab, to += kSlabUnits * kDigits) {
+      float* x = values + slab * kSlab;
+      int32_t whole[kSlab];
+      for (int j = 0; j < kSlab; j += Vec::width) store(x + j, nearest_whole(load(x + j) * inverse));
+      for (int j = 0; j < kSlab; ++j) {
+        whole[j] = static_cast<int32_t>(x[j]);
+        lane[j] += whole[j];
       }
-    });
+      order_slab<kDigits>(to, whole);
+    }
     int32_t sum = 0;
     for (int j = 0; j < kSlab; ++j) sum += lane[j];
     return {0.0f, -static_cast<float>(sum), scale};  // integers begin with the bits of +0
