@@ -22,6 +22,7 @@
 // Floor: decode, the bytes of the centroids at the machine's read bandwidth; a block, rows · C · D multiply-adds.
 
 #include <algorithm>
+#include <utility>
 
 #include "in_place.h"
 
@@ -31,6 +32,7 @@ namespace {
 constexpr int64_t kChunk = 256;    // clusters of a job
 constexpr int64_t kMaxRows = 256;  // query rows of a job, which share the packing of a tile of centroids
 constexpr int64_t kFewRows = 16;   // up to so many rows, packing costs more than it saves
+constexpr int64_t kAhead = 16;     // centroids between the one that is read and the one that is fetched
 constexpr float kPosInf = __builtin_inff();
 
 // to[0, n) = first, first + 1, ...; may write up to 15 more where `room` has them.
@@ -193,14 +195,18 @@ struct CentroidLookup {
     for (int64_t j = 0; j < round_up(count, kTile); ++j) w.weight[j] = static_cast<float>(w.size[j]);
   }
 
+  // Of `left` centroids to the end of the list, `count` are scored.
   template <typename CentroidAt>
   void score_in_place(Scratch& w, const Part& part, int64_t rows, const CentroidAt& centroid_at, int64_t count,
-                      float* logits) const {
+                      int64_t left, float* logits) const {
     RowWalk row(*this, part.first_row);
     for (int64_t r = 0; r < rows; ++r, row.next()) {
       read_row_in_steps(w.few_query + r * padded_dim, query_of(row, part.head), a.head_dim);
     }
-    dot_rows<T>(rows, w.few_query, padded_dim, a.head_dim, centroid_at, count, logits, kChunk);
+    dot_rows<T>(rows, w.few_query, padded_dim, a.head_dim, centroid_at, count, logits, kChunk,
+                [&](int64_t j) __attribute__((always_inline)) {
+                  prefetch_row(centroid_at(min(j + kAhead, left - 1)), a.head_dim);
+                });
   }
 
   template <typename CentroidAt>
@@ -231,7 +237,7 @@ struct CentroidLookup {
     read_sizes(w, level, part, first, count);
     const auto multiply_with = [&](const auto& centroid_at) {
       if (part.rows <= kFewRows) {
-        score_in_place(w, part, rows, centroid_at, count, logits);
+        score_in_place(w, part, rows, centroid_at, count, part.count - first, logits);
       } else {
         score_tiles(w, part, first_row, rows, centroid_at, count, logits);
       }
@@ -373,61 +379,80 @@ struct CentroidLookup {
     part.count = n;
   }
 
+  // Writes runs of positions; those that touch become one.
+  struct Runs {
+    int32_t* to;
+    int64_t capacity, n = 0, begin = 0, end = 0;
+
+    void add(int64_t first, int64_t size) {
+      if (first != end) {
+        flush();
+        begin = first;
+      }
+      end = first + size;
+    }
+    void flush() {
+      write_run(to + n, begin, end - begin, capacity - n);
+      n += end - begin;
+    }
+    int64_t finish() {
+      flush();
+      return n;
+    }
+  };
+
   void write_positions(Scratch& w, const Part& part) const {
     const int32_t* offsets = a.clusters.run_offsets + part.head * (a.clusters.count + 1);
     const int64_t at =
         (part.first_selection / blocks * a.heads_kv + part.head) * blocks + part.first_selection % blocks;
     int32_t* to = a.column_index + at * a.capacity;
-    int64_t n = 0, kept = 0, begin = 0, end = 0, wanted = 0;
-    const auto flush = [&] {
-      write_run(to + n, begin, end - begin, a.capacity - n);
-      n += end - begin;
-    };
-    const auto add = [&](int64_t first, int64_t last) {  // runs that touch are written as one
-      if (first != end) {
-        flush();
-        begin = first;
-      }
-      end = last;
-    };
     const auto id_of = [&](int64_t j) { return part.ids == nullptr ? j : int64_t{part.ids[j]}; };
     const auto size_of = [&](int64_t j) { return int64_t{offsets[id_of(j) + 1]} - offsets[id_of(j)]; };
+    Runs runs{to, a.capacity};
+    int64_t wanted = 0;
     each_kept(part.best, part.count, [&](int64_t j) {
-      w.kept[kept++] = static_cast<int32_t>(j);
-      wanted += size_of(j);
+      const int64_t size = size_of(j);
+      wanted += size;
+      if (wanted <= a.capacity) runs.add(offsets[id_of(j)], size);
     });
-    const float* best = part.best;
-    const auto better = [best](int32_t x, int32_t y) { return best[x] > best[y] || (best[x] == best[y] && x < y); };
-    const bool full = wanted > a.capacity;
-    int32_t cut = 0;
-    int64_t room = a.capacity;
-    if (full) {
-      // Halves the part in which the cut lies: those before it fit, those from it on do not.
-      int64_t low = 0, high = kept;
-      while (high - low > 1) {
-        const int64_t middle = (low + high) / 2;
-        std::nth_element(w.kept + low, w.kept + middle, w.kept + high, better);
-        int64_t size = 0;
-        for (int64_t i = low; i < middle; ++i) size += size_of(w.kept[i]);
-        if (size <= room) {
-          room -= size;
-          low = middle;
-        } else {
-          high = middle;
+    if (wanted > a.capacity) {  // again, the best of them
+      runs = {to, a.capacity};
+      const auto [cut, room] = cut_of(w, part, size_of);
+      each_kept(part.best, part.count, [&, cut = cut, room = room](int64_t j) {
+        if (better(part.best, j, cut)) {
+          runs.add(offsets[id_of(j)], size_of(j));
+        } else if (j == cut) {
+          runs.add(offsets[id_of(j)], room);
         }
-      }
-      cut = w.kept[low];
+      });
     }
-    each_kept(best, part.count, [&](int64_t j) {
-      const int64_t first = offsets[id_of(j)];
-      if (!full || better(static_cast<int32_t>(j), cut)) {
-        add(first, first + size_of(j));
-      } else if (j == cut) {
-        add(first, first + room);
+    a.column_count[at] = static_cast<int32_t>(runs.finish());
+  }
+
+  static bool better(const float* best, int64_t x, int64_t y) {
+    return best[x] > best[y] || (best[x] == best[y] && x < y);
+  }
+
+  // The cluster that the row's capacity cuts, and how many keys of it there is room for. Halves the part of the kept
+  // ones in which it lies: those before it fit, those from it on do not.
+  template <typename SizeOf>
+  std::pair<int64_t, int64_t> cut_of(Scratch& w, const Part& part, const SizeOf& size_of) const {
+    int64_t low = 0, high = 0, room = a.capacity;
+    each_kept(part.best, part.count, [&](int64_t j) { w.kept[high++] = static_cast<int32_t>(j); });
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      std::nth_element(w.kept + low, w.kept + middle, w.kept + high,
+                       [&](int32_t x, int32_t y) { return better(part.best, x, y); });
+      int64_t size = 0;
+      for (int64_t i = low; i < middle; ++i) size += size_of(w.kept[i]);
+      if (size <= room) {
+        room -= size;
+        low = middle;
+      } else {
+        high = middle;
       }
-    });
-    flush();
-    a.column_count[at] = static_cast<int32_t>(n);
+    }
+    return {w.kept[low], room};
   }
 
   // --- all of it -----------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ namespace {
 
 constexpr int kStep = 2 * Vec::width;
 constexpr int kRowsInPlace = Vec::width == 16 ? 4 : 2;  // 4 × 4 sums fill AVX-512's registers, 2 × 4 the others'
-constexpr int64_t kAhead = 16;                          // rows between the one that is read and the one that is fetched
 
 template <typename T>
 inline void load_step(Vec x[2], const T* p) {
@@ -104,21 +103,21 @@ inline void few_at_a_time(int64_t rows, const Body& body) {
   if (rows - r == 1) body(r, Count<1>());
 }
 
+// GCC takes a function that only prefetches for one without effects, and drops the calls that it has not inlined.
 template <typename T>
-inline void prefetch_row(const T* row, int64_t dim) {
+inline __attribute__((always_inline)) void prefetch_row(const T* row, int64_t dim) {
   const auto* bytes = reinterpret_cast<const char*>(row);
   for (int64_t line = 0; line < dim * static_cast<int64_t>(sizeof(T)); line += 64) __builtin_prefetch(bytes + line);
 }
 
-template <int n, typename T, typename RowAt>
+template <int n, typename T, typename RowAt, typename Fetch>
 inline void dot_few_rows(const float* query, int64_t query_row, int64_t dim, const RowAt& row_at, int64_t count,
-                         float* out, int64_t out_row) {
+                         float* out, int64_t out_row, const Fetch& fetch) {
   for (int64_t j = 0; j < count; j += 4) {
     const T* row[4];
     for (int i = 0; i < 4; ++i) {
       row[i] = row_at(min(j + i, count - 1));
-      // Four rows read side by side are no stream to the hardware.
-      prefetch_row<T>(row_at(min(j + i + kAhead, count - 1)), dim);
+      fetch(j + i);
     }
     Vec sum[n][4];
     for (int r = 0; r < n; ++r) {
@@ -139,13 +138,14 @@ inline void dot_few_rows(const float* query, int64_t query_row, int64_t dim, con
 }
 
 // out[r][j] = query row r · row j. Every row is read once, and multiplied with all of a few queries. Writes up to 3
-// more than `count` of each row.
-template <typename T, typename RowAt>
+// more than `count` of each row. Four rows read side by side are no stream to the hardware: with row j, fetch(j) is to
+// prefetch what is wanted some rows later.
+template <typename T, typename RowAt, typename Fetch>
 inline void dot_rows(int64_t queries, const float* query, int64_t query_row, int64_t dim, const RowAt& row_at,
-                     int64_t count, float* out, int64_t out_row) {
+                     int64_t count, float* out, int64_t out_row, const Fetch& fetch) {
   few_at_a_time(queries, [&](int64_t r, auto n) {
     dot_few_rows<decltype(n)::value, T>(query + r * query_row, query_row, dim, row_at, count, out + r * out_row,
-                                        out_row);
+                                        out_row, fetch);
   });
 }
 

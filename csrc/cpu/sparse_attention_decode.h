@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kFewRows = 16;    // query rows that share keys, at most
 constexpr int64_t kSplitTiles = 8;  // tiles of a part: 512 keys
+constexpr int64_t kKeysAhead = 8;   // between the key that is read and the one that is fetched; values: a tile
 
 template <typename T>
 struct FewRows {
@@ -37,9 +38,12 @@ struct FewRows {
   struct Scratch {
     explicit Scratch(int64_t padded_dim) : query(kFewRows * padded_dim), scores(kFewRows * kTile) {}
     Buffer<float> query, scores;
-    const T* k_rows[kTile];
-    const T* v_rows[kTile];
-    int32_t position[kTile];
+    struct Keys {  // of a tile
+      const T* k_rows[kTile];
+      const T* v_rows[kTile];
+      int32_t position[kTile];
+    };
+    Keys keys[2];  // of the tile that is attended, and of the next
     Softmax softmax;
   };
 
@@ -60,7 +64,7 @@ struct FewRows {
   }
 
   // Points at the 64 keys of a tile: tile >= 0 is a tile of keys, tile < 0 the (-1 - tile)-th 64 columns of the list.
-  void find_keys(Scratch& w, int64_t b, int64_t kv_head, const Row& list, int32_t tile) const {
+  void find_keys(typename Scratch::Keys& keys, int64_t b, int64_t kv_head, const Row& list, int32_t tile) const {
     for (int j = 0; j < kTile; ++j) {
       int64_t n;
       if (tile >= 0) {
@@ -71,9 +75,9 @@ struct FewRows {
         n = c < list.column_count ? list.columns[c] : kNowhere;
         if (n != kNowhere && covered(list, static_cast<int32_t>(n / a.block_k))) n = kNowhere;
       }
-      w.position[j] = static_cast<int32_t>(n);
-      w.k_rows[j] = row_of<T>(a.k, b, kv_head, n == kNowhere ? 0 : n);  // its score is masked
-      w.v_rows[j] = n == kNowhere ? nullptr : row_of<T>(a.v, b, kv_head, n);
+      keys.position[j] = static_cast<int32_t>(n);
+      keys.k_rows[j] = row_of<T>(a.k, b, kv_head, n == kNowhere ? 0 : n);  // its score is masked
+      keys.v_rows[j] = n == kNowhere ? nullptr : row_of<T>(a.v, b, kv_head, n);
     }
   }
 
@@ -88,13 +92,25 @@ struct FewRows {
     w.softmax.start(rows);
     zero(state.output, rows * padded_dim);
     const int64_t last = a.causal ? a.nk - a.nq : a.nk - 1;
+    find_keys(w.keys[0], b, kv_head, list, tiles[part.first_tile]);
     for (int64_t t = 0; t < part.tiles; ++t) {
-      find_keys(w, b, kv_head, list, tiles[part.first_tile + t]);
+      const auto &keys = w.keys[t % 2], &next = w.keys[1 - t % 2];
+      const bool more = t + 1 < part.tiles;
+      if (more) find_keys(w.keys[1 - t % 2], b, kv_head, list, tiles[part.first_tile + t + 1]);
+      const auto fetch = [&](int64_t j) __attribute__((always_inline)) {
+        if (j + kKeysAhead < kTile) {
+          prefetch_row(keys.k_rows[j + kKeysAhead], a.head_dim);
+        } else if (more) {
+          prefetch_row(next.k_rows[j + kKeysAhead - kTile], a.head_dim);
+        }
+        prefetch_row(keys.v_rows[j], a.head_dim);
+      };
       dot_rows<T>(
-          rows, w.query, padded_dim, a.head_dim, [&](int64_t j) { return w.k_rows[j]; }, kTile, w.scores, kTile);
-      softmax_tile<FloatUnit>(w.softmax, w.scores, nullptr, rows, scale, w.position, lo,
+          rows, w.query, padded_dim, a.head_dim, [&](int64_t j) { return keys.k_rows[j]; }, kTile, w.scores, kTile,
+          fetch);
+      softmax_tile<FloatUnit>(w.softmax, w.scores, nullptr, rows, scale, keys.position, lo,
                               window_start(a, a.nk - a.nq, 0), static_cast<int32_t>(last), a.causal ? 1 : 0, a.nq);
-      add_rows(rows, state.output, padded_dim, a.head_dim, w.v_rows, kTile, w.scores, kTile, w.softmax.rescale);
+      add_rows(rows, state.output, padded_dim, a.head_dim, keys.v_rows, kTile, w.scores, kTile, w.softmax.rescale);
     }
     for (int64_t r = 0; r < rows; ++r) {
       state.maximum[r] = w.softmax.maximum[r];
