@@ -7,7 +7,7 @@
 // What is loaded past a row's last value is dropped by the bits; rows so near the end of all values that a load could
 // leave them are copied to memory of their own first. int4 values are unpacked to bytes, a row at a time.
 //
-//   decompress       a row after another; streaming stores where the output is larger than caches
+//   decompress       a row after another, the values of some KiB later fetched ahead
 //
 //   1 to 4 rows of x     four rows of the weight at once, expanded in registers     more rows     a tile
 //   ┌──────────────┐     and multiplied with all rows of x. Their chains of         [16 rows of w][512 columns], expanded
@@ -37,6 +37,26 @@ inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 
 // --- expanding: `width` floats, or 32 elements bit by bit -----------------------------------------------------------
 
+#if HEADSTART_TIER_AVX512 || HEADSTART_TIER_AVX2
+
+// For every mask of 8 bits, the bytes that each of 8 words takes of consecutive words; 0x80 for none.
+struct WordPlaces {
+  uint8_t of[256][16];
+  constexpr WordPlaces() : of() {
+    for (int bits = 0; bits < 256; ++bits) {
+      for (int i = 0, next = 0; i < 16; ++i) of[bits][i] = bits >> i / 2 & 1 ? static_cast<uint8_t>(next++) : 0x80;
+    }
+  }
+};
+alignas(64) constexpr WordPlaces kWordPlaces;
+
+inline __m128i word_places(uint32_t bits) {
+  return _mm_load_si128(reinterpret_cast<const __m128i*>(kWordPlaces.of[bits & 255]));
+}
+inline __m128i load_words(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+
+#endif
+
 #if HEADSTART_TIER_AVX512
 
 inline Vec expand(Vec x, uint32_t bits) { return {_mm512_maskz_expand_ps(static_cast<__mmask16>(bits), x.v)}; }
@@ -53,33 +73,28 @@ inline __m512i expand_words(const uint16_t* p, uint32_t bits) {
 #elif HEADSTART_TIER_VBMI2
   return _mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(p));
 #else
-  const uint16_t* q = p + count_bits(bits << 16);
-  const auto half = [](const uint16_t* from, uint32_t few) __attribute__((always_inline)) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-    return _mm512_cvtepi32_epi16(_mm512_maskz_expand_epi32(static_cast<__mmask16>(few), wide));
-  };
-  return _mm512_inserti64x4(_mm512_castsi256_si512(half(p, bits)), half(q, bits >> 16), 1);
+  // Eight words to a quarter: inserts from memory are cheap, and one shuffle moves all.
+  __m512i x = _mm512_castsi128_si512(load_words(p)), from = _mm512_castsi128_si512(word_places(bits));
+  x = _mm512_inserti32x4(x, load_words(p + count_bits(bits << 24)), 1);
+  x = _mm512_inserti32x4(x, load_words(p + count_bits(bits << 16)), 2);
+  x = _mm512_inserti32x4(x, load_words(p + count_bits(bits << 8)), 3);
+  from = _mm512_inserti32x4(from, word_places(bits >> 8), 1);
+  from = _mm512_inserti32x4(from, word_places(bits >> 16), 2);
+  from = _mm512_inserti32x4(from, word_places(bits >> 24), 3);
+  return _mm512_shuffle_epi8(x, from);
 #endif
 }
 
-template <bool streaming>
-inline void put(void* to, __m512i x) {
-  streaming ? _mm512_stream_si512(static_cast<__m512i*>(to), x) : _mm512_storeu_si512(to, x);
-}
-
-template <bool streaming>
 inline void expand_raw(uint16_t* to, const uint16_t* p, uint32_t bits) {
-  put<streaming>(to, expand_words(p, bits));
+  _mm512_storeu_si512(to, expand_words(p, bits));
 }
 
-template <bool streaming>
 inline void expand_raw(uint32_t* to, const uint32_t* p, uint32_t bits) {
   const uint32_t* q = p + count_bits(bits << 16);
-  put<streaming>(to, _mm512_maskz_expand_epi32(static_cast<__mmask16>(bits), _mm512_loadu_si512(p)));
-  put<streaming>(to + 16, _mm512_maskz_expand_epi32(static_cast<__mmask16>(bits >> 16), _mm512_loadu_si512(q)));
+  _mm512_storeu_si512(to, _mm512_maskz_expand_epi32(static_cast<__mmask16>(bits), _mm512_loadu_si512(p)));
+  _mm512_storeu_si512(to + 16, _mm512_maskz_expand_epi32(static_cast<__mmask16>(bits >> 16), _mm512_loadu_si512(q)));
 }
 
-template <bool streaming>
 inline void expand_raw(uint8_t* to, const uint8_t* p, uint32_t bits) {
   __m256i x;
 #if HEADSTART_EMULATE_VBMI2
@@ -95,8 +110,7 @@ inline void expand_raw(uint8_t* to, const uint8_t* p, uint32_t bits) {
   };
   x = _mm256_inserti128_si256(_mm256_castsi128_si256(half(p, bits)), half(p + count_bits(bits << 16), bits >> 16), 1);
 #endif
-  auto* at = reinterpret_cast<__m256i*>(to);
-  streaming ? _mm256_stream_si256(at, x) : _mm256_storeu_si256(at, x);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), x);
 }
 
 #elif HEADSTART_TIER_AVX2
@@ -126,29 +140,21 @@ inline Vec load(const int8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
 }
 
-template <bool streaming>
 inline void expand_raw(uint32_t* to, const uint32_t* p, uint32_t bits) {
   for (int i = 0; i < kStepColumns; i += 8, bits >>= 8, to += 8) {
-    const __m256i x = _mm256_castps_si256(expand(load(reinterpret_cast<const float*>(p)), bits).v);
-    auto* at = reinterpret_cast<__m256i*>(to);
-    streaming ? _mm256_stream_si256(at, x) : _mm256_storeu_si256(at, x);
+    store(reinterpret_cast<float*>(to), expand(load(reinterpret_cast<const float*>(p)), bits));
     p += count_bits(bits & 255);
   }
 }
 
-template <bool streaming>
 inline void expand_raw(uint16_t* to, const uint16_t* p, uint32_t bits) {
   for (int i = 0; i < kStepColumns; i += 8, bits >>= 8, to += 8) {
-    const __m128i low = _mm_adds_epi8(places(bits), places(bits));  // saturates: 0x80 stays
-    const __m128i bytes = _mm_unpacklo_epi8(low, _mm_or_si128(low, _mm_set1_epi8(1)));
-    const __m128i x = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), bytes);
-    auto* at = reinterpret_cast<__m128i*>(to);
-    streaming ? _mm_stream_si128(at, x) : _mm_storeu_si128(at, x);
+    const __m128i x = _mm_shuffle_epi8(load_words(p), word_places(bits));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), x);
     p += count_bits(bits & 255);
   }
 }
 
-template <bool streaming>
 inline void expand_raw(uint8_t* to, const uint8_t* p, uint32_t bits) {
   for (int i = 0; i < kStepColumns; i += 8, bits >>= 8, to += 8) {
     const __m128i x = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), places(bits));
@@ -172,7 +178,7 @@ inline Vec load(const int8_t* p) {
                       static_cast<float>(p[3])}};
 }
 
-template <bool streaming, typename T>
+template <typename T>
 inline void expand_raw(T* to, const T* p, uint32_t bits) {
   for (int i = 0; i < kStepColumns; ++i) {
     const T bit = static_cast<T>(bits >> i & 1);
@@ -389,32 +395,23 @@ inline void expand_chunk(const Rows& rows, Row<S>& row, int64_t n, int64_t step,
 
 // --- decompression --------------------------------------------------------------------------------------------------
 
-constexpr int64_t kStreamedBytes = 8 << 20;  // outputs from here on are not worth keeping in the caches
-constexpr int64_t kJobBytes = 32 << 10;      // of the output
+constexpr int64_t kJobBytes = 512 << 10;   // of the output, at most: every job's reads begin slowly
+constexpr int64_t kLeastBytes = 32 << 10;  // and at least, where that leaves too few jobs
+constexpr int64_t kAheadBytes = 2 << 10;   // between the values that are expanded and those that are fetched
 
-inline bool aligned(const void* p, int64_t row_bytes) {
-  return reinterpret_cast<uintptr_t>(p) % 64 == 0 && row_bytes % 64 == 0;
-}
-
-// After a thread's streaming stores, before another one reads.
-inline void fence(bool streaming) {
-#if HEADSTART_TIER_AVX2 || HEADSTART_TIER_AVX512
-  if (streaming) _mm_sfence();
-#endif
-}
-
-template <typename T, bool streaming>
+template <typename T>
 inline void decompress_row(const Rows& rows, int64_t n, T* to, T* scratch) {
   const T* p = rows.values(n, scratch);
   const uint8_t* bits = rows.bits(n);
   for (int64_t s = 0; s < rows.whole; ++s) {
     const uint32_t part = rows.bits_at(bits, s);
-    expand_raw<streaming>(to + s * kStepColumns, p, part);
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + kAheadBytes);
+    expand_raw(to + s * kStepColumns, p, part);
     p += count_bits(part);
   }
   if (rows.whole < rows.steps) {
     T last[kStepColumns];
-    expand_raw<false>(last, p, rows.bits_at(bits, rows.whole));
+    expand_raw(last, p, rows.bits_at(bits, rows.whole));
     const int64_t done = rows.whole * kStepColumns;
     std::memcpy(to + done, last, static_cast<size_t>(rows.w.k - done) * sizeof(T));
   }
@@ -423,10 +420,11 @@ inline void decompress_row(const Rows& rows, int64_t n, T* to, T* scratch) {
 // body(row, scratch of the worker) for every row, on all threads.
 template <typename S, typename Body>
 inline void for_each_row(const Rows& rows, int64_t row_bytes, const Parallel& parallel, const Body& body) {
-  const int64_t block = max(1, kJobBytes / max(row_bytes, 1)), n = rows.w.n;
+  const int64_t n = rows.w.n, even = ceil_div(n, 4 * parallel.workers), row = max(row_bytes, 1);
+  const int64_t block = max(1, min(kJobBytes / row, max(kLeastBytes / row, even)));
   PerWorker<Buffer<S>> scratch(parallel.workers, rows.w.k + kPast);
   for_each_job(parallel, ceil_div(n, block), [&](int64_t job, int worker) {
-    for (int64_t row = job * block, end = min(n, row + block); row < end; ++row) body(row, scratch[worker]);
+    for (int64_t i = job * block, end = min(n, i + block); i < end; ++i) body(i, scratch[worker]);
   });
 }
 
@@ -434,46 +432,29 @@ template <typename T>
 inline void decompress_raw(const BitmapDecompressArgs& a, const Parallel& parallel) {
   const Rows rows(a.weight);
   const int64_t row_bytes = a.weight.k * static_cast<int64_t>(sizeof(T));
-  const bool streaming =
-      a.weight.n * row_bytes >= kStreamedBytes && aligned(a.out, a.out_row * static_cast<int64_t>(sizeof(T)));
   for_each_row<T>(rows, row_bytes, parallel, [&](int64_t n, T* scratch) {
-    T* to = static_cast<T*>(a.out) + n * a.out_row;
-    streaming ? decompress_row<T, true>(rows, n, to, scratch) : decompress_row<T, false>(rows, n, to, scratch);
-    fence(streaming);
+    decompress_row(rows, n, static_cast<T*>(a.out) + n * a.out_row, scratch);
   });
-}
-
-// A multiple of 64 bytes, to an aligned place, past the caches.
-inline void stream_copy(void* to, const void* from, int64_t bytes) {
-#if HEADSTART_TIER_AVX2 || HEADSTART_TIER_AVX512
-  for (int64_t i = 0; i < bytes; i += 32) {
-    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(static_cast<const char*>(from) + i));
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(static_cast<char*>(to) + i), x);
-  }
-#else
-  std::memcpy(to, from, static_cast<size_t>(bytes));
-#endif
 }
 
 template <typename T>
 inline void decompress_scaled(const BitmapDecompressArgs& a, const Parallel& parallel) {
   const Rows rows(a.weight);
-  const int64_t size = static_cast<int64_t>(sizeof(T)), row_bytes = a.weight.k * size;
-  const bool streaming = a.weight.n * row_bytes >= kStreamedBytes && aligned(a.out, a.out_row * size);
-  for_each_row<int8_t>(rows, row_bytes, parallel, [&](int64_t n, int8_t* scratch) {
+  const auto put = [](T* to, const Vec* x) {
+    for (int v = 0; v < kStepVecs<FloatUnit>; ++v) store(to + v * Vec::width, x[v]);
+  };
+  for_each_row<int8_t>(rows, a.weight.k * static_cast<int64_t>(sizeof(T)), parallel, [&](int64_t n, int8_t* scratch) {
     Row<int8_t> row{rows.values(n, scratch), rows.bits(n)};
+    T* to = static_cast<T*>(a.out) + n * a.out_row;
     for (int64_t step = 0; step < rows.steps; step += kChunkSteps) {
-      T* to = static_cast<T*>(a.out) + n * a.out_row + step * kStepColumns;
-      const int64_t left = min(kChunkSteps * kStepColumns, a.weight.k - step * kStepColumns);
-      T chunk[kChunkSteps * kStepColumns];
       expand_chunk<FloatUnit>(rows, row, n, step, min(kChunkSteps, rows.steps - step), [&](int64_t s, const Vec* x) {
-        for (int v = 0; v < kStepVecs<FloatUnit>; ++v) store(chunk + s * kStepColumns + v * Vec::width, x[v]);
+        const int64_t first = (step + s) * kStepColumns;
+        if (step + s < rows.whole) return put(to + first, x);
+        T last[kStepColumns];
+        put(last, x);
+        std::memcpy(to + first, last, static_cast<size_t>(a.weight.k - first) * sizeof(T));
       });
-      const int64_t whole = streaming ? left * size / 64 * 64 : 0;
-      stream_copy(to, chunk, whole);
-      std::memcpy(to + whole / size, chunk + whole / size, static_cast<size_t>(left * size - whole));
     }
-    fence(streaming);
   });
 }
 
