@@ -382,12 +382,29 @@ def drawn_clusters(spec: Spec) -> headstart.KeyClusters:
     return headstart.KeyClusters(centroids.to(dtype), spread(n, 5 * parents), order, *level)
 
 
-def threshold_that_keeps(share: float, q, centroids, sizes) -> torch.Tensor:
-    """[Hkv]: some query of q [1, Hq, Nq, D] scores `share` of the clusters higher."""
+def best_scores(q, centroids, sizes) -> torch.Tensor:
+    """[Hkv, C]: of each cluster, ln of the best score that a query of q [1, Hq, Nq, D] gives it."""
     heads, d = len(centroids), q.shape[-1]
     logits = q.float().view(heads, -1, d) @ centroids.float().mT / d**0.5
-    scores = lookup_reference.log_scores(logits, sizes[:, None], torch.ones(()).bool()).amax(1)
-    return scores.quantile(1 - share, -1).exp()
+    return lookup_reference.log_scores(logits, sizes[:, None], torch.ones(()).bool()).amax(1)
+
+
+def threshold_that_keeps(share: float, q, centroids, sizes) -> torch.Tensor:
+    """[Hkv]: `share` of the clusters score higher."""
+    return best_scores(q, centroids, sizes).quantile(1 - share, -1).exp()
+
+
+def thresholds_that_keep(
+    share: float, of_parents: float, q, clusters: headstart.KeyClusters
+) -> tuple[torch.Tensor, ...]:
+    """The same for children and parents, where only the children of parents that are kept are scored: for one query."""
+    sizes = clusters.cluster_offsets.diff(dim=-1)
+    parent_sizes = clusters.cluster_offsets.gather(1, clusters.parent_offsets.long()).diff(dim=-1)
+    parents = threshold_that_keeps(of_parents, q, clusters.parent_centroids, parent_sizes)
+    kept = best_scores(q, clusters.parent_centroids, parent_sizes) > parents[:, None].log()
+    children = clusters.parent_offsets.diff(dim=-1)
+    seen = torch.stack([k.repeat_interleave(n) for k, n in zip(kept, children, strict=True)])
+    return threshold_that_keeps(share, q, clusters.centroids, sizes * seen), parents
 
 
 def centroid_lookup(spec: Spec) -> list[Work]:
@@ -435,21 +452,21 @@ def decode_steps(spec: Spec, clusters: headstart.KeyClusters) -> list[Work]:
     shape, dtype, works = spec.shape, DTYPES[spec.dtype], []
     flat = dataclasses.replace(clusters, parent_centroids=None, parent_offsets=None)
     sizes = clusters.cluster_offsets.diff(dim=-1)
-    parent_sizes = clusters.cluster_offsets.gather(1, clusters.parent_offsets.long()).diff(dim=-1)
     near = [c.repeat_interleave(n, 0, output_size=spec.tokens) for c, n in zip(clusters.centroids, sizes)]
     k = (torch.stack(near)[None] + 0.5 * torch.randn(1, shape.hkv, spec.tokens, shape.d)).to(dtype)
     v = torch.randn(1, shape.hkv, spec.tokens, shape.d).to(dtype)
     rotation = Rotation((k, v), cold_bytes())
     q = torch.randn(1, shape.hq, 1, shape.d).to(dtype)
-    threshold = threshold_that_keeps(KEPT_CLUSTERS, q, clusters.centroids, sizes)
-    of_parents = threshold_that_keeps(KEPT_PARENTS, q, clusters.parent_centroids, parent_sizes)
+    of_all = threshold_that_keeps(KEPT_CLUSTERS, q, clusters.centroids, sizes)
+    restricted, of_parents = thresholds_that_keep(KEPT_CLUSTERS, KEPT_PARENTS, q, clusters)
     no_blocks = torch.zeros(1, shape.hkv, 1, dtype=torch.int32), torch.zeros(1, shape.hkv, 1, 0, dtype=torch.int32)
     numbers = dict(flops=4 * shape.d * shape.hq * spec.tokens, bytes=k.nbytes + v.nbytes, limit="read", density=1.0)
     for name, with_parents in STEPS.items():
 
         def look_up(with_parents=with_parents):
-            level, limit = (clusters, of_parents) if with_parents else (flat, None)
-            return headstart.centroid_lookup(q, level, threshold, parent_threshold=limit)
+            if with_parents:
+                return headstart.centroid_lookup(q, clusters, restricted, parent_threshold=of_parents)
+            return headstart.centroid_lookup(q, flat, of_all)
 
         def step(look_up=look_up):
             index = headstart.BlockIndex(*no_blocks, *look_up())
