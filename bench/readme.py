@@ -67,11 +67,14 @@ def head(group: dict) -> str:
 
 
 def shown(group: dict, result: dict) -> bool:
-    """bf16 in full; of fp32 the dense case alone. Every block's second time, beside the index builders, is left out."""
+    """bf16 in full; of fp32 the dense case alone. Left out are every block's second time, beside the index builders, and
+    bitmap weights in lower tiers and, but for one row, with quantised values: the results file has them."""
     if group["family"] == "prefill_index" and result["name"] == EVERY:
         return False
     if result["baseline"] is not None and not (group["family"] == "sparse_attention" and result["baseline"] == SDPA):
         return False
+    if group["family"] in (BITMAP, BITMAP_GEMM) and (group["tier"] or result["name"].startswith("int")):
+        return group["family"] == BITMAP_GEMM and group["tokens"] == 1 and not group["tier"]
     return group["dtype"] == "bf16" or (group["family"] in ("sparse_attention", "tier") and result["name"] == EVERY)
 
 
@@ -91,7 +94,8 @@ def row_name(group: dict, result: dict) -> str:
     if family == "centroid_lookup":
         return f"`centroid_lookup`, {result['name']}, {tokens} keys{dtype}"
     if family == INT4_GEMM:
-        return f"`int4_gemm`, {tokens} row{'s' if group['tokens'] > 1 else ''}{tier}"
+        rest = result["name"].removeprefix(INT4_GEMM)
+        return f"`{INT4_GEMM}`, {tokens} row{'s' if group['tokens'] > 1 else ''}{rest}{tier}"
     if family == BITMAP:
         op = "`bitmap_compress`" if result["name"] == COMPRESS else f"`bitmap_decompress`, {result['name']}"
         return op + tier

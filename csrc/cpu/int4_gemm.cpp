@@ -395,14 +395,14 @@ template <typename Unit>
 struct Int4Gemm {
   using U = typename Unit::Type;
 
-  static constexpr bool kRounds = Unit::values == 4;     // activations, to integers of
-  static constexpr int kDigits = DigitsOf<Unit>::value;  // bytes
+  static constexpr bool kRounds = Unit::values == 4;  // activations, to integers
+  static constexpr int kDigits = DigitsOf<Unit>::value;
   static constexpr int kWordUnits = 2 * kPairsPerWord / Unit::values;
   static constexpr int kPieceUnits = kRounds ? 1 : kWordUnits / kPairsPerWord;
   static constexpr int kSlabUnits = kSlab / Unit::values;
   static constexpr int kBlockSlabs = kBlockUnits / kSlabUnits;
-  static constexpr int kStreamRows =
-      kRounds && Vec::width == 16 ? 12 / kDigits : 6;  // as many go in one pass; more are worth a tile
+  // As many rows go in one pass; more are worth a tile.
+  static constexpr int kStreamRows = kRounds && Vec::width == 16 ? 12 / kDigits : 6;
   // Panels of one pass: enough independent sums to hide a multiply-add's latency.
   static constexpr int kStreamPanels = Vec::width < 16 ? 2 : Unit::values == 1 || kDigits > 1 ? 4 : 8;
 

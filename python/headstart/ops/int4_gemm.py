@@ -261,7 +261,9 @@ def int4_gemm(
             A GPU computes with x as it is.
 
     Returns:
-        [..., N] in x's dtype; sums are float32. A row's result on a CPU does not depend on the rows beside it.
+        [..., N] in x's dtype; sums are float32, or exact over a group's integers: a CPU with VNNI and no bf16 dot
+        product takes float16 and bfloat16 as integers of 23 bits times a power of two, and a row with a value that is
+        not finite is NaN there. A row's result on a CPU does not depend on the rows beside it.
 
     Raises:
         ValueError or RuntimeError: naming the argument, what was expected and what was got.
