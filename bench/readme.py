@@ -67,8 +67,8 @@ def head(group: dict) -> str:
 
 
 def shown(group: dict, result: dict) -> bool:
-    """bf16 in full; of fp32 the dense case alone. Left out are every block's second time, beside the index builders, and
-    bitmap weights in lower tiers and, but for one row, with quantised values: the results file has them."""
+    """bf16 in full; of fp32 the dense case alone. Left out are every block's second time, beside the index builders,
+    and bitmap weights in lower tiers and, but for one row, with quantised values: the results file has them."""
     if group["family"] == "prefill_index" and result["name"] == EVERY:
         return False
     if result["baseline"] is not None and not (group["family"] == "sparse_attention" and result["baseline"] == SDPA):
