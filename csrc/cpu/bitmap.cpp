@@ -326,7 +326,8 @@ struct Rows {
     }
     const S* from = static_cast<const S*>(w.values) + first;
     if (w.stored - first >= w.k + kPast) return from;
-    std::memcpy(scratch, from, static_cast<size_t>(min(w.k, w.stored - first)) * sizeof(S));
+    const int64_t left = min(w.k, w.stored - first);
+    if (left > 0) std::memcpy(scratch, from, static_cast<size_t>(left) * sizeof(S));  // no values: no address
     return scratch;
   }
 
