@@ -506,6 +506,7 @@ struct Int4Gemm {
       top = max(top, max(x, broadcast(0.0f) - x));
       bad = bad + (x - x);
     }
+    // By hand: in here, GCC 12 warns of what its header's reductions leave uninitialised.
     float tops[Vec::width], bads[Vec::width], largest = 0.0f, wrong = 0.0f;
     store(tops, top);
     store(bads, bad);

@@ -222,6 +222,7 @@ def spherical_kmeans(x: torch.Tensor, count: int, seed: int, iterations: int) ->
 
     Begins with k-means++ in at most 16 rounds, each of which draws many centres at once by their squared distance
     from those of the rounds before. A cluster that runs empty restarts at one of the points that fit worst.
+    Ends after `iterations` rounds, or as soon as no more than the share `SETTLED` of the points moves.
     """
     x = F.normalize(x.float(), dim=-1)
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
