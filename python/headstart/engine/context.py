@@ -36,7 +36,7 @@ from .patch import patch, unpatch
 DEFAULT_SPARSITY = 0.8
 SELECTIONS = ("threshold", "top_k", "top_p")
 # A context whose layers have fewer values in their keys (heads · tokens · head dim) is attended whole: looking up which
-# of them are needed takes longer than attending them. Measured (docs/measurements.md, "A fixed context").
+# of them are needed takes longer than attending them. Measured (docs/measurements/context.md, "A fixed context").
 BREAK_EVEN = 2**20
 
 
@@ -129,7 +129,7 @@ class Context:
 
         What is missing is the attention of a later text to the earlier ones while it was read (as in TurboRAG, Lu et
         al., 2024, arXiv 2410.07590): a text cut in two lost 0.07 nats a token on source code and nothing on help texts
-        (docs/measurements.md, "A fixed context"). Thresholds come from the last one.
+        (docs/measurements/context.md, "A fixed context"). Thresholds come from the last one.
 
         Raises:
             ValueError: for contexts of different models, or of a model whose keys cannot be moved.

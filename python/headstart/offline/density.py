@@ -9,7 +9,7 @@ from __future__ import annotations
 from .prefill_plan import HeadPattern
 
 BLOCK = 64
-# Adaptive's curve, fitted to SmolLM2-135M from 128 to 8,192 tokens (docs/measurements.md has both):
+# Adaptive's curve, fitted to SmolLM2-135M from 128 to 8,192 tokens (docs/measurements/attention.md has both):
 # density = (1 + (tokens - FORCED) / (HALF · (0.07 / (1 - threshold)) ** STEEPNESS)) ** -DECAY
 FORCED, HALF, STEEPNESS, DECAY = 192, 680, 0.94, 0.6
 # Of a search that does not say how many tokens it read.

@@ -43,7 +43,7 @@ _share = _Parameter(0.93, "a number above 0 and up to 1", lambda x: type(x) in (
 _stride = _Parameter(16, "4, 8, 16 or 32", lambda x: type(x) is int and x in (4, 8, 16, 32))
 
 # The defaults keep between a fifth and 35 % of the attention of SmolLM2-135M at 8,192 tokens
-# (docs/measurements.md has the curve that adaptive's threshold was chosen from).
+# (docs/measurements/attention.md has the curve that adaptive's threshold was chosen from).
 PATTERNS: dict[str, dict[str, _Parameter]] = {
     "dense": {},
     "a_shape": {"sink": _tokens(128, 0), "local": _tokens(1024, 0)},

@@ -180,7 +180,7 @@ def adaptive_block_index(
     the largest share that any of the row's query groups or sampled queries gives it. Groups meet every query and key
     but blur a single strong key; sampled queries see every key sharply but not every query; and the largest share
     keeps what a few queries need and the others do not. At equal density the error of the output is two to three times
-    smaller than without (docs/measurements.md).
+    smaller than without (docs/measurements/attention.md).
 
     Args:
         q: [B, Hq, Nq, D]; k: [B, Hkv, Nk, D].
