@@ -4,6 +4,7 @@
 #   DEMO_ARGS, BENCH_ARGS, TEST_ARGS    passed on, e.g. make test TEST_ARGS='-k merge'
 #   JOBS=2                     compile jobs at once (default: one a core, and 2 GB of free memory for each)
 
+SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +19,9 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo demo-context demo-offload test build bench lint format sanitize gpu gpu-steps clean missing
+.PHONY: help demo demo-context demo-offload test build bench lint format sanitize clean missing \
+	gpu gpu-build gpu-smoke gpu-test gpu-bench gpu-profile gpu-compile \
+	gpu-build-now gpu-smoke-now gpu-test-now gpu-bench-now gpu-profile-now
 .DELETE_ON_ERROR:
 
 help:
@@ -30,7 +33,8 @@ help:
 	@echo 'make bench     CPU microbenchmarks against their baselines'
 	@echo 'make lint      ruff and clang-format, checks only;  make format  applies them'
 	@echo 'make sanitize  the CPU kernel tests under AddressSanitizer and UBSan'
-	@echo 'make gpu       on a machine with a GPU and nvcc: build, GPU tests, GPU benchmarks; downloads nothing'
+	@echo 'make gpu       on a machine with a GPU and nvcc, downloading nothing: gpu-build, gpu-smoke, gpu-test, gpu-bench'
+	@echo '               and gpu-profile, each of which ends within nine minutes and can be run by itself'
 	@echo 'make clean     remove what was built; .venv stays'
 
 # --- environment -------------------------------------------------------------------------------------------------------
@@ -136,33 +140,109 @@ sanitize: $(VENV)/.installed
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=$(SANITIZED) \
 	$(BIN)/python -m pytest tests/test_sparse_attention.py tests/test_prefill_index.py -q --capture=no $(TEST_ARGS)
 
-GPU_SECONDS := 530
-gpu:
-	@timeout --kill-after=5 $(GPU_SECONDS) $(MAKE) --no-print-directory gpu-steps; code=$$?; \
-	if [ $$code = 124 ]; then echo 'headstart: make gpu: stopped after $(GPU_SECONDS) s' >&2; fi; exit $$code
+# --- GPU ---------------------------------------------------------------------------------------------------------------
+#
+# A GPU is often lent for minutes, so every step ends within GPU_SECONDS, writes into $(GPU_REPORT)/ (benchmarks into
+# bench/results/) as it goes, and can be run by itself. PYTHON runs everything; nothing is downloaded.
+#
+#   CUDA_ARCH=90a          build for this architecture: on a machine without a GPU, of which none can be asked
+#   GPU_PREBUILT=1         the libraries in $(PACKAGE) were built elsewhere: do not build them
+#   SANITIZER=             leave compute-sanitizer out (it cannot run on every virtual machine)
 
+GPU_STEPS ?= gpu-build gpu-smoke gpu-test gpu-bench gpu-profile
+GPU_SECONDS ?= 530
+GPU_REPORT := gpu-report
 GPU_PYTHON = $(shell command -v $(PYTHON))
+GPU_ENV = PYTHONPATH="python:tests$${PYTHONPATH:+:$$PYTHONPATH}" PYTHONUNBUFFERED=1
+GPU_TESTS := $(addprefix tests/gpu/test_gpu_,$(addsuffix .py,attention index lookup int4 bitmap graphs))
+SANITIZER ?= compute-sanitizer
+SANITIZER_TOOLS := memcheck racecheck synccheck
+
+gpu:
+	@set -e; for step in $(GPU_STEPS); do $(MAKE) --no-print-directory $$step; done
+
+# $(call within,name): the recipe of <name>-now, stopped after GPU_SECONDS.
+define within
+@mkdir -p $(GPU_REPORT); timeout --kill-after=5 $(GPU_SECONDS) $(MAKE) --no-print-directory $(1)-now; code=$$?; \
+if [ $$code = 124 ]; then echo 'headstart: make $(1): stopped after $(GPU_SECONDS) s; $(GPU_REPORT)/ and' \
+	'bench/results/ have what it did' >&2; fi; exit $$code
+endef
+
+# Nothing may stand in for the CUDA library: each step but the build begins with this, and fails without it.
+define check_gpu
+@$(GPU_ENV) $(PYTHON) -m headstart_launcher doctor --gpu
+endef
+
+gpu-build:
+	$(call within,$@)
+gpu-smoke:
+	$(call within,$@)
+gpu-test:
+	$(call within,$@)
+gpu-bench:
+	$(call within,$@)
+gpu-profile:
+	$(call within,$@)
+
 define PRINT_CUDA_ARCH
 import sys
 try:
     import torch
     major, minor = torch.cuda.get_device_capability()
 except Exception as error:
-    sys.exit(f"headstart: make gpu needs a CUDA device that torch of {sys.executable} can use: {error}")
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    sys.exit(f"headstart: make gpu needs a CUDA device that torch of {sys.executable} can use: {reason} "
+             "To build for one elsewhere, set CUDA_ARCH, for example CUDA_ARCH=90a.")
 print(f"{major}{minor}" + ("a" if major >= 9 else ""))
 endef
 export PRINT_CUDA_ARCH
 
-gpu-steps:
+ifdef GPU_PREBUILT
+gpu-build-now:
+	$(check_gpu)
+else
+gpu-build-now:
 	@command -v nvcc > /dev/null || { echo 'headstart: make gpu: nvcc not found. Install the CUDA toolkit or add its' \
 		'bin folder to PATH.' >&2; exit 1; }
-	@$(PYTHON) -c "$$PRINT_CUDA_ARCH" > /dev/null
-	$(call compile,$(GPU_PYTHON),build-gpu,$(PACKAGE),-DHEADSTART_CUDA=ON \
-		-DHEADSTART_CUDA_ARCHS="$$($(PYTHON) -c "$$PRINT_CUDA_ARCH")")
-	PYTHONPATH=python $(PYTHON) -m pytest tests -m gpu -q $(TEST_ARGS)
-	PYTHONPATH=python:bench $(PYTHON) bench/gpu.py $(BENCH_ARGS)
+	@arch="$(CUDA_ARCH)"; [ -n "$$arch" ] || arch=$$($(PYTHON) -c "$$PRINT_CUDA_ARCH") || exit 1; \
+	$(MAKE) --no-print-directory gpu-compile CUDA_ARCH=$$arch
+	$(if $(CUDA_ARCH),,$(check_gpu))
+endif
+
+gpu-compile:
+	$(call compile,$(GPU_PYTHON),build-gpu,$(PACKAGE),-DHEADSTART_CUDA=ON -DHEADSTART_CUDA_ARCHS="$(CUDA_ARCH)")
+
+gpu-smoke-now:
+	$(check_gpu)
+	$(GPU_ENV) $(PYTHON) tests/gpu/smoke.py 2>&1 | tee $(GPU_REPORT)/smoke.log; exit $${PIPESTATUS[0]}
+	@[ -z "$(SANITIZER)" ] || command -v $(SANITIZER) > /dev/null || { echo 'headstart: make gpu-smoke: $(SANITIZER) not' \
+		'found. Add the bin folder of the CUDA toolkit to PATH, or set SANITIZER= to leave it out.' >&2; exit 1; }
+	@set -o pipefail; for tool in $(if $(SANITIZER),$(SANITIZER_TOOLS)); do echo "$$tool:"; \
+	$(GPU_ENV) PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --kernel-regex kns=headstart \
+		--error-exitcode 1 $(PYTHON) tests/gpu/smoke.py 2>&1 | tee $(GPU_REPORT)/smoke-$$tool.log || exit 1; done
+
+# All processes share the one GPU, and most of a test's time is the CPU's: as many processes as pytest-xdist may start.
+gpu-test-now:
+	$(check_gpu)
+	$(GPU_ENV) $(PYTHON) -m pytest $(GPU_TESTS) -q --gpu-report $(GPU_REPORT)/tests.jsonl $(TEST_ARGS) \
+		$$($(PYTHON) -c 'import xdist' 2> /dev/null && echo "-n $$(( $$(nproc) < 8 ? $$(nproc) : 8 ))")
+
+gpu-bench-now:
+	$(check_gpu)
+	$(GPU_ENV) $(PYTHON) bench/gpu/run.py --seconds $$(( $(GPU_SECONDS) - 60 )) $(BENCH_ARGS)
+
+gpu-profile-now:
+	$(check_gpu)
+	@command -v ncu > /dev/null || { echo 'headstart: make gpu-profile: ncu not found. Install Nsight Compute or add it' \
+		'to PATH.' >&2; exit 1; }
+	@set -e -o pipefail; $(GPU_ENV) $(PYTHON) bench/gpu/run.py --profile list | while read -r name kernel; do \
+	echo "$$name:"; $(GPU_ENV) ncu --kernel-name "regex:$$kernel" --launch-skip 2 --launch-count 1 \
+		--section SpeedOfLight --section MemoryWorkloadAnalysis --section WarpStateStats --section Occupancy \
+		--section LaunchStats --csv --page details $(PYTHON) bench/gpu/run.py --profile "$$name" \
+		> $(GPU_REPORT)/profile-$$name.csv; grep -E 'Duration|SM Frequency|Throughput' $(GPU_REPORT)/profile-$$name.csv \
+		|| { echo "headstart: make gpu-profile: ncu saw no kernel named $$kernel" >&2; exit 1; }; done
 
 clean:
-	rm -rf build build-sanitize build-gpu dist python/*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build build-sanitize build-gpu gpu-report dist python/*.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	rm -f $(PACKAGE)/*.so
 	find python tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

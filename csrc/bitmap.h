@@ -2,7 +2,7 @@
 //
 // `Kernels` has the kernels as static functions (args, a tensor on the device); `register.cpp` of each library gives its
 // own, and `check_data(check, weight)`, which may look at the tensors' contents where that costs no synchronisation.
-// With kBitmapDenseRows > 0, from so many rows on 16-bit activations take a GEMM of torch with the decompressed weight.
+// With kHasDense, from bitmap_dense_rows() rows on 16-bit activations take a GEMM of torch with the decompressed weight.
 #pragma once
 
 #include <algorithm>
@@ -161,9 +161,9 @@ Tensor bitmap_gemm(const Tensor x, const Tensor values, const Tensor bitmask, co
   args.dtype = dtype_of(x);
   args.x = rows.const_data_ptr();
   args.bias = bias.has_value() ? bias->const_data_ptr() : nullptr;
-  if constexpr (Kernels::kBitmapDenseRows > 0) {
+  if constexpr (Kernels::kHasDense) {
     const bool same = !scales.has_value() || scales->scalar_type() == x.scalar_type();
-    if (args.m >= Kernels::kBitmapDenseRows && args.dtype != Dtype::kFloat32 && same) {
+    if (args.m >= Kernels::bitmap_dense_rows() && args.dtype != Dtype::kFloat32 && same) {
       return linear(x, bitmap_decompress<Kernels>(values, bitmask, row_offsets, cols, scales, group_size), bias);
     }
   }

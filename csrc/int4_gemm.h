@@ -1,7 +1,7 @@
 // int4_gemm as an operator: checks, output allocation and plain arguments, the same for every device.
 //
 // `Kernels` has the kernel as a static function (args, x); `register.cpp` of each library gives its own. With
-// kDenseRows > 0, from so many rows on 16-bit activations take a GEMM of torch with what `dequantized(args, x)`
+// kHasDense, from int4_dense_rows() rows on 16-bit activations take a GEMM of torch with what `dequantized(args, x)`
 // returns.
 #pragma once
 
@@ -65,8 +65,8 @@ Tensor int4_gemm(const Tensor x, const Tensor packed, const Tensor scales, const
   args.k = k;
   args.group_size = group_size;
   args.int8_activations = int8_activations;
-  if constexpr (Kernels::kDenseRows > 0) {
-    if (args.m >= Kernels::kDenseRows && args.dtype != Dtype::kFloat32) {
+  if constexpr (Kernels::kHasDense) {
+    if (args.m >= Kernels::int4_dense_rows() && args.dtype != Dtype::kFloat32) {
       return linear(x, Kernels::dequantized(args, x), bias);
     }
   }

@@ -86,7 +86,7 @@ def test_broken_torch(tmp_path, arguments):
     code, output = doctor(*arguments, path=(tmp_path, SOURCE))
     assert code == 1
     assert "libtorch_cpu.so: cannot open shared object file" in output
-    assert "pip install 'torch>=2.10'" in output
+    assert "pip install 'torch>=2.11'" in output
 
 
 def test_broken_package(tmp_path):

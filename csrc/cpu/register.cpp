@@ -1,12 +1,13 @@
 // The CPU kernels as implementations of torch.ops.headstart.*: checks, output allocation, plain arguments.
 //
-// Only torch's stable ABI is used, so one build serves every torch from 2.10 on. Schemas and fake kernels are Python's
+// Only torch's stable ABI is used, so one build serves every torch from 2.11 on. Schemas and fake kernels are Python's
 // (python/headstart/ops/).
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "../bitmap.h"
+#include "../built_with.h"
 #include "../centroid_lookup.h"
 #include "../int4_gemm.h"
 #include "../prefill_index.h"
@@ -226,7 +227,7 @@ struct CpuKernels {
   static void centroid_lookup(const CentroidLookupArgs& args, const Tensor&) {
     kernels().centroid_lookup(args, threads());
   }
-  static constexpr int64_t kDenseRows = 0, kBitmapDenseRows = 0;
+  static constexpr bool kHasDense = false;
   static void int4_gemm(const Int4GemmArgs& args, const Tensor&) { kernels().int4_gemm(args, threads()); }
 
   // No row may reach past the values. Only those that could, with every bit set, have their bits counted.

@@ -1,6 +1,6 @@
 // The CUDA kernels as implementations of torch.ops.headstart.*: checks, output allocation, plain arguments, the stream.
 //
-// Only torch's stable ABI is used, so one build serves every torch from 2.10 on. Schemas and fake kernels are Python's
+// Only torch's stable ABI is used, so one build serves every torch from 2.11 on. Schemas and fake kernels are Python's
 // (python/headstart/ops/). Compile with -DUSE_CUDA, which the shim asks for before it declares the stream.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -8,10 +8,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
 #include "../bitmap.h"
+#include "../built_with.h"
 #include "../centroid_lookup.h"
 #include "../int4_gemm.h"
 #include "../prefill_index.h"
@@ -30,7 +32,7 @@ cuda::Strides3 strides(const Tensor& x) {
 
 CUstream_st* current_stream(const Tensor& x) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   return static_cast<CUstream_st*>(stream);
 }
 
@@ -79,6 +81,15 @@ void launch(const char* op, const Args& args, const Tensor& q, int64_t (*workspa
   expect_launched(op, launcher(args, workspace.mutable_data_ptr(), current_stream(q)));
 }
 
+// From so many rows on, writing a weight of 16 bits and reading it again (5 bytes a weight) costs less than the fused
+// kernels' slower products. Not yet measured on a GPU: `bench/gpu/run.py --only crossovers` times both ways and prints
+// what should stand here. From here on a row's result may depend on the number of rows, as torch's does.
+constexpr int64_t kInt4DenseRows = 1024, kBitmapDenseRows = 97;
+
+struct DenseRows {
+  std::atomic<int64_t> int4{kInt4DenseRows}, bitmap{kBitmapDenseRows};
+} dense_rows;
+
 struct CudaKernels {
   static void vertical_slash_index(const VerticalSlashArgs& args, const Tensor& q) {
     launch("vertical_slash_index", args, q, cuda::vertical_slash_workspace, cuda::vertical_slash_index);
@@ -94,9 +105,10 @@ struct CudaKernels {
     launch("centroid_lookup", args, q, cuda::centroid_lookup_workspace, cuda::centroid_lookup);
   }
 
-  // Where a GEMM of 16-bit weights, bound by its operations, gains more than writing and reading them costs (5 bytes a
-  // weight). Not yet measured on a GPU. From here on a row's result may depend on the number of rows, as torch's does.
-  static constexpr int64_t kDenseRows = 1024;
+  static constexpr bool kHasDense = true;
+  static int64_t int4_dense_rows() { return dense_rows.int4; }
+  static int64_t bitmap_dense_rows() { return dense_rows.bitmap; }
+
   static void int4_gemm(const Int4GemmArgs& args, const Tensor& x) {
     launch("int4_gemm", args, x, cuda::int4_gemm_workspace, cuda::int4_gemm);
   }
@@ -108,9 +120,6 @@ struct CudaKernels {
     return weight;
   }
 
-  // Writing and reading dense weights costs 5 bytes a weight, and a pass of the fused kernel over 32 rows some 1.5 in time.
-  // Not yet measured on a GPU.
-  static constexpr int64_t kBitmapDenseRows = 97;
   static void check_data(const Checks& check, const BitmapWeight& weight) {}  // would wait for the device
   static void bitmap_decompress(const BitmapDecompressArgs& args, const Tensor& like) {
     const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
@@ -124,6 +133,12 @@ struct CudaKernels {
 
 }  // namespace
 }  // namespace headstart
+
+// For measurements: 0 brings a crossover back to what it is built with.
+extern "C" __attribute__((visibility("default"))) void headstart_cuda_set_dense_rows(int64_t int4, int64_t bitmap) {
+  headstart::dense_rows.int4 = int4 > 0 ? int4 : headstart::kInt4DenseRows;
+  headstart::dense_rows.bitmap = bitmap > 0 ? bitmap : headstart::kBitmapDenseRows;
+}
 
 STABLE_TORCH_LIBRARY_IMPL(HEADSTART_NAMESPACE, CUDA, m) {
   m.impl("merge_attention", TORCH_BOX(&headstart::merge_attention));

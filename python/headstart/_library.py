@@ -2,8 +2,8 @@
 
 Every operator is defined in Python, once, by `define`: its schema, its fake kernel, and a plain-torch reference
 as the implementation of last resort. A compiled library (`_cpu.so`, `_cuda.so`) or a Triton kernel only *adds*
-implementations for a device. So the operators exist, and run, whatever failed to build or load; the failure is
-kept and told on the first call that would have used the library, with its cure.
+implementations for a device. So the operators exist, and run, whatever failed to build or load. The failure is kept,
+and a warning on the first call that would have used the library tells it with its cure.
 
 The namespace is named here and nowhere else, in Python (`NAMESPACE`) as in C++ (`HEADSTART_NAMESPACE`).
 """
@@ -14,6 +14,7 @@ import ctypes
 import functools
 import importlib.util
 import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +22,13 @@ from pathlib import Path
 import torch
 
 NAMESPACE = "headstart"
+OLDEST_TORCH = "2.11"  # that the libraries were built against and loaded into (CMakeLists.txt)
 
 _definitions = torch.library.Library(NAMESPACE, "FRAGMENT")
 _package = Path(__file__).parent
 triton_kernels: dict[str, Callable] = {}  # Triton's implementations, by operator
 
-# Operators that a compiled library serves once it is loaded; the others are served by torch alone so far.
+# The operators of each compiled library. On a GPU, Triton serves those of its own that `_cuda.so` does not have.
 CPU_KERNELS = frozenset(
     {
         "sparse_attention",
@@ -46,7 +48,6 @@ CPU_KERNELS = frozenset(
 )
 CUDA_KERNELS = frozenset(
     {
-        "sparse_attention",
         "merge_attention",
         "vertical_slash_index",
         "block_topk_index",
@@ -95,6 +96,16 @@ def has_kernel(name: str, device: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device)
 
 
+def served_by(name: str, device: str) -> str:
+    """What runs an operator on a device: ``"_cpu.so"``, ``"_cuda.so"``, ``"Triton"``, or ``"torch"`` (the reference)."""
+    if not has_kernel(name, device):
+        return "torch"
+    # The dispatcher remembers the file that registered each kernel.
+    kernels = torch._C._dispatch_dump(f"{NAMESPACE}::{name}").splitlines()
+    place = next((line for line in kernels if line.startswith(f"{device}:")), "")
+    return "Triton" if ".py:" in place else f"_{device.lower()}.so"
+
+
 class CompiledLibrary:
     """A shared library of kernels beside this file, and why it is not loaded, if it is not."""
 
@@ -109,15 +120,31 @@ class CompiledLibrary:
         if not self.path.exists():
             self.error = f"{self.path} does not exist"
             return
+        if _release(torch.__version__) < _release(OLDEST_TORCH):
+            self.error = f"torch here is {torch.__version__}, and {self.path} needs {OLDEST_TORCH} or later"
+            self.cure = f"pip install 'torch>={OLDEST_TORCH}'"
+            return
         try:
             torch.ops.load_library(str(self.path))
             self.handle = ctypes.CDLL(str(self.path))
         except OSError as error:
-            self.error = f"{error} (torch here is {torch.__version__})"
+            # torch's own error names the file alone; what the loader said is its cause.
+            cause = str(error.__cause__ or error)
+            where = "" if str(self.path) in cause else f"{self.path}: "
+            self.error = f"{where}{cause} ({self._built_with()}; torch here is {torch.__version__})"
+
+    def _built_with(self) -> str:
+        """What CMakeLists.txt left in the file, which tells it even where the file cannot be loaded."""
+        note = re.search(rb"headstart: (built with torch [\w.+]+)", self.path.read_bytes())
+        return note[1].decode() if note else "it does not tell which torch it was built with"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 cpu = CompiledLibrary("cpu", "run `make build` in the source tree, or `pip install --no-build-isolation .`")
-cuda = CompiledLibrary("cuda", "run `make build` in the source tree with nvcc on the PATH")
+cuda = CompiledLibrary("cuda", "run `make gpu-build` in the source tree with nvcc on the PATH")
 
 
 def load_compiled_libraries() -> None:
@@ -139,9 +166,22 @@ def register_triton_kernels() -> None:
     """Lets Triton serve the CUDA operators that no compiled library does, where there are CUDA and Triton."""
     if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
         return
+    # A machine without nvcc has no `_cuda.so`, and Triton is what is meant to run there. One that is there and does not
+    # load must not be replaced in silence.
+    broken = cuda.error is not None and cuda.path.exists()
     for name, function in triton_kernels.items():
         if not has_kernel(name, "CUDA"):
-            _definitions.impl(name, function, "CUDA")
+            stand_in = broken and name in CUDA_KERNELS
+            _definitions.impl(name, _warning_stand_in(name, function) if stand_in else function, "CUDA")
+
+
+def _warning_stand_in(name: str, function: Callable) -> Callable:
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        _warn_once(cuda, name, "Triton's kernels")
+        return function(*args, **kwargs)
+
+    return run
 
 
 _warned: set[str] = set()
@@ -149,15 +189,42 @@ _warned: set[str] = set()
 
 def _warn_if_kernel_is_missing(name: str, args: tuple) -> None:
     device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), None)
-    library, kernels = {"cpu": (cpu, CPU_KERNELS), "cuda": (cuda, CUDA_KERNELS)}.get(device, (None, ()))
-    if name in kernels and library.error is not None and device not in _warned:
-        _warned.add(device)
+    on_a_gpu = CUDA_KERNELS | triton_kernels.keys()
+    library, kernels = {"cpu": (cpu, CPU_KERNELS), "cuda": (cuda, on_a_gpu)}.get(device, (None, ()))
+    if name in kernels and library.error is not None:
+        _warn_once(library, name, "slow references")
+
+
+def _warn_once(library: CompiledLibrary, name: str, stand_in: str) -> None:
+    if library.device not in _warned:
+        _warned.add(library.device)
         warnings.warn(
-            f"headstart: the {device} kernels are not loaded, so {name} and others run as slow references. "
+            f"headstart: the {library.device} kernels are not loaded, so {name} and others run as {stand_in}. "
             f"Cause: {library.error}. Cure: {library.cure}.",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
+
+
+# --- GPUs --------------------------------------------------------------------------------------------------------
+
+
+def missing_gpu_kernels() -> tuple[str, str] | None:
+    """(cause, cure) if not every operator of `CUDA_KERNELS` runs from `_cuda.so` on a GPU here; None if all do.
+
+    What claims to test or to time the CUDA kernels asks this first: elsewhere Triton or torch would stand in for them.
+    """
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA", "install a CUDA build of torch"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no CUDA device", "run it where `nvidia-smi` lists one"
+    if cuda.error is not None:
+        return cuda.error, cuda.cure
+    others = {name: server for name in sorted(CUDA_KERNELS) if (server := served_by(name, "CUDA")) != "_cuda.so"}
+    if others:
+        listed = ", ".join(f"{name} by {server}" for name, server in others.items())
+        return f"{cuda.path} is loaded and does not serve all of its operators ({listed})", cuda.cure
+    return None
 
 
 # --- CPU tiers ---------------------------------------------------------------------------------------------------
@@ -184,3 +251,11 @@ def set_cpu_tier(name: str) -> None:
     if name not in cpu_tiers():
         raise ValueError(f"set_cpu_tier: name: expected one of {cpu_tiers()}, got {name!r}")
     cpu.handle.headstart_set_cpu_tier(name.encode())
+
+
+def set_cuda_dense_rows(int4: int = 0, bitmap: int = 0) -> None:
+    """From how many rows on int4_gemm and bitmap_gemm multiply a dense copy of the weight on a GPU, in this process.
+
+    For measurements; 0 means what the library is built with.
+    """
+    cuda.handle.headstart_cuda_set_dense_rows(ctypes.c_int64(int4), ctypes.c_int64(bitmap))

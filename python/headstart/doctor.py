@@ -37,7 +37,7 @@ def probe() -> dict:
     try:
         import torch
     except Exception as error:
-        return {"error": f"import torch: {_words(error)}", "cure": "reinstall torch: `pip install 'torch>=2.10'`"}
+        return {"error": f"import torch: {_words(error)}", "cure": "reinstall torch: `pip install 'torch>=2.11'`"}
     found["torch"] = {
         "version": torch.__version__,
         "cuda": torch.version.cuda,
@@ -65,19 +65,11 @@ def probe() -> dict:
     prefix = f"{_library.NAMESPACE}::"
     names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix))
     found["operators"] = {
-        name.removeprefix(prefix): {device: _served_by(torch, name, device) for device in ("CPU", "CUDA")}
-        for name in names
+        name: {device: _library.served_by(name, device) for device in ("CPU", "CUDA")}
+        for name in (full.removeprefix(prefix) for full in names)
     }
+    found["missing_gpu_kernels"] = _library.missing_gpu_kernels()
     return found
-
-
-def _served_by(torch, operator: str, device: str) -> str:
-    """The library behind an operator on a device; the dispatcher remembers the file each kernel was registered in."""
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(operator, device):
-        return "torch"
-    kernels = torch._C._dispatch_dump(operator).splitlines()
-    place = next((line for line in kernels if line.startswith(f"{device}:")), "")
-    return "Triton" if ".py:" in place else f"_{device.lower()}.so"
 
 
 def _words(error: BaseException) -> str:
@@ -152,6 +144,8 @@ def examine() -> dict:
         "packages": installed,
         "libraries": found.get("libraries", {}),
         "operators": found.get("operators", {}),
+        "missing_gpu_kernels": found.get("missing_gpu_kernels")
+        or ([found["error"], found["cure"]] if "error" in found else None),
     }
 
 
@@ -247,8 +241,17 @@ def main(arguments: list[str] | None = None) -> int:
     """Prints the report; 0 if the package and its CPU kernels work, else 1."""
     parser = argparse.ArgumentParser(prog="headstart doctor", description="What runs here, on which kernels, and why.")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument(
+        "--gpu", action="store_true", help="print nothing; fail, and say why, unless every CUDA kernel is ready to run"
+    )
     options = parser.parse_args(arguments)
     report = examine()
+    if options.gpu:
+        if report["missing_gpu_kernels"] is None:
+            return 0
+        cause, cure = report["missing_gpu_kernels"]
+        print(f"headstart: the CUDA kernels cannot run here. Cause: {cause}. Cure: {cure}.", file=sys.stderr)
+        return 1
     if options.json:
         print(json.dumps(report, indent=2))
     else:
