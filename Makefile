@@ -191,7 +191,7 @@ try:
     major, minor = torch.cuda.get_device_capability()
 except Exception as error:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    sys.exit(f"headstart: make gpu needs a CUDA device that torch of {sys.executable} can use: {reason} "
+    sys.exit(f"headstart: make gpu needs a CUDA device that torch of {sys.executable} can use: {reason.rstrip('.')}. "
              "To build for one elsewhere, set CUDA_ARCH, for example CUDA_ARCH=90a.")
 print(f"{major}{minor}" + ("a" if major >= 9 else ""))
 endef

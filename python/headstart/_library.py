@@ -97,7 +97,7 @@ def has_kernel(name: str, device: str) -> bool:
 
 
 def served_by(name: str, device: str) -> str:
-    """What runs an operator on a device: ``"_cpu.so"``, ``"_cuda.so"``, ``"Triton"``, or ``"torch"`` (the reference)."""
+    """What runs an operator on a device: ``"_cpu.so"``, ``"_cuda.so"``, ``"Triton"`` or ``"torch"``, the reference."""
     if not has_kernel(name, device):
         return "torch"
     # The dispatcher remembers the file that registered each kernel.
