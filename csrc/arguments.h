@@ -1,6 +1,6 @@
-// Plain arguments of kernel families that both the CPU and the CUDA library have: raw pointers, strides in elements.
+// Plain arguments of all kernel families: raw pointers, strides in elements.
 //
-// No framework here. `tensors.h` and the `register.cpp` of each library fill them.
+// No framework here; csrc/torch/ fills them.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +20,47 @@ enum class Dtype : int { kFloat32, kFloat16, kBFloat16 };
 struct Tensor4 {
   const void* data;
   int64_t batch, head, token;
+};
+
+// headstart::BlockIndex. Batch and head strides may be 0 (expanded); rows and entries are contiguous.
+struct IndexArgs {
+  const int32_t* block_count;
+  const int32_t* block_index;
+  const int32_t* column_count;  // null: no columns
+  const int32_t* column_index;
+  int64_t count_batch, count_head, index_batch, index_head;
+  int64_t column_count_batch, column_count_head, column_index_batch, column_index_head;
+  int64_t heads, block_capacity, column_capacity;
+  bool shared_columns;  // one list of columns for all rows of a head
+};
+
+struct SparseAttentionArgs {
+  Dtype dtype;
+  Tensor4 q, k, v;
+  void* out;   // [B, Hq, Nq, D] contiguous
+  float* lse;  // [B, Hq, Nq] contiguous
+  IndexArgs index;
+  const int32_t* kv_start;  // null: 0
+  int64_t batch, heads_q, heads_kv, nq, nk, head_dim;
+  int block_q, block_k;
+  bool causal;
+  float scale;
+  int64_t window;  // keys up to a query's own position that it may see; nk or more: no window
+};
+
+// [batch][head][token].
+struct Rows3 {
+  const float* data;
+  int64_t batch, head, token;
+};
+
+struct MergeAttentionArgs {
+  Dtype dtype;
+  Tensor4 out_a, out_b;
+  Rows3 lse_a, lse_b;
+  void* out;   // [B, H, N, D] contiguous
+  float* lse;  // [B, H, N] contiguous
+  int64_t batch, heads, tokens, head_dim;
 };
 
 // What all index builders share. The outputs are contiguous: block_count [B, Hq, R], block_index [B, Hq, R, T].
@@ -86,6 +127,12 @@ struct Int4GemmArgs {
   int64_t m, n, k;
   int64_t group_size;     // a multiple of 32, or -1: the whole row
   bool int8_activations;  // x may be rounded to int8; what a GPU computes with is x as it is
+};
+
+struct Int4PackArgs {
+  uint8_t* codes;  // [N, K] contiguous; one of the two is written
+  uint32_t* packed;
+  int64_t n, k;
 };
 
 // A headstart::BitmapWeight [N, K]. All tensors are contiguous; rows may be a slice of a larger weight.

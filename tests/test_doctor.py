@@ -67,7 +67,7 @@ def test_text_names_the_tiers_and_every_operator(report):
     text = [line for _, line in headstart_launcher.load("doctor").lines(report)]
     assert text[-1] == "healthy"
     assert f"  tiers found    {' '.join(_library.cpu_tiers())}" in text
-    for name in _library.CPU_KERNELS:
+    for name in _library.cpu.operators():
         row = next(line for line in text if line.split()[:1] == [name])
         assert row.split()[1] == "_cpu.so", row
 

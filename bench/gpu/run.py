@@ -2,7 +2,7 @@
 
 Families run in this order: attention (prompts of 8K, 32K and 128K tokens against torch's flash and cuDNN attention),
 int4, bitmap, lookup, indices (every builder), decode (batches and sparse lists), merge, crossovers (which prints the
-constants of csrc/cuda/register.cpp). The limits of the machine are measured first. Results are checked before they are
+constants of csrc/torch/cuda.cpp). The limits of the machine are measured first. Results are checked before they are
 timed. Writes bench/results/<gpu>.json after every row.
 
 ``--profile NAME`` launches one kernel a few times and nothing else, for Nsight Compute (`make gpu-profile`).

@@ -167,7 +167,7 @@ def crossover(rows: tuple[int, ...], fused: list[float], dense: list[float]) -> 
 
 
 def crossovers(clock: Clock, results: Results) -> None:
-    """Both ways of a GEMM with packed weights, by rows; prints the constants for csrc/cuda/register.cpp."""
+    """Both ways of a GEMM with packed weights, by rows; prints the constants for csrc/torch/cuda.cpp."""
     found: dict[str, list[int | None]] = {"kInt4DenseRows": [], "kBitmapDenseRows": []}
     for n, k in SWEPT:
         int4_w, bitmap_w = int4_weight(n, k)[0], bitmap_weight(n, k, 0.5, "same")
@@ -196,5 +196,5 @@ def crossovers(clock: Clock, results: Results) -> None:
         ordered = sorted(math.inf if r is None else r for r in rows)
         middle = ordered[len(ordered) // 2]
         words = "no crossover within the sweep" if middle == math.inf else f"{middle:.0f}"
-        print(f"csrc/cuda/register.cpp: {name} = {words} (by layer: {rows})", flush=True)
+        print(f"csrc/torch/cuda.cpp: {name} = {words} (by layer: {rows})", flush=True)
     results.note(crossovers=found)

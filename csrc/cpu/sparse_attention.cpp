@@ -348,7 +348,8 @@ void merge(const MergeAttentionArgs& a, const Parallel& parallel) {
   for_each_job(parallel, ceil_div(rows, kRowsPerJob), [&](int64_t job, int) {
     for (int64_t at = job * kRowsPerJob; at < min(rows, (job + 1) * kRowsPerJob); ++at) {
       const int64_t n = at % a.tokens, h = at / a.tokens % a.heads, b = at / a.tokens / a.heads;
-      const float lse_a = a.lse_a[at] * kLog2E, lse_b = a.lse_b[at] * kLog2E;
+      const auto lse_of = [&](const Rows3& x) { return x.data[b * x.batch + h * x.head + n * x.token] * kLog2E; };
+      const float lse_a = lse_of(a.lse_a), lse_b = lse_of(a.lse_b);
       const float top = lse_a > lse_b ? lse_a : lse_b;
       const float base = top == kNegInf ? 0.0f : top;
       const float weight_a = exp2(lse_a - base), weight_b = exp2(lse_b - base);

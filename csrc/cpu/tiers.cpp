@@ -13,6 +13,28 @@
 #endif
 
 namespace headstart {
+
+#define HEADSTART_TIER generic
+#include "tier.inc"
+#if defined(__x86_64__)
+#define HEADSTART_TIER avx2
+#include "tier.inc"
+#define HEADSTART_TIER avx512
+#include "tier.inc"
+#define HEADSTART_TIER avx512_bf16
+#include "tier.inc"
+#define HEADSTART_TIER avx512_vbmi2
+#define HEADSTART_VBMI2_ALONE
+#include "tier.inc"
+#define HEADSTART_TIER avx512_bf16_vbmi2
+#define HEADSTART_VBMI2_ALONE
+#include "tier.inc"
+#if HEADSTART_EMULATED_TIER
+#define HEADSTART_TIER avx512_bf16_emulated
+#include "tier.inc"
+#endif
+#endif
+
 namespace {
 
 struct Tier {
@@ -51,38 +73,21 @@ const CpuFeatures& features() {
 
 #endif
 
-#define HEADSTART_KERNELS(tier, of_bitmap) \
-  {tier::sparse_attention,                 \
-   tier::merge_attention,                  \
-   tier::vertical_slash_index,             \
-   tier::block_topk_index,                 \
-   tier::adaptive_block_index,             \
-   tier::centroid_lookup,                  \
-   tier::int4_gemm,                        \
-   tier::int4_pack,                        \
-   tier::int4_unpack,                      \
-   of_bitmap::bitmap_mask,                 \
-   of_bitmap::bitmap_gather,               \
-   of_bitmap::bitmap_decompress,           \
-   of_bitmap::bitmap_gemm}
-
 // Lowest first. A tier that stands here twice is one: no CPU has both rows of it. VBMI2 comes neither with AVX-512 (Ice
 // Lake is the first that has it) nor with BF16 (Cooper Lake has not). The emulated tier runs the data movement of the
 // bf16 and VBMI2 kernels without the instructions; it is built for tests and never chosen by itself.
 const Tier kTiers[] = {
-    {"generic", [] { return true; }, HEADSTART_KERNELS(generic, generic)},
+    {"generic", [] { return true; }, generic::table()},
 #if defined(__x86_64__)
-    {"avx2", [] { return features().avx2; }, HEADSTART_KERNELS(avx2, avx2)},
+    {"avx2", [] { return features().avx2; }, avx2::table()},
 #if HEADSTART_EMULATED_TIER
-    {"avx512_bf16_emulated", [] { return features().avx512; },
-     HEADSTART_KERNELS(avx512_bf16_emulated, avx512_bf16_emulated)},
+    {"avx512_bf16_emulated", [] { return features().avx512; }, avx512_bf16_emulated::table()},
 #endif
-    {"avx512", [] { return features().avx512 && !features().vbmi2; }, HEADSTART_KERNELS(avx512, avx512)},
-    {"avx512", [] { return features().avx512 && features().vbmi2; }, HEADSTART_KERNELS(avx512, avx512_vbmi2)},
-    {"avx512_bf16", [] { return features().avx512_bf16 && !features().vbmi2; },
-     HEADSTART_KERNELS(avx512_bf16, avx512_bf16)},
+    {"avx512", [] { return features().avx512 && !features().vbmi2; }, avx512::table()},
+    {"avx512", [] { return features().avx512 && features().vbmi2; }, avx512_vbmi2::table(avx512::table())},
+    {"avx512_bf16", [] { return features().avx512_bf16 && !features().vbmi2; }, avx512_bf16::table()},
     {"avx512_bf16", [] { return features().avx512_bf16 && features().vbmi2; },
-     HEADSTART_KERNELS(avx512_bf16, avx512_bf16_vbmi2)},
+     avx512_bf16_vbmi2::table(avx512_bf16::table())},
 #endif
 };
 constexpr int kTierCount = sizeof kTiers / sizeof kTiers[0];

@@ -23,7 +23,7 @@
 // Floor: d · 2 + 1/8 bytes a weight of 16 bits, 1.125 at 50 %, 1.78 times less than a dense weight: 20 cycles of an
 // H100's multiprocessor for a row of 256 columns (3.35 TB/s, 132 of them, 1.755 GHz), in which it issues 80 instructions
 // and makes 20 passes through L1. One row takes 60 to 65 and about 12; 2 to 8 rows about 65 and 20, with the tile's 8;
-// 16 rows 24 passes, the more for x. From kBitmapDenseRows of register.cpp on, decompressing for torch's GEMM, which
+// 16 rows 24 passes, the more for x. From kBitmapDenseRows of torch/cuda.cpp on, decompressing for torch's GEMM, which
 // takes 90 cycles, is faster.
 
 #include "bitmap_tile.h"

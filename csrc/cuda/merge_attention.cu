@@ -43,15 +43,15 @@ struct alignas(sizeof(T) * kVec) Pack {
 };
 
 template <typename T, int kVec>
-__global__ void __launch_bounds__(kThreads) merge_kernel(const MergeArgs args, int64_t planes) {
+__global__ void __launch_bounds__(kThreads) merge_kernel(const MergeAttentionArgs args, int64_t planes) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (token >= args.tokens) return;
-  const int64_t parts = args.dim / kVec;
+  const int64_t parts = args.head_dim / kVec;
   for (int64_t plane = blockIdx.y; plane < planes; plane += gridDim.y) {
     const int64_t batch = plane / args.heads, head = plane - batch * args.heads;
-    const auto offset = [&](const Strides3& s) { return batch * s.batch + head * s.head + token * s.token; };
-    const float a = args.lse_a[offset(args.stride_lse_a)];
-    const float b = args.lse_b[offset(args.stride_lse_b)];
+    const auto offset = [&](const auto& x) { return batch * x.batch + head * x.head + token * x.token; };
+    const float a = args.lse_a.data[offset(args.lse_a)];
+    const float b = args.lse_b.data[offset(args.lse_b)];
     float top = fmaxf(a, b);
     // Two sides that saw nothing: any finite reference keeps -inf - -inf out of the exponents.
     if (top == -INFINITY) top = 0.0f;
@@ -64,9 +64,9 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const MergeArgs args, i
     if (threadIdx.x == 0) args.lse[row] = top + logf(total);
 
     using Vector = Pack<T, kVec>;
-    const auto* row_a = reinterpret_cast<const Vector*>(static_cast<const T*>(args.out_a) + offset(args.stride_out_a));
-    const auto* row_b = reinterpret_cast<const Vector*>(static_cast<const T*>(args.out_b) + offset(args.stride_out_b));
-    auto* row_out = reinterpret_cast<Vector*>(static_cast<T*>(args.out) + row * args.dim);
+    const auto* row_a = reinterpret_cast<const Vector*>(static_cast<const T*>(args.out_a.data) + offset(args.out_a));
+    const auto* row_b = reinterpret_cast<const Vector*>(static_cast<const T*>(args.out_b.data) + offset(args.out_b));
+    auto* row_out = reinterpret_cast<Vector*>(static_cast<T*>(args.out) + row * args.head_dim);
     for (int64_t part = threadIdx.x; part < parts; part += blockDim.x) {
       const Vector va = row_a[part], vb = row_b[part];
       Vector merged;
@@ -80,8 +80,8 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const MergeArgs args, i
 }
 
 template <typename T, int kVec>
-const char* launch(const MergeArgs& args, CUstream_st* stream) {
-  const int64_t parts = args.dim / kVec, planes = args.batch * args.heads;
+const char* launch(const MergeAttentionArgs& args, CUstream_st* stream) {
+  const int64_t parts = args.head_dim / kVec, planes = args.batch * args.heads;
   const unsigned x = static_cast<unsigned>(parts < 1 ? 1 : parts < kThreads ? parts : kThreads);
   const unsigned y = kThreads / x;
   const dim3 grid(static_cast<unsigned>((args.tokens + y - 1) / y),
@@ -96,43 +96,50 @@ bool even(int64_t outer_stride, int64_t outer, int64_t inner_stride, int64_t inn
   return outer == 1 || inner == 1 || outer_stride == inner_stride * inner;
 }
 
-void collapse(MergeArgs& args) {
-  Strides3* const strides[] = {&args.stride_out_a, &args.stride_out_b, &args.stride_lse_a, &args.stride_lse_b};
-  for (const Strides3* s : strides) {
-    if (!even(s->head, args.heads, s->token, args.tokens)) return;
-  }
-  for (Strides3* s : strides) {
-    if (args.tokens == 1) s->token = s->head;
-  }
+void collapse(MergeAttentionArgs& args) {
+  const auto all = [&](auto condition) {
+    return condition(args.out_a) && condition(args.out_b) && condition(args.lse_a) && condition(args.lse_b);
+  };
+  const auto change = [&](auto action) {
+    action(args.out_a), action(args.out_b), action(args.lse_a), action(args.lse_b);
+  };
+  // A dimension of one never steps, whatever its stride says.
+  change([&](auto& x) {
+    if (args.batch == 1) x.batch = 0;
+    if (args.heads == 1) x.head = 0;
+    if (args.tokens == 1) x.token = 0;
+  });
+  if (!all([&](const auto& x) { return even(x.head, args.heads, x.token, args.tokens); })) return;
+  change([&](auto& x) {
+    if (args.tokens == 1) x.token = x.head;
+  });
   args.tokens *= args.heads;
   args.heads = 1;
-  for (const Strides3* s : strides) {
-    if (!even(s->batch, args.batch, s->token, args.tokens)) return;
-  }
-  for (Strides3* s : strides) {
-    if (args.tokens == 1) s->token = s->batch;
-  }
+  if (!all([&](const auto& x) { return even(x.batch, args.batch, x.token, args.tokens); })) return;
+  change([&](auto& x) {
+    if (args.tokens == 1) x.token = x.batch;
+  });
   args.tokens *= args.batch;
   args.batch = 1;
 }
 
 template <typename T>
-const char* dispatch(const MergeArgs& args, CUstream_st* stream) {
+const char* dispatch(const MergeAttentionArgs& args, CUstream_st* stream) {
   constexpr int kVec = 16 / sizeof(T);
-  const auto aligned = [](const void* pointer, const Strides3& s) {
-    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && s.batch % kVec == 0 && s.head % kVec == 0 &&
-           s.token % kVec == 0;
+  const auto aligned = [](const Tensor4& x) {
+    return reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.batch % kVec == 0 && x.head % kVec == 0 &&
+           x.token % kVec == 0;
   };
-  const bool vectors = args.dim % kVec == 0 && aligned(args.out_a, args.stride_out_a) &&
-                       aligned(args.out_b, args.stride_out_b) && aligned(args.out, {0, 0, 0});
+  const bool vectors = args.head_dim % kVec == 0 && aligned(args.out_a) && aligned(args.out_b) &&
+                       reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
   return vectors ? launch<T, kVec>(args, stream) : launch<T, 1>(args, stream);
 }
 
 }  // namespace
 
-const char* merge_attention(const MergeArgs& given, CUstream_st* stream) {
+const char* merge_attention(const MergeAttentionArgs& given, CUstream_st* stream) {
   if (given.batch * given.heads * given.tokens == 0) return nullptr;
-  MergeArgs args = given;
+  MergeAttentionArgs args = given;
   collapse(args);
   switch (args.dtype) {
     case Dtype::kFloat32:

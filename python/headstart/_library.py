@@ -28,38 +28,6 @@ _definitions = torch.library.Library(NAMESPACE, "FRAGMENT")
 _package = Path(__file__).parent
 triton_kernels: dict[str, Callable] = {}  # Triton's implementations, by operator
 
-# The operators of each compiled library. On a GPU, Triton serves those of its own that `_cuda.so` does not have.
-CPU_KERNELS = frozenset(
-    {
-        "sparse_attention",
-        "merge_attention",
-        "vertical_slash_index",
-        "block_topk_index",
-        "adaptive_block_index",
-        "centroid_lookup",
-        "int4_gemm",
-        "int4_pack",
-        "int4_unpack",
-        "bitmap_compress",
-        "bitmap_decompress",
-        "bitmap_decompress.out",
-        "bitmap_gemm",
-    }
-)
-CUDA_KERNELS = frozenset(
-    {
-        "merge_attention",
-        "vertical_slash_index",
-        "block_topk_index",
-        "adaptive_block_index",
-        "centroid_lookup",
-        "int4_gemm",
-        "bitmap_decompress",
-        "bitmap_decompress.out",
-        "bitmap_gemm",
-    }
-)
-
 
 def define(
     name: str,
@@ -133,6 +101,14 @@ class CompiledLibrary:
             where = "" if str(self.path) in cause else f"{self.path}: "
             self.error = f"{where}{cause} ({self._built_with()}; torch here is {torch.__version__})"
 
+    def operators(self) -> list[str]:
+        """The operators that the library serves, as csrc/kernels.inc lists them; none if it is not loaded."""
+        names = getattr(self.handle, f"headstart_{self.device}_operators", None)
+        if names is None:
+            return []
+        names.restype = ctypes.c_char_p
+        return names().decode().split()
+
     def _built_with(self) -> str:
         """What CMakeLists.txt left in the file, which tells it even where the file cannot be loaded."""
         note = re.search(rb"headstart: (built with torch [\w.+]+)", self.path.read_bytes())
@@ -171,14 +147,13 @@ def register_triton_kernels() -> None:
     broken = cuda.error is not None and cuda.path.exists()
     for name, function in triton_kernels.items():
         if not has_kernel(name, "CUDA"):
-            stand_in = broken and name in CUDA_KERNELS
-            _definitions.impl(name, _warning_stand_in(name, function) if stand_in else function, "CUDA")
+            _definitions.impl(name, _warning_stand_in(function) if broken else function, "CUDA")
 
 
-def _warning_stand_in(name: str, function: Callable) -> Callable:
+def _warning_stand_in(function: Callable) -> Callable:
     @functools.wraps(function)
     def run(*args, **kwargs):
-        _warn_once(cuda, name, "Triton's kernels")
+        _warn_once(cuda, "Triton's kernels run in its place")
         return function(*args, **kwargs)
 
     return run
@@ -188,18 +163,18 @@ _warned: set[str] = set()
 
 
 def _warn_if_kernel_is_missing(name: str, args: tuple) -> None:
+    """A reference runs: on a CPU because its library is missing, on a GPU also where there is no kernel by design."""
     device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), None)
-    on_a_gpu = CUDA_KERNELS | triton_kernels.keys()
-    library, kernels = {"cpu": (cpu, CPU_KERNELS), "cuda": (cuda, on_a_gpu)}.get(device, (None, ()))
-    if name in kernels and library.error is not None:
-        _warn_once(library, name, "slow references")
+    library = {"cpu": cpu, "cuda": cuda if name in triton_kernels else None}.get(device)
+    if library is not None and library.error is not None:
+        _warn_once(library, f"{name} and others run as slow references")
 
 
-def _warn_once(library: CompiledLibrary, name: str, stand_in: str) -> None:
+def _warn_once(library: CompiledLibrary, consequence: str) -> None:
     if library.device not in _warned:
         _warned.add(library.device)
         warnings.warn(
-            f"headstart: the {library.device} kernels are not loaded, so {name} and others run as {stand_in}. "
+            f"headstart: the {library.device} kernels are not loaded, so {consequence}. "
             f"Cause: {library.error}. Cure: {library.cure}.",
             RuntimeWarning,
             stacklevel=4,
@@ -210,7 +185,7 @@ def _warn_once(library: CompiledLibrary, name: str, stand_in: str) -> None:
 
 
 def missing_gpu_kernels() -> tuple[str, str] | None:
-    """(cause, cure) if not every operator of `CUDA_KERNELS` runs from `_cuda.so` on a GPU here; None if all do.
+    """(cause, cure) if not every operator of `_cuda.so` runs from it on a GPU here; None if all do.
 
     What claims to test or to time the CUDA kernels asks this first: elsewhere Triton or torch would stand in for them.
     """
@@ -220,10 +195,11 @@ def missing_gpu_kernels() -> tuple[str, str] | None:
         return f"torch {torch.__version__} finds no CUDA device", "run it where `nvidia-smi` lists one"
     if cuda.error is not None:
         return cuda.error, cuda.cure
-    others = {name: server for name in sorted(CUDA_KERNELS) if (server := served_by(name, "CUDA")) != "_cuda.so"}
-    if others:
-        listed = ", ".join(f"{name} by {server}" for name, server in others.items())
-        return f"{cuda.path} is loaded and does not serve all of its operators ({listed})", cuda.cure
+    if not cuda.operators():
+        return f"{cuda.path} is loaded and has no operators of headstart", cuda.cure
+    for name in cuda.operators():
+        if (server := served_by(name, "CUDA")) != "_cuda.so":
+            return f"{cuda.path} is loaded, and {name} runs on {server}", cuda.cure
     return None
 
 

@@ -1,6 +1,6 @@
 """Input checks shared by all operators: every message names the argument, what was expected and what was got.
 
-`csrc/checks.h` makes the same checks with the same words for callers who enter through a compiled kernel.
+`csrc/torch/checks.h` makes the same checks with the same words for callers who enter through a compiled kernel.
 Checks look at dtypes, shapes, strides and devices only, never at data, so they cost no synchronisation and work
 under `torch.compile`. Data (ids in range) are checked by the CPU kernels.
 """

@@ -1,6 +1,6 @@
 // The index builders as operators: checks, output allocation and plain arguments, the same for every device.
 //
-// `Kernels` has the kernels as static functions (args, q); `register.cpp` of each library gives its own.
+// `Kernels` has the kernels as static functions (args, q); cpu.cpp and cuda.cpp give their own.
 #pragma once
 
 #include <algorithm>

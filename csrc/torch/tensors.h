@@ -1,4 +1,4 @@
-// From tensors to plain arguments, for the `register.cpp` of both libraries. Torch's stable ABI only.
+// From tensors to plain arguments, for both libraries. Torch's stable ABI only.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -9,7 +9,7 @@
 #include <optional>
 #include <tuple>
 
-#include "arguments.h"
+#include "../arguments.h"
 #include "checks.h"
 
 namespace headstart {
@@ -29,6 +29,10 @@ inline Dtype dtype_of(const Tensor& x) {
 }
 
 inline Tensor4 view(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
+
+inline Rows3 rows(const Tensor& x) {
+  return {static_cast<const float*>(x.const_data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+}
 
 inline const int32_t* ints(const OptionalTensor& x) {
   return x.has_value() ? static_cast<const int32_t*>(x->const_data_ptr()) : nullptr;

@@ -1,38 +1,19 @@
-// The CPU kernels as implementations of torch.ops.headstart.*: checks, output allocation, plain arguments.
+// sparse_attention and merge_attention as operators: checks, output allocation and plain arguments, for every device.
 //
-// Only torch's stable ABI is used, so one build serves every torch from 2.11 on. Schemas and fake kernels are Python's
-// (python/headstart/ops/).
+// `Kernels` has the kernels as static functions (args, a tensor on the device); cpu.cpp and cuda.cpp give their own.
+#pragma once
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
+#include <algorithm>
+#include <cmath>
+#include <string>
 
-#include "../bitmap.h"
-#include "../built_with.h"
-#include "../centroid_lookup.h"
-#include "../int4_gemm.h"
-#include "../prefill_index.h"
-#include "kernels.h"
-
-#define HEADSTART_NAMESPACE headstart
+#include "tensors.h"
 
 namespace headstart {
-namespace {
-
-const Parallel& threads() {
-  static thread_local Parallel parallel{};
-  parallel.workers = static_cast<int>(torch::stable::get_num_threads());
-  parallel.run = [](int workers, void (*body)(void*, int), void* context) {
-    if (workers == 1) return body(context, 0);
-    torch::stable::parallel_for(0, workers, 1, [=](int64_t begin, int64_t end) {
-      for (int64_t w = begin; w < end; ++w) body(context, static_cast<int>(w));
-    });
-  };
-  return parallel;
-}
 
 // Lists must be ascending and inside [0, limit): an id twice would count its keys twice.
-void check_ids(const Checks& check, const char* count_name, const char* index_name, const int32_t* count,
-               const int32_t* index, int64_t capacity, int64_t limit, const char* what) {
+inline void check_ids(const Checks& check, const char* count_name, const char* index_name, const int32_t* count,
+                      const int32_t* index, int64_t capacity, int64_t limit, const char* what) {
   if (*count < 0 || *count > capacity) {
     check.fail(count_name, "counts from 0 to " + std::to_string(capacity), *count);
   }
@@ -49,6 +30,7 @@ void check_ids(const Checks& check, const char* count_name, const char* index_na
   }
 }
 
+template <typename Kernels>
 Pair sparse_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor block_count,
                       const Tensor block_index, const OptionalTensor column_count, const OptionalTensor column_index,
                       const OptionalTensor kv_start, bool causal, const std::optional<double> scale, int64_t block_q,
@@ -167,10 +149,11 @@ Pair sparse_attention(const Tensor q, const Tensor k, const Tensor v, const Tens
       static_cast<float>(scale.value_or(1.0 / std::sqrt(static_cast<double>(d)))),
       std::min(window.value_or(nk), nk),
   };
-  kernels().sparse_attention(args, threads());
+  Kernels::sparse_attention(args, q);
   return {out, lse};
 }
 
+template <typename Kernels>
 Pair merge_attention(const Tensor out_a, const Tensor lse_a, const Tensor out_b, const Tensor lse_b) {
   const Checks check("merge_attention");
   check.floating("out_a", out_a, {"B", "H", "N", "D"});
@@ -182,102 +165,19 @@ Pair merge_attention(const Tensor out_a, const Tensor lse_a, const Tensor out_b,
   check.contiguous_last("out_b", out_b);
   Tensor out = torch::stable::new_empty(out_a, {b, h, n, d});
   Tensor lse = torch::stable::new_empty(lse_a, {b, h, n});
-  const Tensor left = dense(lse_a), right = dense(lse_b);
   const MergeAttentionArgs args{dtype_of(out_a),
                                 view(out_a),
                                 view(out_b),
-                                static_cast<const float*>(left.const_data_ptr()),
-                                static_cast<const float*>(right.const_data_ptr()),
+                                rows(lse_a),
+                                rows(lse_b),
                                 out.mutable_data_ptr(),
                                 static_cast<float*>(lse.mutable_data_ptr()),
                                 b,
                                 h,
                                 n,
                                 d};
-  kernels().merge_attention(args, threads());
+  Kernels::merge_attention(args, out_a);
   return {out, lse};
 }
 
-// --- int4 weights ------------------------------------------------------------------------------------------------
-
-Tensor int4_pack(const Tensor codes) {
-  const Checks check("int4_pack");
-  check.tensor("codes", codes, {ScalarType::Byte}, {"N", "K"});
-  const int64_t n = codes.size(0), k = codes.size(1);
-  Tensor packed = torch::stable::new_empty(
-      codes, {int4::panels(n), int4::slabs(k), int4::kWordsPerColumn, int4::kPanel}, ScalarType::Int);
-  if (n * k == 0) return packed;
-  const Tensor rows = dense(codes);
-  const Int4PackArgs args{const_cast<uint8_t*>(static_cast<const uint8_t*>(rows.const_data_ptr())),
-                          static_cast<uint32_t*>(packed.mutable_data_ptr()), n, k};
-  kernels().int4_pack(args, threads());
-  return packed;
-}
-
-Tensor int4_unpack(const Tensor packed, int64_t n, int64_t k) {
-  check_int4_packed(Checks("int4_unpack"), packed, n, k);
-  Tensor codes = torch::stable::new_empty(packed, {n, k}, ScalarType::Byte);
-  const Int4PackArgs args{static_cast<uint8_t*>(codes.mutable_data_ptr()),
-                          const_cast<uint32_t*>(static_cast<const uint32_t*>(packed.const_data_ptr())), n, k};
-  kernels().int4_unpack(args, threads());
-  return codes;
-}
-
-struct CpuKernels {
-  static void centroid_lookup(const CentroidLookupArgs& args, const Tensor&) {
-    kernels().centroid_lookup(args, threads());
-  }
-  static constexpr bool kHasDense = false;
-  static void int4_gemm(const Int4GemmArgs& args, const Tensor&) { kernels().int4_gemm(args, threads()); }
-
-  // No row may reach past the values. Only those that could, with every bit set, have their bits counted.
-  static void check_data(const Checks& check, const BitmapWeight& w) {
-    const int64_t bytes = ceil_div(w.k, 8);
-    for (int64_t n = 0; n < w.n; ++n) {
-      const int64_t first = w.row_offsets[n];
-      if (first >= 0 && first <= w.stored - w.k) continue;
-      int64_t count = 0;
-      for (int64_t i = 0; i < bytes; ++i) count += __builtin_popcount(w.bitmask[n * bytes + i]);
-      check.expect(first >= 0 && first <= w.stored - count, "row_offsets",
-                   "rows within the " + std::to_string(w.stored) + " values",
-                   "row " + std::to_string(n) + " at " + std::to_string(first) + " with " + std::to_string(count));
-    }
-  }
-  static int64_t bitmap_mask(const BitmapCompressArgs& args, const Tensor&) {
-    kernels().bitmap_mask(args, threads());
-    return args.row_offsets[args.n];
-  }
-  static void bitmap_gather(const BitmapCompressArgs& args, const Tensor&) { kernels().bitmap_gather(args, threads()); }
-  static void bitmap_decompress(const BitmapDecompressArgs& args, const Tensor&) {
-    kernels().bitmap_decompress(args, threads());
-  }
-  static void bitmap_gemm(const BitmapGemmArgs& args, const Tensor&) { kernels().bitmap_gemm(args, threads()); }
-  static void vertical_slash_index(const VerticalSlashArgs& args, const Tensor&) {
-    kernels().vertical_slash_index(args, threads());
-  }
-  static void block_topk_index(const PrefillIndexArgs& args, const Tensor&) {
-    kernels().block_topk_index(args, threads());
-  }
-  static void adaptive_block_index(const AdaptiveArgs& args, const Tensor&) {
-    kernels().adaptive_block_index(args, threads());
-  }
-};
-
-}  // namespace
 }  // namespace headstart
-
-STABLE_TORCH_LIBRARY_IMPL(HEADSTART_NAMESPACE, CPU, m) {
-  m.impl("sparse_attention", TORCH_BOX(&headstart::sparse_attention));
-  m.impl("merge_attention", TORCH_BOX(&headstart::merge_attention));
-  m.impl("vertical_slash_index", TORCH_BOX(&headstart::vertical_slash_index<headstart::CpuKernels>));
-  m.impl("block_topk_index", TORCH_BOX(&headstart::block_topk_index<headstart::CpuKernels>));
-  m.impl("adaptive_block_index", TORCH_BOX(&headstart::adaptive_block_index<headstart::CpuKernels>));
-  m.impl("centroid_lookup", TORCH_BOX(&headstart::centroid_lookup<headstart::CpuKernels>));
-  m.impl("int4_gemm", TORCH_BOX(&headstart::int4_gemm<headstart::CpuKernels>));
-  m.impl("int4_pack", TORCH_BOX(&headstart::int4_pack));
-  m.impl("int4_unpack", TORCH_BOX(&headstart::int4_unpack));
-  m.impl("bitmap_compress", TORCH_BOX(&headstart::bitmap_compress<headstart::CpuKernels>));
-  m.impl("bitmap_decompress", TORCH_BOX(&headstart::bitmap_decompress<headstart::CpuKernels>));
-  m.impl("bitmap_decompress.out", TORCH_BOX(&headstart::bitmap_decompress_out<headstart::CpuKernels>));
-  m.impl("bitmap_gemm", TORCH_BOX(&headstart::bitmap_gemm<headstart::CpuKernels>));
-}

@@ -1,14 +1,14 @@
-// int4_gemm as an operator: checks, output allocation and plain arguments, the same for every device.
+// The int4 operators: checks, output allocation and plain arguments, the same for every device.
 //
-// `Kernels` has the kernel as a static function (args, x); `register.cpp` of each library gives its own. With
-// kHasDense, from int4_dense_rows() rows on 16-bit activations take a GEMM of torch with what `dequantized(args, x)`
-// returns.
+// `Kernels` has the kernels as static functions (args, a tensor on the device); cpu.cpp and cuda.cpp give their own.
+// With kHasDense, 16-bit activations of int4_dense_rows() rows or more take a GEMM of torch with the weight that
+// `dequantized(args, x)` returns.
 #pragma once
 
 #include <string>
 #include <vector>
 
-#include "layouts/int4.h"
+#include "../layouts/int4.h"
 #include "tensors.h"
 
 namespace headstart {
@@ -74,6 +74,31 @@ Tensor int4_gemm(const Tensor x, const Tensor packed, const Tensor scales, const
   args.out = out.mutable_data_ptr();
   Kernels::int4_gemm(args, x);
   return out;
+}
+
+template <typename Kernels>
+Tensor int4_pack(const Tensor codes) {
+  const Checks check("int4_pack");
+  check.tensor("codes", codes, {ScalarType::Byte}, {"N", "K"});
+  const int64_t n = codes.size(0), k = codes.size(1);
+  Tensor packed = torch::stable::new_empty(
+      codes, {int4::panels(n), int4::slabs(k), int4::kWordsPerColumn, int4::kPanel}, ScalarType::Int);
+  if (n * k == 0) return packed;
+  const Tensor rows = dense(codes);
+  const Int4PackArgs args{const_cast<uint8_t*>(static_cast<const uint8_t*>(rows.const_data_ptr())),
+                          static_cast<uint32_t*>(packed.mutable_data_ptr()), n, k};
+  Kernels::int4_pack(args, codes);
+  return packed;
+}
+
+template <typename Kernels>
+Tensor int4_unpack(const Tensor packed, int64_t n, int64_t k) {
+  check_int4_packed(Checks("int4_unpack"), packed, n, k);
+  Tensor codes = torch::stable::new_empty(packed, {n, k}, ScalarType::Byte);
+  const Int4PackArgs args{static_cast<uint8_t*>(codes.mutable_data_ptr()),
+                          const_cast<uint32_t*>(static_cast<const uint32_t*>(packed.const_data_ptr())), n, k};
+  Kernels::int4_unpack(args, packed);
+  return codes;
 }
 
 }  // namespace headstart

@@ -1,8 +1,8 @@
 // The bitmap operators: checks, output allocation and plain arguments, the same for every device.
 //
-// `Kernels` has the kernels as static functions (args, a tensor on the device); `register.cpp` of each library gives its
-// own, and `check_data(check, weight)`, which may look at the tensors' contents where that costs no synchronisation.
-// With kHasDense, from bitmap_dense_rows() rows on 16-bit activations take a GEMM of torch with the decompressed weight.
+// `Kernels` has the kernels as static functions (args, a tensor on the device); cpu.cpp and cuda.cpp give their own. Its
+// `check_data(check, weight)` may look at the tensors' contents where that costs no synchronisation. With kHasDense,
+// 16-bit activations of bitmap_dense_rows() rows or more take a GEMM of torch with the decompressed weight.
 #pragma once
 
 #include <algorithm>

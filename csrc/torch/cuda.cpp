@@ -1,4 +1,4 @@
-// The CUDA kernels as implementations of torch.ops.headstart.*: checks, output allocation, plain arguments, the stream.
+// The CUDA kernels as implementations of torch.ops.headstart.*: the device, its stream, and workspaces.
 //
 // Only torch's stable ABI is used, so one build serves every torch from 2.11 on. Schemas and fake kernels are Python's
 // (python/headstart/ops/). Compile with -DUSE_CUDA, which the shim asks for before it declares the stream.
@@ -12,23 +12,18 @@
 #include <stdexcept>
 #include <string>
 
-#include "../bitmap.h"
-#include "../built_with.h"
-#include "../centroid_lookup.h"
-#include "../int4_gemm.h"
-#include "../prefill_index.h"
-#include "kernels.h"
+#include "../cuda/kernels.h"
+#include "bitmap.h"
+#include "built_with.h"
+#include "centroid_lookup.h"
+#include "int4_gemm.h"
+#include "prefill_index.h"
+#include "sparse_attention.h"
 
 #define HEADSTART_NAMESPACE headstart
 
 namespace headstart {
 namespace {
-
-// A dimension of one never steps, whatever its stride says.
-cuda::Strides3 strides(const Tensor& x) {
-  const auto step = [&](int64_t i) { return x.size(i) == 1 ? 0 : x.stride(i); };
-  return {step(0), step(1), step(2)};
-}
 
 CUstream_st* current_stream(const Tensor& x) {
   void* stream = nullptr;
@@ -38,38 +33,6 @@ CUstream_st* current_stream(const Tensor& x) {
 
 void expect_launched(const char* op, const char* error) {
   if (error != nullptr) throw std::runtime_error(std::string(op) + ": the CUDA launch failed: " + error);
-}
-
-std::tuple<Tensor, Tensor> merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) {
-  const Checks check("merge_attention");
-  check.floating("out_a", out_a, {"B", "H", "N", "D"});
-  const int64_t batch = out_a.size(0), heads = out_a.size(1), tokens = out_a.size(2), dim = out_a.size(3);
-  check.tensor("lse_a", lse_a, {ScalarType::Float}, {batch, heads, tokens}, &out_a);
-  check.tensor("out_b", out_b, {out_a.scalar_type()}, {batch, heads, tokens, dim}, &out_a);
-  check.tensor("lse_b", lse_b, {ScalarType::Float}, {batch, heads, tokens}, &out_a);
-  check.contiguous_last("out_a", out_a);
-  check.contiguous_last("out_b", out_b);
-  const torch::stable::accelerator::DeviceGuard guard(out_a.get_device_index());
-  Tensor out = torch::stable::new_empty(out_a, {batch, heads, tokens, dim});
-  Tensor lse = torch::stable::new_empty(lse_a, {batch, heads, tokens});
-  cuda::MergeArgs args{};
-  args.out_a = out_a.const_data_ptr();
-  args.out_b = out_b.const_data_ptr();
-  args.lse_a = static_cast<const float*>(lse_a.const_data_ptr());
-  args.lse_b = static_cast<const float*>(lse_b.const_data_ptr());
-  args.out = out.mutable_data_ptr();
-  args.lse = static_cast<float*>(lse.mutable_data_ptr());
-  args.stride_out_a = strides(out_a);
-  args.stride_out_b = strides(out_b);
-  args.stride_lse_a = strides(lse_a);
-  args.stride_lse_b = strides(lse_b);
-  args.batch = batch;
-  args.heads = heads;
-  args.tokens = tokens;
-  args.dim = dim;
-  args.dtype = dtype_of(out_a);
-  expect_launched("merge_attention", cuda::merge_attention(args, current_stream(out_a)));
-  return {out, lse};
 }
 
 // Calls launcher(args, workspace, stream) on q's device and its current stream.
@@ -91,6 +54,11 @@ struct DenseRows {
 } dense_rows;
 
 struct CudaKernels {
+  static void merge_attention(const MergeAttentionArgs& args, const Tensor& out_a) {
+    const torch::stable::accelerator::DeviceGuard guard(out_a.get_device_index());
+    expect_launched("merge_attention", cuda::merge_attention(args, current_stream(out_a)));
+  }
+
   static void vertical_slash_index(const VerticalSlashArgs& args, const Tensor& q) {
     launch("vertical_slash_index", args, q, cuda::vertical_slash_workspace, cuda::vertical_slash_index);
   }
@@ -141,13 +109,13 @@ extern "C" __attribute__((visibility("default"))) void headstart_cuda_set_dense_
 }
 
 STABLE_TORCH_LIBRARY_IMPL(HEADSTART_NAMESPACE, CUDA, m) {
-  m.impl("merge_attention", TORCH_BOX(&headstart::merge_attention));
-  m.impl("vertical_slash_index", TORCH_BOX(&headstart::vertical_slash_index<headstart::CudaKernels>));
-  m.impl("block_topk_index", TORCH_BOX(&headstart::block_topk_index<headstart::CudaKernels>));
-  m.impl("adaptive_block_index", TORCH_BOX(&headstart::adaptive_block_index<headstart::CudaKernels>));
-  m.impl("int4_gemm", TORCH_BOX(&headstart::int4_gemm<headstart::CudaKernels>));
-  m.impl("bitmap_decompress", TORCH_BOX(&headstart::bitmap_decompress<headstart::CudaKernels>));
-  m.impl("bitmap_decompress.out", TORCH_BOX(&headstart::bitmap_decompress_out<headstart::CudaKernels>));
-  m.impl("bitmap_gemm", TORCH_BOX(&headstart::bitmap_gemm<headstart::CudaKernels>));
-  m.impl("centroid_lookup", TORCH_BOX(&headstart::centroid_lookup<headstart::CudaKernels>));
+#define HEADSTART_OPERATOR(name, function) m.impl(name, TORCH_BOX(&headstart::function<headstart::CudaKernels>));
+#include "../kernels.inc"
+}
+
+extern "C" __attribute__((visibility("default"))) const char* headstart_cuda_operators() {
+#define HEADSTART_OPERATOR(name, function) " " name
+  return
+#include "../kernels.inc"
+      ;
 }

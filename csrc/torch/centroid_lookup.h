@@ -1,6 +1,6 @@
 // centroid_lookup as an operator: checks, output allocation and plain arguments, the same for every device.
 //
-// `Kernels` has the kernel as a static function (args, q); `register.cpp` of each library gives its own.
+// `Kernels` has the kernel as a static function (args, q); cpu.cpp and cuda.cpp give their own.
 #pragma once
 
 #include <algorithm>
