@@ -2,7 +2,9 @@
 #
 #   PYTHON=python3.12          the Python that .venv is made of; for `make gpu`, the Python that runs everything
 #   DEMO_ARGS, BENCH_ARGS, TEST_ARGS    passed on, e.g. make test TEST_ARGS='-k merge'
-#   JOBS=2                     compile jobs at once (default: one a core, and 2 GB of free memory for each)
+#   JOBS=2, TEST_JOBS=2        compile jobs, and processes of tests, at once (default: one a core; for compiling, 2 GB of
+#                              free memory for each)
+#   HEADSTART_CUDA=ON          compile the CUDA kernels although no GPU is found here
 
 SHELL := bash
 PYTHON ?= python3
@@ -19,7 +21,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo demo-context demo-offload test build bench lint format sanitize clean missing \
+.PHONY: help demo demo-context demo-offload test check build bench lint format sanitize clean missing \
 	gpu gpu-build gpu-smoke gpu-test gpu-bench gpu-profile gpu-compile \
 	gpu-build-now gpu-smoke-now gpu-test-now gpu-bench-now gpu-profile-now
 .DELETE_ON_ERROR:
@@ -28,6 +30,7 @@ help:
 	@echo 'make demo      set everything up and read 8,192 tokens with SmolLM2-135M, with and without headstart'
 	@echo 'make demo-context  many questions about one long text, with the same model'
 	@echo 'make demo-offload  the model in less memory than its weights take'
+	@echo 'make check     the tests for work in progress: the best CPU tier and the generic one, nothing slow'
 	@echo 'make test      the whole test suite'
 	@echo 'make build     compile the kernels into $(PACKAGE)'
 	@echo 'make bench     CPU microbenchmarks against their baselines'
@@ -95,6 +98,12 @@ build/.compiled: $(KERNEL_SOURCES) $(VENV)/.dependencies $(if $(wildcard $(PACKA
 
 build: build/.compiled
 
+# The tests also need a tier that emulates the instructions which this CPU may lack.
+build/.compiled-for-tests: $(KERNEL_SOURCES) $(VENV)/.dependencies $(if $(wildcard $(PACKAGE)/_cpu.so),,missing)
+	$(check_compiler)
+	$(call compile,$(VENV_PYTHON),build,$(PACKAGE),-DHEADSTART_EMULATED_TIER=ON)
+	@touch $@ build/.compiled
+
 $(VENV)/.installed: pyproject.toml setup.py | build/.compiled
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
@@ -105,13 +114,20 @@ demo: $(VENV)/.installed
 	$(BIN)/headstart demo $(DEMO_ARGS)
 
 demo-context: $(VENV)/.installed
-	$(BIN)/headstart demo --context $(DEMO_ARGS)
+	$(BIN)/headstart demo context $(DEMO_ARGS)
 
 demo-offload: $(VENV)/.installed
-	$(BIN)/headstart demo --offload $(DEMO_ARGS)
+	$(BIN)/headstart demo offload $(DEMO_ARGS)
 
-test: $(VENV)/.installed
-	$(BIN)/python -m pytest tests -q $(TEST_ARGS)
+# Tests run in as many processes as there are cores, each with one thread, so that together they use the machine once.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n $(TEST_JOBS) --dist worksteal
+TEST_JOBS ?= $(shell nproc 2>/dev/null || echo 1)
+
+test: build/.compiled-for-tests $(VENV)/.installed
+	$(PYTEST) $(TEST_ARGS)
+
+check: build/.compiled-for-tests $(VENV)/.installed
+	$(PYTEST) --quick $(TEST_ARGS)
 
 bench: $(VENV)/.installed
 	$(BIN)/python bench/run.py $(BENCH_ARGS)

@@ -26,7 +26,28 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=_library.cpu_tiers() or ["no compiled CPU kernels"])
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick", action="store_true", help="leave out slow tests, and all tiers but the best and the generic one"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        left_out = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "cpu_tier" in metafunc.fixturenames:
+        tiers = _library.cpu_tiers() or ["no compiled CPU kernels"]
+        quick = metafunc.config.getoption("--quick")
+        chosen = list(dict.fromkeys([tiers[0], _library.cpu_tier() or tiers[-1]])) if quick else tiers
+        metafunc.parametrize("cpu_tier", chosen, indirect=True)
+
+
+@pytest.fixture
 def cpu_tier(request: pytest.FixtureRequest):
     """Runs the test once in every instruction-set tier of this CPU; its value is the tier's name."""
     if not _library.cpu_tiers():

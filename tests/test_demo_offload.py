@@ -1,4 +1,4 @@
-"""`headstart demo --offload` with a tiny model: what it compares, measures, prints and writes."""
+"""`headstart demo offload` with a tiny model: what it compares, measures, prints and writes."""
 
 import json
 from importlib.util import find_spec
@@ -125,16 +125,16 @@ def test_without_accelerate(tiny, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--offload", "--size", "7b"], "demo: size: expected one of smollm2, 1b, got '7b'"),
-        (["--offload", "--budget", "much"], "memory_budget: expected bytes, or a text such as"),
-        (["--offload", "--tokens", "2000"], "demo: tokens: expected an integer from 1 to 1024, got 2000"),
-        (["--offload", "--pattern", "dense"], "demo: pattern: expected none with --context and --offload"),
-        (["--offload", "--context"], "demo: offload: expected one of --context and --offload, got both"),
-        (["--size", "1b"], "demo: size: expected none without --offload"),
+        (["offload", "--size", "7b"], "demo: size: expected one of smollm2, 1b, got '7b'"),
+        (["offload", "--budget", "much"], "memory_budget: expected bytes, or a text such as"),
+        (["offload", "--tokens", "2000"], "demo: tokens: expected an integer from 1 to 1024, got 2000"),
+        (["--all", "--pattern", "dense"], "demo: all: expected one of --all and --pattern, got both"),
+        (["--tokens", "63"], "demo: tokens: expected an integer from 64 to 8192, got 63"),
     ],
 )
-def test_bad_arguments_are_named(arguments, words, capsys, tmp_path):
-    assert cli.main(["demo", "--report", str(tmp_path), *arguments]) == 1
+def test_bad_arguments_are_named(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["demo", *arguments]) == 1
     assert words in capsys.readouterr().err
 
 

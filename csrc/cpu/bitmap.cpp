@@ -649,17 +649,9 @@ struct BitmapGemm {
 #pragma GCC unroll 4
       for (int r = 0; r < kTileRight; ++r) sum[i][r] = broadcast(0.0f);
     }
-    for (int64_t u = 0; u < depth; u += Vec::width) {
-      Vec right[kTileRight];
-#pragma GCC unroll 4
-      for (int r = 0; r < kTileRight; ++r) right[r] = Unit::load_units(weights + r * kChunkUnits + u);
-#pragma GCC unroll 8
-      for (int i = 0; i < left; ++i) {
-        const Vec at = Unit::load_units(x + i * depth + u);
-#pragma GCC unroll 4
-        for (int r = 0; r < kTileRight; ++r) sum[i][r] = Unit::dot(at, right[r], sum[i][r]);
-      }
-    }
+    add_products<Unit>(
+        sum, depth, Vec::width, [&](int i, int64_t u) { return Unit::load_units(x + i * depth + u); },
+        [&](int r, int64_t u) { return Unit::load_units(weights + r * kChunkUnits + u); });
 #pragma GCC unroll 8
     for (int i = 0; i < left; ++i) {
 #pragma GCC unroll 4

@@ -689,17 +689,12 @@ struct Int4Gemm {
       }
     }
     const U* weights = tile.weights + place(from);
-    for (int64_t u = 0; u < block.units; ++u) {
-      Vec right[vecs];
-#pragma GCC unroll 4
-      for (int v = 0; v < vecs; ++v) right[v] = Unit::load_units(weights + place(v) + u * kPanel);
-#pragma GCC unroll 8
-      for (int r = 0; r < lines; ++r) {
-        const Vec left = Unit::broadcast_unit(x + (r / kDigits * block.units + u) * kDigits + r % kDigits);
-#pragma GCC unroll 4
-        for (int v = 0; v < vecs; ++v) sum[r][v] = Unit::dot(left, right[v], sum[r][v]);
-      }
-    }
+    add_products<Unit>(
+        sum, block.units, 1,
+        [&](int r, int64_t u) {
+          return Unit::broadcast_unit(x + (r / kDigits * block.units + u) * kDigits + r % kDigits);
+        },
+        [&](int v, int64_t u) { return Unit::load_units(weights + place(v) + u * kPanel); });
     float* total = tile.totals + i * kTileColumns + from * Vec::width;
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {

@@ -216,6 +216,24 @@ inline void pack_queries(uint32_t* to, const BFloat16* const* rows, int64_t coun
 
 // --- the matrix kernel -------------------------------------------------------------------------------------------
 
+// sum[i][j] += left(i, u) · right(j, u) for u = 0, step, ... below depth: the innermost loop of every product. The two
+// functions load a register each; all `rows` × `vecs` sums stay in registers.
+template <typename Unit, int rows, int vecs, typename Left, typename Right>
+inline __attribute__((always_inline)) void add_products(Vec (&sum)[rows][vecs], int64_t depth, int64_t step,
+                                                        const Left& left, const Right& right) {
+  for (int64_t u = 0; u < depth; u += step) {
+    Vec b[vecs];
+#pragma GCC unroll 4
+    for (int j = 0; j < vecs; ++j) b[j] = right(j, u);
+#pragma GCC unroll 8
+    for (int i = 0; i < rows; ++i) {
+      const Vec a = left(i, u);
+#pragma GCC unroll 4
+      for (int j = 0; j < vecs; ++j) sum[i][j] = Unit::dot(a, b[j], sum[i][j]);
+    }
+  }
+}
+
 enum class Start { kZero, kAdd, kScaled };  // C = AB, C += AB, C = diag(factor) C + AB
 
 template <typename Unit, Start start, int rows, int vecs>
@@ -235,17 +253,9 @@ inline __attribute__((always_inline)) void multiply(const typename Unit::Type* a
       }
     }
   }
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec right[vecs];
-#pragma GCC unroll 4
-    for (int j = 0; j < vecs; ++j) right[j] = Unit::load_units(b + k * ldb + j * Vec::width);
-#pragma GCC unroll 8
-    for (int i = 0; i < rows; ++i) {
-      const Vec left = Unit::broadcast_unit(a + i * lda + k);
-#pragma GCC unroll 4
-      for (int j = 0; j < vecs; ++j) sum[i][j] = Unit::dot(left, right[j], sum[i][j]);
-    }
-  }
+  add_products<Unit>(
+      sum, depth, 1, [&](int i, int64_t k) { return Unit::broadcast_unit(a + i * lda + k); },
+      [&](int j, int64_t k) { return Unit::load_units(b + k * ldb + j * Vec::width); });
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 4

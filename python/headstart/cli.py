@@ -20,47 +20,70 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 contexts = typer.Typer(help="Read a text once, and ask many questions of it.", no_args_is_help=True)
+demos = typer.Typer(invoke_without_command=True)
 app.add_typer(contexts, name="context")
+app.add_typer(demos, name="demo")
 SOURCE_TREE = Path(__file__).resolve().parents[2]
 
 
-@app.command()
+Report = Annotated[Path, typer.Option(help="Folder for the JSON and the picture.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+REPORT = Path("demo-report")
+
+
+@demos.callback()
 def demo(
-    context: Annotated[bool, typer.Option("--context", help="Many questions about one text instead.")] = False,
-    offload: Annotated[bool, typer.Option("--offload", help="A model in less memory than it needs instead.")] = False,
-    tokens: Annotated[int | None, typer.Option(min=1, help="How many the model reads; with --offload, writes.")] = None,
-    report: Annotated[Path, typer.Option(help="Folder for the JSON and the picture.")] = Path("demo-report"),
-    pattern: Annotated[list[str] | None, typer.Option(help="Run this pattern only; may be repeated.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    size: Annotated[str | None, typer.Option(help="With --offload: smollm2, or 1b with random weights.")] = None,
-    budget: Annotated[
-        str | None, typer.Option(help='With --offload: memory for weights, such as "600MB"; 30 % of them.')
-    ] = None,
-    files: Annotated[Path | None, typer.Option(help="With --offload: a folder where the models stay.")] = None,
+    command: typer.Context,
+    tokens: Annotated[int, typer.Option(min=1, help="How many the model reads.")] = 8192,
+    report: Report = REPORT,
+    pattern: Annotated[list[str] | None, typer.Option(help="Run this pattern; may be repeated.")] = None,
+    all: Annotated[bool, typer.Option("--all", help="Run every pattern, those that lose much too.")] = False,
+    threads: Threads = None,
+    seed: Seed = 0,
 ) -> None:
-    """Read a long text with SmolLM2-135M, with and without headstart: seconds, loss, density."""
-    options = {"report": report, "threads": threads, "seed": seed} | ({} if tokens is None else {"tokens": tokens})
-    given = {"size": size, "budget": budget, "files": files}
-    given = {name: value for name, value in given.items() if value is not None}
-    if pattern and (context or offload):
-        raise ValueError("demo: pattern: expected none with --context and --offload")
-    if given and not offload:
-        raise ValueError(f"demo: {next(iter(given))}: expected none without --offload")
-    if context and offload:
-        raise ValueError("demo: offload: expected one of --context and --offload, got both")
-    if offload:
-        from headstart.demo.offload import run
+    """Show headstart at work on a real model: by itself, SmolLM2-135M reads a long text with headstart and without."""
+    if command.invoked_subcommand is not None:
+        return
+    if pattern and all:
+        raise ValueError("demo: all: expected one of --all and --pattern, got both")
+    from headstart.demo import PATTERNS, run
 
-        run(**options, **given)
-    elif context:
-        from headstart.demo.context import run
+    run(tokens, report, patterns=PATTERNS if all else pattern, threads=threads, seed=seed)
 
-        run(**options)
-    else:
-        from headstart.demo import run
 
-        run(patterns=pattern, **options)
+@demos.command("context")
+def demo_context(
+    tokens: Annotated[int | None, typer.Option(min=1, help="How many the text has.")] = None,
+    report: Report = REPORT,
+    threads: Threads = None,
+    seed: Seed = 0,
+) -> None:
+    """Ask many questions about one long text: transformers with the keys in memory against a stored context."""
+    from headstart.demo.context import run
+
+    run(report=report, threads=threads, seed=seed, **_given(tokens=tokens))
+
+
+@demos.command("offload")
+def demo_offload(
+    tokens: Annotated[int | None, typer.Option(min=1, help="How many the model writes.")] = None,
+    report: Report = REPORT,
+    threads: Threads = None,
+    seed: Seed = 0,
+    size: Annotated[str | None, typer.Option(help="smollm2, or 1b with random weights.")] = None,
+    budget: Annotated[str | None, typer.Option(help='Memory for weights, such as "600MB"; 30 % of them.')] = None,
+    files: Annotated[Path | None, typer.Option(help="A folder where the models stay.")] = None,
+) -> None:
+    """Run a model in less memory than its weights take, against accelerate's disk offload."""
+    from headstart.demo.offload import run
+
+    run(report=report, threads=threads, seed=seed, **_given(tokens=tokens, size=size, budget=budget, files=files))
+
+
+def _given(**options: object) -> dict[str, object]:
+    """The options that were given; the others keep the defaults of the function that takes them."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @app.command()
@@ -186,11 +209,14 @@ def bench(context: typer.Context) -> None:
 
 
 @app.command()
-def doctor(json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False) -> None:
+def doctor(
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Only fail, and say why, where a CUDA kernel cannot run.")] = False,
+) -> None:
     """Report what runs here, with which kernels, and why something does not."""
     from headstart_launcher import load
 
-    raise typer.Exit(load("doctor").main(["--json"] if json else []))
+    raise typer.Exit(load("doctor").main(["--json"] * json + ["--gpu"] * gpu))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""`headstart demo --context`: one long text, many questions, with transformers' attention and with headstart's.
+"""`headstart demo context`: one long text, many questions, with transformers' attention and with headstart's.
 
 SmolLM2-135M reads several thousand tokens of Python's help texts once. Questions about them are then answered from the
 same keys and values: by transformers, which attends all of them for every token, and by headstart, which attends the

@@ -1,4 +1,4 @@
-"""`headstart demo --offload`: a model in less memory than its weights take, read from storage for every token.
+"""`headstart demo offload`: a model in less memory than its weights take, read from storage for every token.
 
 A model in bfloat16, and the same one half pruned and stored as bitmaps, decode under one memory budget. Whatever the
 budget does not hold is streamed (`engine/stream.py`); the baseline is accelerate's ``disk_offload`` of the same model.

@@ -1,4 +1,4 @@
-"""The models of `headstart demo --offload`: one in bfloat16, and the same one half pruned, as bitmaps."""
+"""The models of `headstart demo offload`: one in bfloat16, and the same one half pruned, as bitmaps."""
 
 from __future__ import annotations
 

@@ -73,16 +73,12 @@ def draw(content: dict, recorded: dict[str, list[Recorded]]) -> Figure:
 
 def _draw_speed(axes, content: dict) -> None:
     for row in content["rows"]:
-        (point,) = axes.plot(row["speedup"], row["loss"], "o", markersize=8)
-        axes.annotate(
-            f"{row['name']}\n{row['seconds']:.1f} s, density {row['density']:.2f}",
-            (row["speedup"], row["loss"]),
-            xytext=(7, 5),
-            textcoords="offset points",
-            color=point.get_color(),
-        )
+        label = f"{row['name']}: {row['seconds']:.1f} s, density {row['density']:.2f}"
+        axes.plot(row["speedup"], row["loss"], "o", markersize=8, label=label)
     axes.axhline(content["rows"][0]["loss"], color="0.8", linewidth=1, zorder=0)
-    axes.margins(0.25, 0.15)
+    axes.margins(0.1, 0.15)
+    # Below the axes: beside the points, labels of rows that are close would cover each other.
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=2, frameon=False, fontsize=8)
     axes.set_xlabel("speed-up over transformers + SDPA, end to end (right is better)")
     axes.set_ylabel(f"loss on the last {content['loss_tokens']:,} tokens (down is better)")
     axes.set_title(f"{content['tokens']:,} tokens on {content['environment']['cpu']}")

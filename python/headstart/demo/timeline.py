@@ -1,4 +1,4 @@
-"""The picture of `headstart demo --offload`: when layers were read, waited for and computed with."""
+"""The picture of `headstart demo offload`: when layers were read, waited for and computed with."""
 
 from __future__ import annotations
 
