@@ -1,103 +1,62 @@
 """All cases, by family: `run.py`, the pytest suites and the tests use this one list.
 
 A `Spec` names a group of cases and costs nothing; `build` makes its tensors and its works. The works of a group take
-turns, so every ratio within a group comes from one run. The targets are in `targets.py`.
+turns, so every ratio within a group comes from one run. Attention's works are built here, those of linear layers in
+`linear_cases.py`; the targets are in `targets.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
 import baselines
 import headstart
+import machine
 from baselines import BLOCK, COPY, FLEX, INT4, LINEAR, SDPA
 from headstart import _library
-from headstart.ops.bitmap import BitmapWeight
-from headstart.ops.int4_gemm import Int4Weight
 from headstart.reference import centroid_lookup as lookup_reference
-from headstart.reference import int4_gemm as int4_reference
 from headstart.reference import prefill_index as index_reference
 from headstart.reference import sparse_attention as reference
-from machine import DTYPES, cold_bytes
+from linear_cases import bitmap, bitmap_gemm, int4_gemm
+from machine import DTYPES
 from measure import Rotation
+from work import (
+    BITMAP,
+    BITMAP_GEMM,
+    BITMAP_VALUES,
+    COMPRESS,
+    ERROR_BAR,
+    GROUP,
+    INT4_GEMM,
+    INT8_ACTIVATIONS,
+    INT8_SMALL_GROUPS,
+    SMALL_GROUP_ROWS,
+    ZEROS,
+    Matrix,
+    Shape,
+    Work,
+)
 
 EVERY = "every block"
 DENSITIES = (0.25, 0.10, 0.05)
 LONG_DECODE = 16  # the longer decode case and the lookup's context have 16 times the tokens: 131,072 for 8,192
-ERROR_BAR = {"bf16": 2e-2, "fp32": 1e-4}  # as a share of the largest exact value; see baselines.relative_error
 DISAGREEMENT_BAR = 0.02  # bf16 rounds block scores differently from the reference, so two near ties may change places
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    hq: int
-    hkv: int
-    d: int
-
-    def __str__(self) -> str:
-        return f"{self.hq}x{self.hkv}x{self.d}"
-
-    @property
-    def words(self) -> str:
-        return f"{self.hq} heads on {self.hkv} KV heads, D {self.d}"
 
 
 SHAPES = (Shape(9, 3, 64), Shape(8, 2, 128))
 WIDE = Shape(32, 8, 128)  # the heads of an 8B model; only for decode steps over a fixed context
 
 
-@dataclasses.dataclass(frozen=True)
-class Matrix:
-    """A linear layer's weight, out by in."""
-
-    n: int
-    k: int
-
-    def __str__(self) -> str:
-        return f"{self.n}x{self.k}"
-
-    @property
-    def words(self) -> str:
-        return f"{self.n:,} × {self.k:,}"
-
-
 MATRICES = (Matrix(4096, 4096), Matrix(11008, 4096))
-GROUP = 128
-INT4_GEMM = "int4_gemm"
-INT8_ACTIVATIONS = "int4_gemm, int8 activations"
-INT8_SMALL_GROUPS = "int4_gemm, int8 activations, group 32"
-SMALL_GROUP, SMALL_GROUP_ROWS = 32, 256
 INT4_ROWS = (1, 16, 256)  # rows of activations: one decoded token, a batch of them, a prefill
-BITMAP, BITMAP_GEMM = "bitmap", "bitmap_gemm"
 BITMAP_ROWS = (1, 16, 64, 256)
-BITMAP_VALUES = {"same": "bf16 values", "int8": "int8 values", "int4": "int4 values"}
-COMPRESS = "compress"
-ZEROS = 0.5  # the share of a pruned weight's values
 CHOICE = "choice of unit"
 CHOICE_TOKENS = 2048  # at most: the generic tier runs too
-
-
-@dataclasses.dataclass
-class Work:
-    """One call to time, and the work that the call must do."""
-
-    name: str
-    call: Callable[[], object]
-    baseline: str | None = None  # the baseline's name, if this is one
-    of: str | None = None  # the work that this is a baseline or another tier of; a baseline without it is for the group
-    flops: float = 0  # 4 D for each attended pair, 2 for each weight and row
-    bytes: float = 0  # must move between memory and the cores
-    cycle_bytes: float = 0  # move until the same data come again; if they fit into the caches, memory is no limit
-    limit: str | None = None  # "multiply", "read" or "copy": what bounds it on this machine
-    density: float | None = None
-    check: Callable[[object], float] | None = None  # returns the error of a result
-    error_bar: float = 0
-    tier: str | None = None  # the tier that the call forces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,7 +299,7 @@ def merge_attention(spec: Spec) -> list[Work]:
     shape = (1, spec.shape.hq, spec.tokens, spec.shape.d)
     out_a, out_b = (torch.randn(shape).to(DTYPES[spec.dtype]) for _ in range(2))
     lse_a, lse_b = (torch.randn(shape[:3]) for _ in range(2))
-    rotation = Rotation((out_a, lse_a, out_b, lse_b), cold_bytes())
+    rotation = Rotation((out_a, lse_a, out_b, lse_b), machine.cold_bytes())
     exact = reference.merge_attention(out_a.float(), lse_a, out_b.float(), lse_b)[0]
     work = Work(
         "merge",
@@ -358,7 +317,7 @@ def decode(spec: Spec) -> list[Work]:
     shape, dtype = spec.shape, DTYPES[spec.dtype]
     q = torch.randn(1, shape.hq, 1, shape.d).to(dtype)
     k, v = (torch.randn(1, shape.hkv, spec.tokens, shape.d).to(dtype) for _ in range(2))
-    rotation = Rotation((k, v), cold_bytes())
+    rotation = Rotation((k, v), machine.cold_bytes())
     index = block_index(torch.ones(1, 1, 1, -(-spec.tokens // BLOCK), dtype=torch.bool))
     numbers = dict(flops=4 * shape.d * shape.hq * spec.tokens, bytes=k.nbytes + v.nbytes, limit="read", density=1.0)
     numbers["cycle_bytes"] = rotation.bytes
@@ -425,7 +384,7 @@ def thresholds_that_keep(
 
 def centroid_lookup(spec: Spec) -> list[Work]:
     clusters, works = drawn_clusters(spec), []
-    rotation = Rotation((clusters.centroids, clusters.parent_centroids), cold_bytes())
+    rotation = Rotation((clusters.centroids, clusters.parent_centroids), machine.cold_bytes())
     copies = [dataclasses.replace(clusters, centroids=c, parent_centroids=p) for c, p in rotation.items]
     flat_copies = [dataclasses.replace(c, parent_centroids=None, parent_offsets=None) for c in copies]
     sizes = clusters.cluster_offsets.diff(dim=-1)
@@ -471,7 +430,7 @@ def decode_steps(spec: Spec, clusters: headstart.KeyClusters) -> list[Work]:
     near = [c.repeat_interleave(n, 0, output_size=spec.tokens) for c, n in zip(clusters.centroids, sizes)]
     k = (torch.stack(near)[None] + 0.5 * torch.randn(1, shape.hkv, spec.tokens, shape.d)).to(dtype)
     v = torch.randn(1, shape.hkv, spec.tokens, shape.d).to(dtype)
-    rotation = Rotation((k, v), cold_bytes())
+    rotation = Rotation((k, v), machine.cold_bytes())
     q = torch.randn(1, shape.hq, 1, shape.d).to(dtype)
     of_all = threshold_that_keeps(KEPT_CLUSTERS, q, clusters.centroids, sizes)
     restricted, of_parents = thresholds_that_keep(KEPT_CLUSTERS, KEPT_PARENTS, q, clusters)
@@ -511,140 +470,6 @@ def tier(spec: Spec) -> list[Work]:
     MKL and oneDNN have a variable each (run.py): SDPA multiplies with MKL, which ignores `ATEN_CPU_CAPABILITY`."""
     q, k, v = text_like(spec)
     return [dense_baseline(spec, q, k, v), every_block(spec, q, k, v)]
-
-
-def int4_gemm(spec: Spec) -> list[Work]:
-    """The same weight three times: for headstart, for torch's int4 operator, and in bf16. Each comes from memory."""
-    n, k, m = spec.shape.n, spec.shape.k, spec.tokens
-    dtype = DTYPES[spec.dtype]
-    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
-    packed = torch.ops.headstart.int4_pack(codes)
-    x = torch.randn(m, k).to(dtype)
-
-    def grouped(group_size: int) -> tuple[tuple[torch.Tensor, torch.Tensor], Int4Weight]:
-        """Scales and zero points [N, K / group_size], and the weight with them."""
-        scales = (0.001 + 0.01 * torch.rand(n, k // group_size)).to(dtype)
-        zeros = torch.randint(4, 12, (n, k // group_size), dtype=torch.uint8)
-        panels = [int4_reference.to_panels(part) for part in (scales, zeros)]
-        return (scales, zeros), Int4Weight(packed, *panels, group_size, (n, k))
-
-    def work(name: str, tensors: tuple[torch.Tensor, ...], call: Callable, exact: torch.Tensor, **given) -> Work:
-        rotation = Rotation(tensors, cold_bytes())
-        return Work(
-            name,
-            lambda: call(*rotation.next()),
-            flops=2 * m * n * k,
-            bytes=sum(t.nbytes for t in tensors),
-            cycle_bytes=rotation.bytes,
-            limit="read" if m == 1 else "multiply",
-            check=lambda out: baselines.relative_error(out, exact),
-            error_bar=ERROR_BAR[spec.dtype],
-            **given,
-        )
-
-    def ours(name: str, weight: Int4Weight, exact: torch.Tensor, **options) -> Work:
-        def call(*w: torch.Tensor) -> torch.Tensor:
-            return torch.ops.headstart.int4_gemm(x, *w, group_size=weight.group_size, n=n, **options)
-
-        return work(name, (weight.packed, weight.scales, weight.zeros), call, exact)
-
-    of_torch, weight = grouped(GROUP)
-    exact = x.float() @ weight.dequantize().mT
-    theirs = baselines.int4_weight(codes, *of_torch)
-    works = [
-        work(INT4, theirs, lambda *w: baselines.int4_gemm(x, *w, GROUP), exact, baseline=INT4),
-        work(LINEAR, (weight.dequantize(dtype),), lambda w: F.linear(x, w), exact, baseline=LINEAR),
-        ours(INT4_GEMM, weight, exact),
-        ours(INT8_ACTIVATIONS, weight, exact, int8_activations=True),
-    ]
-    if m == SMALL_GROUP_ROWS:
-        _, weight = grouped(SMALL_GROUP)
-        works.append(ours(INT8_SMALL_GROUPS, weight, x.float() @ weight.dequantize().mT, int8_activations=True))
-    return works
-
-
-def pruned(spec: Spec) -> tuple[torch.Tensor, dict[str, BitmapWeight]]:
-    """A weight whose random half is 0, and the same weight compressed, by the name of its values."""
-    w = torch.randn(spec.shape.n, spec.shape.k).to(DTYPES[spec.dtype])
-    w.masked_fill_(torch.rand(w.shape) < ZEROS, 0)
-    return w, {name: BitmapWeight.compress(w, values, GROUP) for values, name in BITMAP_VALUES.items()}
-
-
-def tensors_of(w: BitmapWeight) -> tuple[torch.Tensor, ...]:
-    return tuple(t for t in (w.values, w.bitmask, w.row_offsets, w.scales) if t is not None)
-
-
-def of_tensors(w: BitmapWeight, values, bitmask, row_offsets, scales=None) -> BitmapWeight:
-    """Another weight of w's shape. It is made once for each copy, so that its checks are not timed."""
-    return BitmapWeight(values, bitmask, row_offsets, w.shape, scales, w.group_size)
-
-
-def cold_weights(w: BitmapWeight) -> tuple[Iterator[BitmapWeight], int]:
-    """The weight's copies in turn, without end, and the bytes of all copies."""
-    rotation = Rotation(tensors_of(w), cold_bytes())
-    return itertools.cycle([of_tensors(w, *copy) for copy in rotation.items]), rotation.bytes
-
-
-def bitmap(spec: Spec) -> list[Work]:
-    """To and from a dense weight that exists already; each comes from memory."""
-    w, weights = pruned(spec)
-    out = torch.empty_like(w)
-    dense = Rotation((w,), cold_bytes())
-    works = [
-        Work(
-            COPY,
-            lambda: out.copy_(*dense.next()),
-            baseline=COPY,
-            bytes=2 * w.nbytes,
-            cycle_bytes=dense.bytes,
-            limit="copy",
-        )
-    ]
-    for name, c in weights.items():
-        cold, cycle_bytes = cold_weights(c)
-        exact = w if c.scales is None else c.decompress()
-        works.append(
-            Work(
-                name,
-                lambda cold=cold: next(cold).decompress(out),
-                bytes=c.nbytes + w.nbytes,
-                cycle_bytes=cycle_bytes,
-                limit="copy",
-                check=lambda got, exact=exact: float((got != exact).sum()),
-            )
-        )
-    compress = Work(
-        COMPRESS,
-        lambda: BitmapWeight.compress(*dense.next()),
-        bytes=w.nbytes,
-        check=lambda got: float((got.decompress() != w).sum()),
-    )
-    return [*works, compress]
-
-
-def bitmap_gemm(spec: Spec) -> list[Work]:
-    """The same weight dense in bf16 and compressed; each comes from memory."""
-    w, weights = pruned(spec)
-    m, numbers = spec.tokens, dict(flops=2 * spec.tokens * w.numel(), limit="read" if spec.tokens == 1 else "gemm")
-    x = torch.randn(m, spec.shape.k).to(w.dtype)
-    dense = Rotation((w,), cold_bytes())
-    numbers_of_dense = dict(bytes=w.nbytes, cycle_bytes=dense.bytes, **numbers)
-    works = [Work(LINEAR, lambda: F.linear(x, *dense.next()), baseline=LINEAR, **numbers_of_dense)]
-    for name, c in weights.items():
-        cold, cycle_bytes = cold_weights(c)
-        exact = x.float() @ c.decompress().float().mT
-        works.append(
-            Work(
-                name,
-                lambda cold=cold: headstart.bitmap_gemm(x, next(cold)),
-                bytes=c.nbytes,
-                cycle_bytes=cycle_bytes,
-                check=lambda out, exact=exact: baselines.relative_error(out, exact),
-                error_bar=ERROR_BAR[spec.dtype],
-                **numbers,
-            )
-        )
-    return works
 
 
 CHOICES = {  # the works that run in every tier

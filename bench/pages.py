@@ -14,13 +14,12 @@ import limits
 import machine
 import report
 from baselines import COPY, FLEX, INT4, LINEAR, SDPA
-from cases import (
+from cases import CHOICE, EVERY
+from work import (
     BITMAP,
     BITMAP_GEMM,
     BITMAP_VALUES,
-    CHOICE,
     COMPRESS,
-    EVERY,
     GROUP,
     INT4_GEMM,
     INT8_ACTIVATIONS,
@@ -306,7 +305,8 @@ def run_results(folder: Path) -> dict[Path, dict]:
     found = {}
     for path in sorted(folder.glob("*.json")):
         content = report.parse(path)
-        if "groups" in content and path.stem == machine.slug(content["environment"]):
+        of_cpu = "groups" in content and "cpu" in content.get("environment", ())
+        if of_cpu and path.stem == machine.slug(content["environment"]):
             found[path] = report.load(path)
     return dict(sorted(found.items(), key=lambda item: item[1]["environment"]["date"], reverse=True))
 

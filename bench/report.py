@@ -14,10 +14,11 @@ from pathlib import Path
 
 import limits
 from baselines import COPY, FLEX, INT4, LINEAR, SDPA
-from cases import BITMAP, BITMAP_GEMM, CHOICE, EVERY, INT4_GEMM, Spec
+from cases import CHOICE, EVERY, Spec
 from headstart import _library
 from measure import interleave
 from targets import FASTEST_TIER, targets
+from work import BITMAP, BITMAP_GEMM, INT4_GEMM
 
 SCHEMA = 2
 IN_CACHE = 2  # memory is no limit for data that come again before 2 × the caches' size has moved
@@ -269,16 +270,20 @@ def table(group: dict):
     from rich.text import Text
 
     out = Table(title=Text(group["title"], "bold"), title_justify="left", box=None, padding=(0, 1, 0, 0))
-    columns = {**COLUMNS, **dict.fromkeys(ratios(group).values(), 8), "of every block": 13}
+    columns = {**COLUMNS, **dict.fromkeys(ratios(group).values(), 8)}
+    beside_full = any("share_of_full" in result for result in group["results"])
+    columns |= {"of every block": 13} if beside_full else {}
     for name, width in columns.items():
         out.add_column(name, justify="left" if name == "case" else "right", min_width=width, no_wrap=True)
     out.add_column("target", no_wrap=True)
     for result in group["results"]:
-        out.add_row(*cells(result, ratios(group)), target_cell(result), style="dim" if result["baseline"] else "")
+        out.add_row(
+            *cells(result, ratios(group), beside_full), target_cell(result), style="dim" if result["baseline"] else ""
+        )
     return out
 
 
-def cells(result: dict, baselines: dict[str, str]) -> list[str]:
+def cells(result: dict, baselines: dict[str, str], beside_full: bool) -> list[str]:
     def ratio(name: str) -> str:
         return f"{digits(versus[name])}×" if name in versus else ""
 
@@ -296,7 +301,7 @@ def cells(result: dict, baselines: dict[str, str]) -> list[str]:
         *(digits(percent) for percent in result["percent"].values()),
         *([result["limited_by"]] if result["percent"] else ["", ""]),
         *(ratio(name) for name in baselines),
-        of_full,
+        *([of_full] if beside_full else []),
     ]
 
 

@@ -8,17 +8,15 @@ from __future__ import annotations
 import dataclasses
 
 from baselines import COPY, INT4, LINEAR, SDPA
-from cases import (
+from cases import CHOICE, EVERY, STEPS
+from work import (
     BITMAP,
     BITMAP_GEMM,
     BITMAP_VALUES,
-    CHOICE,
     COMPRESS,
-    EVERY,
     INT4_GEMM,
     INT8_ACTIVATIONS,
     INT8_SMALL_GROUPS,
-    STEPS,
 )
 
 FASTEST_TIER = "versus_fastest_tier"

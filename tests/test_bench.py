@@ -29,6 +29,7 @@ import pages  # noqa: E402
 import report  # noqa: E402
 import run as bench_run  # noqa: E402
 import targets  # noqa: E402
+import work  # noqa: E402
 from headstart import _library  # noqa: E402
 
 RATES = {
@@ -140,26 +141,26 @@ def test_the_highest_rate_of_a_run_is_the_limit():
 
 
 @pytest.mark.parametrize(
-    "family, dtype, work, limit, share",
+    "family, dtype, name, limit, share",
     [
         ("sparse_attention", "fp32", cases.EVERY, "fp32", 50),
         ("sparse_attention", "bf16", cases.EVERY, "bf16", 12.5),
-        (cases.INT4_GEMM, "bf16", cases.INT8_ACTIVATIONS, "int8", 6.25),
-        (cases.INT4_GEMM, "bf16", cases.INT4_GEMM, "int8", 6.25),  # its codes may be multiplied as bytes
-        (cases.INT4_GEMM, "bf16", baselines.LINEAR, "bf16", 12.5),
+        (work.INT4_GEMM, "bf16", work.INT8_ACTIVATIONS, "int8", 6.25),
+        (work.INT4_GEMM, "bf16", work.INT4_GEMM, "int8", 6.25),  # its codes may be multiplied as bytes
+        (work.INT4_GEMM, "bf16", baselines.LINEAR, "bf16", 12.5),
     ],
 )
-def test_a_product_is_compared_with_the_fastest_unit_that_is_exact_enough(family, dtype, work, limit, share):
-    baseline = work if work == baselines.LINEAR else None
-    raw = group(result(work, [1e6], flops=100e9, limit="multiply", baseline=baseline), family=family, dtype=dtype)
+def test_a_product_is_compared_with_the_fastest_unit_that_is_exact_enough(family, dtype, name, limit, share):
+    baseline = name if name == baselines.LINEAR else None
+    raw = group(result(name, [1e6], flops=100e9, limit="multiply", baseline=baseline), family=family, dtype=dtype)
     found = report.evaluate(raw, MACHINE)["results"][0]
     assert found["limited_by"] == limit and found["percent"] == pytest.approx({"multiply": share})
 
 
 def test_no_integer_rate_is_no_share_and_no_verdict():
     without = {"when": "before the run", "rates": {name: RATES[name] for name in ("fp32", "bf16")}}
-    work = result(cases.INT8_SMALL_GROUPS, [1e6], flops=100e9, limit="multiply")
-    raw = group(work, family=cases.INT4_GEMM, tokens=256)
+    small_groups = result(work.INT8_SMALL_GROUPS, [1e6], flops=100e9, limit="multiply")
+    raw = group(small_groups, family=work.INT4_GEMM, tokens=256)
     found = report.evaluate(raw, {**MACHINE, "measured": [without]})["results"][0]
     assert found["percent"] == {} and found["targets"][0]["met"] is None
     assert report.targets_met({"groups": [{"results": [found]}]}) == (0, 0, 1)
@@ -327,8 +328,8 @@ def test_a_choice_that_loses_is_measured_again(monkeypatch):
 
 
 def test_the_choice_of_unit_runs_in_every_tier_and_is_restored(monkeypatch):
-    monkeypatch.setattr(cases, "cold_bytes", lambda: 1 << 16)
-    monkeypatch.setattr(cases, "MATRICES", (cases.Matrix(96, 256),))
+    monkeypatch.setattr(machine, "cold_bytes", lambda: 1 << 16)
+    monkeypatch.setattr(cases, "MATRICES", (work.Matrix(96, 256),))
     chosen = _library.cpu_tier()
     if len(cases.forced_tiers()) < 2:
         pytest.skip("this CPU has one tier")
@@ -338,9 +339,9 @@ def test_the_choice_of_unit_runs_in_every_tier_and_is_restored(monkeypatch):
         ("int4_gemm", "bf16", 1), ("int4_gemm", "bf16", 16), ("int4_gemm", "bf16", 256), ("bitmap_gemm", "bf16", 1),
     ]  # fmt: skip
     works = specs[0].build()
-    for work in works:
-        work.call()
-        assert _library.cpu_tier() == work.tier
+    for one in works:
+        one.call()
+        assert _library.cpu_tier() == one.tier
     _library.set_cpu_tier(chosen)
     found = report.evaluate(report.run_group(specs[0], seconds=0, min_rounds=1), MACHINE)
     assert _library.cpu_tier() == chosen == found["chosen"]
@@ -361,19 +362,19 @@ def test_random_blocks_have_the_density_they_are_asked_for():
 
 def test_checks_find_a_wrong_result():
     spec = next(cases.specs("sparse_attention", 192, dtypes=("fp32",)))
-    work = next(work for work in spec.build() if work.name == cases.EVERY)
-    out, lse = work.call()
-    assert work.check((out, lse)) <= work.error_bar
+    full = next(one for one in spec.build() if one.name == cases.EVERY)
+    out, lse = full.call()
+    assert full.check((out, lse)) <= full.error_bar
     out[0, 4, 70] += 0.5
-    assert work.check((out, lse)) > work.error_bar
+    assert full.check((out, lse)) > full.error_bar
     out[0, 4, 70] = math.nan
-    assert work.check((out, lse)) == math.inf
+    assert full.check((out, lse)) == math.inf
 
 
 @pytest.mark.parametrize("family", [*cases.FAMILIES, "tier"])
 def test_every_family_runs(family, monkeypatch):
-    monkeypatch.setattr(cases, "cold_bytes", lambda: 1 << 16)
-    monkeypatch.setattr(cases, "MATRICES", (cases.Matrix(96, 256),))
+    monkeypatch.setattr(machine, "cold_bytes", lambda: 1 << 16)
+    monkeypatch.setattr(cases, "MATRICES", (work.Matrix(96, 256),))
     for spec in cases.specs(family, 128):
         found = report.evaluate(report.run_group(spec, seconds=0, min_rounds=1), MACHINE)
         assert [r["name"] for r in found["results"]] == spec.names
@@ -471,9 +472,9 @@ def tree(tmp_path) -> Path:
     groups = [attention_group(), group(dense, slow, *rest) | wide]
     groups += [group(decode, family="decode"), group(decode, family="decode", dtype="fp32"), choice_group(80.0, 100.0)]
     theirs = result(baselines.INT4, [240.0], baseline=baselines.INT4)
-    ours = result(cases.INT4_GEMM, [125.0], bytes=7.5e6, limit="read")
+    ours = result(work.INT4_GEMM, [125.0], bytes=7.5e6, limit="read")
     linear_layer = {"shape": {"n": 4096, "k": 2048}, "tokens": 1}
-    groups.append(group(theirs, ours, family=cases.INT4_GEMM) | linear_layer)
+    groups.append(group(theirs, ours, family=work.INT4_GEMM) | linear_layer)
     content = {"schema": 2, "environment": ENVIRONMENT, "machine": MACHINE, "groups": groups}
     machine.write_json(content, tmp_path / "bench" / "results" / "test-9000-2-threads-avx2.json")
     machine.write_json(content, tmp_path / "bench" / "results" / "a-copy-for-other-tokens.json")
@@ -535,7 +536,7 @@ def test_a_file_of_older_rules_has_only_the_shares_that_are_true():
     for group_, result_ in report.rows(results):
         share[group_["family"], group_["dtype"], group_["shape"].get("d"), result_["name"]] = result_["percent"]
         assert all(percent <= 100 for percent in result_["percent"].values())
-        assert group_["family"] != cases.INT4_GEMM or result_["baseline"] == baselines.LINEAR or not result_["percent"]
+        assert group_["family"] != work.INT4_GEMM or result_["baseline"] == baselines.LINEAR or not result_["percent"]
     assert share["sparse_attention", "bf16", 64, cases.EVERY] == pytest.approx({"multiply": 52.4}, abs=0.1)
     assert share["sparse_attention", "fp32", 64, cases.EVERY] == pytest.approx({"multiply": 65.8}, abs=0.1)
     page = pages.numbers_page({"x.json": results})
