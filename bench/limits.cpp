@@ -152,8 +152,8 @@ extern "C" double multiply_rate(const char* name, int threads, double seconds) {
       double taken = 0;
       const auto start = Clock::now();
       while (taken < seconds) {
-        loop.run(10000);
-        rounds += 10000;
+        loop.run(1000);
+        rounds += 1000;
         taken = seconds_since(start);
       }
       rates[thread] = rounds * loop.operations / taken / 1e9;

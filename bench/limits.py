@@ -56,7 +56,7 @@ def measure(quick: bool = False, when: str = "before the run") -> dict:
     seconds = 0.2 if quick else 1.0
     rates: dict[str, dict[str, float]] = {name: {} for name in (*UNITS["int8"], "read", "copy")}
     for name, unit in supported_loops().items():
-        rates[unit][name + " in registers"] = loop_rate(name, seconds)
+        rates[unit][f"{name} in registers"] = loop_rate(name, seconds)
     for unit, products in torch_products().items():
         for name, product in products.items():
             rate = product_rate(product, seconds)
@@ -117,14 +117,24 @@ def supported_loops() -> dict[str, str]:
     return {name: unit for name, (unit, needed) in LOOPS.items() if flags.issuperset(needed.split())}
 
 
+# Runs are as short as a call of a fast kernel. On a busy machine, short runs find a free moment, as such a kernel does.
+RUN_SECONDS, BYTES_PER_THREAD = 1e-3, 4 << 20
+
+
 def loop_rate(name: str, seconds: float) -> float:
-    """The best of short runs: a pause of the machine spoils one of them, not all."""
-    runs = 10
-    return max(library().multiply_rate(name.encode(), torch.get_num_threads(), seconds / runs) for _ in range(runs))
+    threads = torch.get_num_threads()
+    runs = max(1, round(seconds / RUN_SECONDS))
+    return max(library().multiply_rate(name.encode(), threads, RUN_SECONDS) for _ in range(runs))
 
 
-def move_call(source: torch.Tensor, target: torch.Tensor, mix: tuple[int, int]) -> float:
-    return library().move_rate(source.data_ptr(), target.data_ptr(), source.nbytes, torch.get_num_threads(), *mix)
+def move_rate(source: torch.Tensor, target: torch.Tensor, mix: tuple[int, int]) -> float:
+    """The best rate of a walk over all of the tensors, in runs; each run finds its data out of the caches."""
+    threads = torch.get_num_threads()
+    size = min(source.nbytes, threads * BYTES_PER_THREAD)
+    return max(
+        library().move_rate(source.data_ptr() + start, target.data_ptr() + start, size, threads, *mix)
+        for start in range(0, source.nbytes - size + 1, size)
+    )
 
 
 # --- torch and headstart ---------------------------------------------------------------------------------------------
@@ -204,5 +214,5 @@ def bandwidths(seconds: float) -> dict[str, dict[str, float]]:
     found = {"copy": {"torch copy": 2 * rates.pop("torch copy")}, "read": rates}
     for limit, moves in MOVES.items() if library() is not None else ():
         for name, mix in moves.items():
-            found[limit][name] = max(move_call(source, target, mix) for _ in range(5))
+            found[limit][name] = max(move_rate(source, target, mix) for _ in range(5))
     return found

