@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PACKAGE := python/headstart
 JOBS ?= $(shell awk -v cores=$$(nproc 2>/dev/null || echo 1) '/MemAvailable/ { jobs = int($$2 / 2e6) } \
 	END { if (jobs < 1) jobs = 1; print (!NR || jobs > cores) ? cores : jobs }' /proc/meminfo 2>/dev/null || echo 1)
-CLANG_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CLANG_SOURCES = $(shell find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 KERNEL_SOURCES = CMakeLists.txt $(shell find csrc -type f)
 
 # pip obeys the pins in every process it starts, isolated builds included (PIP_BUILD_CONSTRAINT from pip 25.3 on).

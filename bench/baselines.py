@@ -1,8 +1,8 @@
-"""What the kernels are compared with, and what they are checked against.
+"""The baselines of the kernels, and the checks of their results.
 
-Baselines are what a user would run otherwise: torch's scaled_dot_product_attention, and FlexAttention compiled for the
-CPU with the same blocks; torch's own int4 operator, F.linear with the weight in bf16, and a copy. Checks are plain
-float32 torch over a few rows of queries, or the reference.
+A baseline is what a user would run without headstart: torch's scaled_dot_product_attention, FlexAttention compiled for
+the CPU with the same blocks, torch's own int4 operator, F.linear with the weight in bf16, and a copy. A check compares
+with plain float32 torch over a few rows of queries, or with the reference.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COPY = "copy"
 
 
 def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Dense causal attention; its flash kernel takes grouped heads as they are."""
+    """Dense causal attention. Its flash kernel needs no copies of the keys for grouped heads."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True)
 
 
@@ -40,7 +40,7 @@ def _causal(b, h, query, key):
 def flex_mask(selected: torch.Tensor, tokens: int):
     """FlexAttention's `BlockMask` of selected blocks, bool [1, H, R, R], lower triangular with the diagonal.
 
-    Only the diagonal is marked partial; all other blocks skip the mask, so this is its fastest form.
+    Only the diagonal is partial. All other blocks skip the mask, so this is FlexAttention's fastest form.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -59,7 +59,7 @@ def flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask) -> torch.Tenso
 
 
 def int4_weight(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same weight as torch's CPU operator takes it: there w = (code - 8) s + z', so z' = (8 - z) s."""
+    """The same weight in the form of torch's CPU operator: w = (code - 8) s + z', so z' = (8 - z) s."""
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
     pairs = torch.stack([scales.mT.float(), ((8 - zeros.float()) * scales.float()).mT], -1)
     return packed, pairs.to(torch.bfloat16).contiguous()
@@ -73,15 +73,15 @@ def int4_gemm(x: torch.Tensor, packed: torch.Tensor, pairs: torch.Tensor, group_
 
 
 def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
-    """The largest difference, as a share of the largest exact value; inf if anything is not finite."""
+    """The largest difference as a share of the largest exact value; inf if a value is not finite."""
     error = float((got.float() - exact.float()).abs().max() / exact.float().abs().max())
     return error if math.isfinite(error) else math.inf
 
 
 def attention_error(q, k, v, out: torch.Tensor, selected: torch.Tensor | None = None) -> float:
-    """The error of `out` in its first, middle and last block of queries, against float32 over the attended keys.
+    """The error of `out` in the first, middle and last block of queries; float32 over the attended keys is exact.
 
-    selected: bool [1, H or 1, R, T], the blocks each row attends; all if None.
+    selected: bool [1, H or 1, R, T], the blocks that each row attends; all blocks if None.
     """
     nq, nk = q.shape[2], k.shape[2]
     k, v = (x.float().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
@@ -100,5 +100,5 @@ def attention_error(q, k, v, out: torch.Tensor, selected: torch.Tensor | None = 
 
 
 def disagreement(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """Of all that either selected, the share that only one of them did; both bool."""
+    """Two bool selections: of the elements that at least one selected, the share that only one selected."""
     return float((got ^ expected).sum() / (got | expected).sum().clamp(min=1))

@@ -1,4 +1,4 @@
-"""The index builders beside attention with every block, of which they may cost a tenth."""
+"""The index builders beside attention with every block. They may cost a twentieth of it."""
 
 FAMILIES = ("prefill_index",)
 

@@ -1,106 +1,62 @@
-"""What is measured: every case of every family, for `run.py`, the pytest suites and their tests alike.
+"""All cases, by family: `run.py`, the pytest suites and the tests use this one list.
 
-A `Spec` names a group cheaply; `build` makes its tensors and its works. The works of a group are timed in turn, so all
-ratios within a group are of one run. Targets are those of the design, for bf16 on a CPU with AVX-512-BF16.
+A `Spec` names a group of cases and costs nothing; `build` makes its tensors and its works. The works of a group take
+turns, so every ratio within a group comes from one run. Attention's works are built here, those of linear layers in
+`linear_cases.py`; the targets are in `targets.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 
 import baselines
 import headstart
+import machine
 from baselines import BLOCK, COPY, FLEX, INT4, LINEAR, SDPA
-from headstart.ops.bitmap import BitmapWeight
-from headstart.ops.int4_gemm import Int4Weight
+from headstart import _library
 from headstart.reference import centroid_lookup as lookup_reference
-from headstart.reference import int4_gemm as int4_reference
 from headstart.reference import prefill_index as index_reference
 from headstart.reference import sparse_attention as reference
-from machine import DTYPES, cold_bytes
+from linear_cases import bitmap, bitmap_gemm, int4_gemm
+from machine import DTYPES
 from measure import Rotation
+from work import (
+    BITMAP,
+    BITMAP_GEMM,
+    BITMAP_VALUES,
+    COMPRESS,
+    ERROR_BAR,
+    GROUP,
+    INT4_GEMM,
+    INT8_ACTIVATIONS,
+    INT8_SMALL_GROUPS,
+    SMALL_GROUP_ROWS,
+    ZEROS,
+    Matrix,
+    Shape,
+    Work,
+)
 
 EVERY = "every block"
 DENSITIES = (0.25, 0.10, 0.05)
-LONG_DECODE = 16  # the longer decode case, and the lookup's context, have this many times the tokens: 131,072 for 8,192
-ERROR_BAR = {"bf16": 2e-2, "fp32": 1e-4}  # of the largest exact value; see baselines.relative_error
-DISAGREEMENT_BAR = 0.02  # block scores in bf16 round differently from the reference, so near ties may fall either way
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    hq: int
-    hkv: int
-    d: int
-
-    def __str__(self) -> str:
-        return f"{self.hq}x{self.hkv}x{self.d}"
-
-    @property
-    def words(self) -> str:
-        return f"{self.hq} heads on {self.hkv} KV heads, D {self.d}"
+LONG_DECODE = 16  # the longer decode case and the lookup's context have 16 times the tokens: 131,072 for 8,192
+DISAGREEMENT_BAR = 0.02  # bf16 rounds block scores differently from the reference, so two near ties may change places
 
 
 SHAPES = (Shape(9, 3, 64), Shape(8, 2, 128))
-WIDE = Shape(32, 8, 128)  # of an 8B model; for decode steps over a fixed context
-
-
-@dataclasses.dataclass(frozen=True)
-class Matrix:
-    """A linear layer's weight, out by in."""
-
-    n: int
-    k: int
-
-    def __str__(self) -> str:
-        return f"{self.n}x{self.k}"
-
-    @property
-    def words(self) -> str:
-        return f"{self.n:,} × {self.k:,}"
+WIDE = Shape(32, 8, 128)  # the heads of an 8B model; only for decode steps over a fixed context
 
 
 MATRICES = (Matrix(4096, 4096), Matrix(11008, 4096))
-GROUP = 128
-INT4_GEMM = "int4_gemm"
-INT8_ACTIVATIONS = "int4_gemm, int8 activations"
-INT4_ROWS = (1, 16, 256)  # of activations: decoding, a batch of it, a prefill
-BITMAP, BITMAP_GEMM = "bitmap", "bitmap_gemm"
+INT4_ROWS = (1, 16, 256)  # rows of activations: one decoded token, a batch of them, a prefill
 BITMAP_ROWS = (1, 16, 64, 256)
-BITMAP_VALUES = {"same": "bf16 values", "int8": "int8 values", "int4": "int4 values"}
-COMPRESS = "compress"
-ZEROS = 0.5  # of a weight
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """`metric` is a path into a result of `report.evaluate`, e.g. ``versus.torch SDPA``; one of the bounds is set."""
-
-    metric: str
-    at_least: float | None = None
-    at_most: float | None = None
-
-
-@dataclasses.dataclass
-class Work:
-    """One call to time, and what it has to do."""
-
-    name: str
-    call: Callable[[], object]
-    baseline: str | None = None  # the baseline's name, if this is one
-    of: str | None = None  # the work a baseline is for; all of the group if None
-    flops: float = 0  # of the attended pairs: 4 D each
-    bytes: float = 0  # that must move between memory and the cores
-    limit: str | None = None  # what bounds it on this machine: "gemm", "read", "copy"
-    density: float | None = None
-    check: Callable[[object], float] | None = None  # the error of what the call returned
-    error_bar: float = 0
-    targets: tuple[Target, ...] = ()
+CHOICE = "choice of unit"
+CHOICE_TOKENS = 2048  # at most: the generic tier runs too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,23 +67,29 @@ class Spec:
     tokens: int  # or rows of activations
     flex: bool = False
     tier: str | None = None  # a lower tier, measured in a process of its own
+    kernel: str | None = None  # of the family CHOICE: the family whose kernel runs in every tier
 
     def __str__(self) -> str:
-        return f"{self.family}-{self.dtype}-{self.shape}-{self.tokens}"
+        return "-".join(filter(None, (self.family, self.kernel, self.dtype, str(self.shape), str(self.tokens))))
 
     @property
     def title(self) -> str:
+        kernel = self.kernel or self.family
         what = {"decode": "keys", "centroid_lookup": "keys", INT4_GEMM: "rows", BITMAP_GEMM: "rows"}
         shape = self.shape.words
         if isinstance(self.shape, Matrix):
-            shape += f", group {GROUP}" if self.family == INT4_GEMM else f", {100 * ZEROS:.0f} % zeros"
-        count = "" if self.family == BITMAP else f", {self.tokens:,} {what.get(self.family, 'tokens')}"
+            shape += f", group {GROUP}" if kernel == INT4_GEMM else f", {100 * ZEROS:.0f} % zeros"
+        count = "" if kernel == BITMAP else f", {self.tokens:,} {what.get(kernel, 'tokens')}"
         tier = f", {self.tier} tier" if self.tier else ""
-        return f"{self.family}, {self.dtype}, {shape}{count}{tier}"
+        choice = f"{CHOICE}, " if self.kernel else ""
+        return f"{choice}{kernel}, {self.dtype}, {shape}{count}{tier}"
 
     @property
     def names(self) -> list[str]:
         """The works' names, without building anything."""
+        if self.kernel:
+            return [f"{name}, {tier} tier" for name in CHOICES[self.kernel] for tier in forced_tiers()]
+        small_groups = [INT8_SMALL_GROUPS] if self.tokens == SMALL_GROUP_ROWS else []
         sparse = [EVERY, *(f"density {d:.2f}" for d in DENSITIES)]
         return {
             "sparse_attention": [SDPA, *sparse, *(f"{FLEX}, {name}" for name in sparse if self.flex)],
@@ -139,7 +101,7 @@ class Spec:
                 *(name for step in STEPS for name in (step, f"{SDPA}, {step}")),
             ],
             "tier": [SDPA, EVERY],
-            INT4_GEMM: [INT4, LINEAR, INT4_GEMM, INT8_ACTIVATIONS],
+            INT4_GEMM: [INT4, LINEAR, INT4_GEMM, INT8_ACTIVATIONS, *small_groups],
             BITMAP: [COPY, *BITMAP_VALUES.values(), COMPRESS],
             BITMAP_GEMM: [LINEAR, *BITMAP_VALUES.values()],
         }[self.family]
@@ -152,8 +114,11 @@ class Spec:
 
 
 def specs(family: str, tokens: int, *, dtypes=tuple(DTYPES), flex: bool = False, tier=None) -> Iterator[Spec]:
+    if family == CHOICE:
+        yield from choice_specs(tokens, dtypes)
+        return
     rows_of = {INT4_GEMM: INT4_ROWS, BITMAP_GEMM: BITMAP_ROWS, BITMAP: (1,)}
-    if family in rows_of:  # their rows are their own, and their baselines take bf16
+    if family in rows_of:  # these have rows of their own, and baselines that take bf16
         matrices, rows = (MATRICES, rows_of[family]) if tier is None else (MATRICES[:1], rows_of[family][:1])
         for matrix in matrices if "bf16" in dtypes else ():
             for m in rows:
@@ -169,11 +134,30 @@ def specs(family: str, tokens: int, *, dtypes=tuple(DTYPES), flex: bool = False,
                 yield Spec(family, dtype, shape, length, flex, tier)
 
 
+def choice_specs(tokens: int, dtypes) -> Iterator[Spec]:
+    """The cases that run in every tier; none where there is only one."""
+    if len(forced_tiers()) < 2:
+        return
+    tokens = min(tokens, CHOICE_TOKENS)
+    for dtype in dtypes:
+        yield Spec(CHOICE, dtype, SHAPES[0], tokens, kernel="sparse_attention")
+    if "bf16" in dtypes:
+        yield Spec(CHOICE, "bf16", SHAPES[0], tokens, kernel="prefill_index")
+        for rows in INT4_ROWS:
+            yield Spec(CHOICE, "bf16", MATRICES[0], rows, kernel=INT4_GEMM)
+        yield Spec(CHOICE, "bf16", MATRICES[0], 1, kernel=BITMAP_GEMM)
+
+
+def forced_tiers() -> list[str]:
+    """The tiers of this CPU that a user may force. One that emulates instructions is for tests alone."""
+    return [tier for tier in _library.cpu_tiers() if "emulated" not in tier]
+
+
 # --- inputs ----------------------------------------------------------------------------------------------------------
 
 
 def text_like(spec: Spec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v whose attention has a sink and a slowly changing topic, so that index builders have something to find."""
+    """q, k, v whose attention has a sink and a topic that changes slowly, so that an index builder finds something."""
     hq, hkv, d = spec.shape.hq, spec.shape.hkv, spec.shape.d
     topics = torch.randn(1, hkv * d, spec.tokens // 256 + 2)
     topics = F.interpolate(topics, size=spec.tokens, mode="linear").view(1, hkv, d, spec.tokens).mT
@@ -189,10 +173,10 @@ def text_like(spec: Spec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def random_blocks(heads: int, tokens: int, density: float) -> torch.Tensor:
-    """bool [1, heads, R, R]: the diagonal, and random blocks below it; about `density` of the pairs are attended."""
+    """bool [1, heads, R, R]: the diagonal and random blocks below it, about `density` of the pairs."""
     rows = -(-tokens // BLOCK)
     diagonal = torch.eye(rows, dtype=torch.bool)
-    least = (BLOCK + 1) / (tokens + 1)  # what the diagonal alone attends
+    least = (BLOCK + 1) / (tokens + 1)  # the diagonal's own share
     chosen = torch.rand(1, heads, rows, rows) < (density - least) / (1 - least)
     return chosen.tril(-1) | diagonal
 
@@ -213,7 +197,7 @@ def attention_work(spec: Spec, q, k, v, name: str, selected: torch.Tensor) -> Wo
         name,
         lambda: headstart.sparse_attention(q, k, v, index),
         flops=4 * spec.shape.d * pairs,
-        limit="gemm",
+        limit="multiply",
         density=density,
         check=lambda result: baselines.attention_error(q, k, v, result[0], selected),
         error_bar=ERROR_BAR[spec.dtype],
@@ -228,24 +212,16 @@ def every_block(spec: Spec, q, k, v) -> Work:
 def dense_baseline(spec: Spec, q, k, v) -> Work:
     pairs = spec.shape.hq * spec.tokens * (spec.tokens + 1) / 2
     flops = 4 * spec.shape.d * pairs
-    return Work(SDPA, lambda: baselines.sdpa(q, k, v), baseline=SDPA, flops=flops, limit="gemm", density=1.0)
+    return Work(SDPA, lambda: baselines.sdpa(q, k, v), baseline=SDPA, flops=flops, limit="multiply", density=1.0)
 
 
 def sparse_attention(spec: Spec) -> list[Work]:
     q, k, v = text_like(spec)
-    full = every_block(spec, q, k, v)
-    if spec.dtype == "bf16":
-        full.targets = (Target(f"versus.{SDPA}", at_least=4), Target("percent.best_gemm", at_least=75))
-    else:
-        full.targets = (Target(f"versus.{SDPA}", at_least=1),)
-    works = [dense_baseline(spec, q, k, v), full]
+    works = [dense_baseline(spec, q, k, v), every_block(spec, q, k, v)]
     masks = [torch.ones(1, spec.shape.hq, *[-(-spec.tokens // BLOCK)] * 2, dtype=torch.bool).tril()]
     for density in DENSITIES:
         masks.append(random_blocks(spec.shape.hq, spec.tokens, density))
-        work = attention_work(spec, q, k, v, f"density {density:.2f}", masks[-1])
-        if spec.dtype == "bf16":
-            work.targets = (Target("per_density", at_most=1.15),)
-        works.append(work)
+        works.append(attention_work(spec, q, k, v, f"density {density:.2f}", masks[-1]))
     if spec.flex:
         works += [flex_work(spec, q, k, v, work, selected) for work, selected in zip(works[1:], masks, strict=True)]
     return works
@@ -261,7 +237,6 @@ def flex_work(spec: Spec, q, k, v, work: Work, selected: torch.Tensor) -> Work:
         check=lambda out: baselines.attention_error(q, k, v, out, selected),
         baseline=FLEX,
         of=work.name,
-        targets=(),
     )
 
 
@@ -280,7 +255,7 @@ def prefill_index(spec: Spec) -> list[Work]:
     slash = dict(last_q=64, sink=30, local=100, scale=None, max_blocks=None, max_columns=None, **common)
     window = dict(sink=1, local=1, **common)
     adaptive = dict(scale=None, max_blocks=None, head_threshold=None, **window)
-    # Each: the call, and the same by the reference. The A-shape index has no kernel; it is its own reference.
+    # Pairs of a call and the reference's call. The A-shape index has no kernel, so it is its own reference.
     calls = (
         (lambda: headstart.a_shape_index(n, n, sink=128, local=1024), None),
         (
@@ -304,8 +279,6 @@ def prefill_index(spec: Spec) -> list[Work]:
         work = Work(name, call, density=call().density(n, n), error_bar=DISAGREEMENT_BAR)
         if expected is not None:
             work.check = lambda index, expected=expected: index_disagreement(index, expected(), n)
-        if spec.dtype == "bf16":
-            work.targets = (Target("share_of_full", at_most=0.10),)
         works.append(work)
     return works
 
@@ -326,12 +299,13 @@ def merge_attention(spec: Spec) -> list[Work]:
     shape = (1, spec.shape.hq, spec.tokens, spec.shape.d)
     out_a, out_b = (torch.randn(shape).to(DTYPES[spec.dtype]) for _ in range(2))
     lse_a, lse_b = (torch.randn(shape[:3]) for _ in range(2))
-    rotation = Rotation((out_a, lse_a, out_b, lse_b), cold_bytes())
+    rotation = Rotation((out_a, lse_a, out_b, lse_b), machine.cold_bytes())
     exact = reference.merge_attention(out_a.float(), lse_a, out_b.float(), lse_b)[0]
     work = Work(
         "merge",
         lambda: headstart.merge_attention(*rotation.next()),
         bytes=3 * (out_a.nbytes + lse_a.nbytes),
+        cycle_bytes=rotation.bytes,
         limit="copy",
         check=lambda result: baselines.relative_error(result[0], exact),
         error_bar=ERROR_BAR[spec.dtype],
@@ -343,9 +317,10 @@ def decode(spec: Spec) -> list[Work]:
     shape, dtype = spec.shape, DTYPES[spec.dtype]
     q = torch.randn(1, shape.hq, 1, shape.d).to(dtype)
     k, v = (torch.randn(1, shape.hkv, spec.tokens, shape.d).to(dtype) for _ in range(2))
-    rotation = Rotation((k, v), cold_bytes())
+    rotation = Rotation((k, v), machine.cold_bytes())
     index = block_index(torch.ones(1, 1, 1, -(-spec.tokens // BLOCK), dtype=torch.bool))
     numbers = dict(flops=4 * shape.d * shape.hq * spec.tokens, bytes=k.nbytes + v.nbytes, limit="read", density=1.0)
+    numbers["cycle_bytes"] = rotation.bytes
     ours = Work(
         EVERY,
         lambda: headstart.sparse_attention(q, *rotation.next(), index),
@@ -357,7 +332,7 @@ def decode(spec: Spec) -> list[Work]:
 
 
 REFERENCE = "reference"
-LOOKUPS = {  # queries, and whether parents are looked up first
+LOOKUPS = {  # the number of queries, and whether the lookup starts with the parents
     "one query": (1, False),
     "one query, with parents": (1, True),
     "64 queries": (64, False),
@@ -368,7 +343,7 @@ STEPS = {"decode step, 10 % of the keys": False, "decode step, 10 % of the keys,
 
 
 def drawn_clusters(spec: Spec) -> headstart.KeyClusters:
-    """Parents for 1 % of the keys, with five clusters each; their centroids are drawn around their parent's."""
+    """A parent for each 100 keys, and five clusters for each parent, whose centroids are near the parent's."""
     heads, n, d, dtype = spec.shape.hkv, spec.tokens, spec.shape.d, DTYPES[spec.dtype]
     parents = max(1, n // 100)
     of_parents = torch.randn(heads, parents, d)
@@ -383,21 +358,21 @@ def drawn_clusters(spec: Spec) -> headstart.KeyClusters:
 
 
 def best_scores(q, centroids, sizes) -> torch.Tensor:
-    """[Hkv, C]: of each cluster, ln of the best score that a query of q [1, Hq, Nq, D] gives it."""
+    """[Hkv, C]: for each cluster, the logarithm of the best score that a query of q [1, Hq, Nq, D] gives it."""
     heads, d = len(centroids), q.shape[-1]
     logits = q.float().view(heads, -1, d) @ centroids.float().mT / d**0.5
     return lookup_reference.log_scores(logits, sizes[:, None], torch.ones(()).bool()).amax(1)
 
 
 def threshold_that_keeps(share: float, q, centroids, sizes) -> torch.Tensor:
-    """[Hkv]: `share` of the clusters score higher."""
+    """[Hkv]: the thresholds above which `share` of the clusters score."""
     return best_scores(q, centroids, sizes).quantile(1 - share, -1).exp()
 
 
 def thresholds_that_keep(
     share: float, of_parents: float, q, clusters: headstart.KeyClusters
 ) -> tuple[torch.Tensor, ...]:
-    """The same for children and parents, where only the children of parents that are kept are scored: for one query."""
+    """Thresholds for children and parents, for one query. Only the children of parents that are kept have scores."""
     sizes = clusters.cluster_offsets.diff(dim=-1)
     parent_sizes = clusters.cluster_offsets.gather(1, clusters.parent_offsets.long()).diff(dim=-1)
     parents = threshold_that_keeps(of_parents, q, clusters.parent_centroids, parent_sizes)
@@ -409,7 +384,7 @@ def thresholds_that_keep(
 
 def centroid_lookup(spec: Spec) -> list[Work]:
     clusters, works = drawn_clusters(spec), []
-    rotation = Rotation((clusters.centroids, clusters.parent_centroids), cold_bytes())
+    rotation = Rotation((clusters.centroids, clusters.parent_centroids), machine.cold_bytes())
     copies = [dataclasses.replace(clusters, centroids=c, parent_centroids=p) for c, p in rotation.items]
     flat_copies = [dataclasses.replace(c, parent_centroids=None, parent_offsets=None) for c in copies]
     sizes = clusters.cluster_offsets.diff(dim=-1)
@@ -437,7 +412,7 @@ def centroid_lookup(spec: Spec) -> list[Work]:
         read = clusters.centroids.nbytes
         if with_parents:
             read = clusters.parent_centroids.nbytes + int(KEPT_PARENTS * read)
-        numbers = dict(bytes=read, limit="read") if queries == 1 else {}
+        numbers = dict(bytes=read, cycle_bytes=read * len(copies), limit="read") if queries == 1 else {}
         numbers["flops"] = 2 * queries * spec.shape.hq // spec.shape.hkv * read / clusters.centroids.element_size()
         if queries > 1:
             numbers["limit"] = "gemm"
@@ -448,19 +423,20 @@ def centroid_lookup(spec: Spec) -> list[Work]:
 
 
 def decode_steps(spec: Spec, clusters: headstart.KeyClusters) -> list[Work]:
-    """Lookup and attention of one query, over keys drawn around their centroids, beside attention to all of them."""
+    """One query: lookup and attention to the keys of the clusters that it finds, beside attention to all keys."""
     shape, dtype, works = spec.shape, DTYPES[spec.dtype], []
     flat = dataclasses.replace(clusters, parent_centroids=None, parent_offsets=None)
     sizes = clusters.cluster_offsets.diff(dim=-1)
     near = [c.repeat_interleave(n, 0, output_size=spec.tokens) for c, n in zip(clusters.centroids, sizes)]
     k = (torch.stack(near)[None] + 0.5 * torch.randn(1, shape.hkv, spec.tokens, shape.d)).to(dtype)
     v = torch.randn(1, shape.hkv, spec.tokens, shape.d).to(dtype)
-    rotation = Rotation((k, v), cold_bytes())
+    rotation = Rotation((k, v), machine.cold_bytes())
     q = torch.randn(1, shape.hq, 1, shape.d).to(dtype)
     of_all = threshold_that_keeps(KEPT_CLUSTERS, q, clusters.centroids, sizes)
     restricted, of_parents = thresholds_that_keep(KEPT_CLUSTERS, KEPT_PARENTS, q, clusters)
     no_blocks = torch.zeros(1, shape.hkv, 1, dtype=torch.int32), torch.zeros(1, shape.hkv, 1, 0, dtype=torch.int32)
     numbers = dict(flops=4 * shape.d * shape.hq * spec.tokens, bytes=k.nbytes + v.nbytes, limit="read", density=1.0)
+    numbers["cycle_bytes"] = rotation.bytes
     for name, with_parents in STEPS.items():
 
         def look_up(with_parents=with_parents):
@@ -474,8 +450,6 @@ def decode_steps(spec: Spec, clusters: headstart.KeyClusters) -> list[Work]:
 
         work = Work(name, step, error_bar=ERROR_BAR[spec.dtype], density=KEPT_CLUSTERS)
         work.check = lambda got, look_up=look_up: chosen_keys_error(q, k, v, look_up(), got[0])
-        if spec.dtype == "bf16":
-            work.targets = (Target(f"versus.{SDPA}", at_least=5),)
         sdpa = Work(f"{SDPA}, {name}", lambda: baselines.sdpa(q, *rotation.next()), baseline=SDPA, of=name, **numbers)
         works += [work, sdpa]
     return works
@@ -492,138 +466,32 @@ def lookup_disagreement(got: tuple[torch.Tensor, ...], expected: tuple[torch.Ten
 
 
 def tier(spec: Spec) -> list[Work]:
-    """Both sides held to an instruction set: `HEADSTART_ISA` for us; torch's own kernels, MKL and oneDNN each by its
-    variable (run.py), since SDPA takes its matrix products from MKL, which `ATEN_CPU_CAPABILITY` does not bind."""
+    """headstart and torch with the same instruction set. `HEADSTART_ISA` holds headstart to it. torch's own kernels,
+    MKL and oneDNN have a variable each (run.py): SDPA multiplies with MKL, which ignores `ATEN_CPU_CAPABILITY`."""
     q, k, v = text_like(spec)
-    full = every_block(spec, q, k, v)
-    if spec.tier == "avx2":
-        full.targets = (Target(f"versus.{SDPA}", at_least=1),)
-    return [dense_baseline(spec, q, k, v), full]
+    return [dense_baseline(spec, q, k, v), every_block(spec, q, k, v)]
 
 
-def int4_gemm(spec: Spec) -> list[Work]:
-    """The same weight three times: ours, torch's int4 operator's, and in bf16; each from memory."""
-    n, k, m = spec.shape.n, spec.shape.k, spec.tokens
-    dtype = DTYPES[spec.dtype]
-    codes = torch.randint(0, 16, (n, k), dtype=torch.uint8)
-    scales = (0.001 + 0.01 * torch.rand(n, k // GROUP)).to(dtype)
-    zeros = torch.randint(4, 12, (n, k // GROUP), dtype=torch.uint8)
-    panels = [int4_reference.to_panels(part) for part in (scales, zeros)]
-    weight = Int4Weight(torch.ops.headstart.int4_pack(codes), *panels, GROUP, (n, k))
-    x = torch.randn(m, k).to(dtype)
-    exact = x.float() @ weight.dequantize().mT
-
-    def work(name: str, tensors: tuple[torch.Tensor, ...], call: Callable, **given) -> Work:
-        rotation = Rotation(tensors, cold_bytes())
-        return Work(
-            name,
-            lambda: call(*rotation.next()),
-            flops=2 * m * n * k,
-            bytes=sum(t.nbytes for t in tensors),
-            limit="read" if m == 1 else "gemm",
-            check=lambda out: baselines.relative_error(out, exact),
-            error_bar=ERROR_BAR[spec.dtype],
-            **given,
-        )
-
-    def ours(packed, scales, zeros, **options):
-        return torch.ops.headstart.int4_gemm(x, packed, scales, zeros, group_size=GROUP, n=n, **options)
-
-    theirs = baselines.int4_weight(codes, scales, zeros)
-    return [
-        work(INT4, theirs, lambda *w: baselines.int4_gemm(x, *w, GROUP), baseline=INT4),
-        work(LINEAR, (weight.dequantize(dtype),), lambda w: F.linear(x, w), baseline=LINEAR),
-        work(INT4_GEMM, (weight.packed, *panels), ours, targets=int4_targets(spec)),
-        work(
-            INT8_ACTIVATIONS,
-            (weight.packed, *panels),
-            lambda *w: ours(*w, int8_activations=True),
-            targets=(Target(f"versus.{LINEAR}", at_least=1),) if m == 256 and spec.tier is None else (),
-        ),
-    ]
+CHOICES = {  # the works that run in every tier
+    "sparse_attention": (EVERY,),
+    "prefill_index": ("adaptive stride 16, 4 samples",),
+    INT4_GEMM: (INT4_GEMM, INT8_ACTIVATIONS),
+    BITMAP_GEMM: (BITMAP_VALUES["same"],),
+}
 
 
-def int4_targets(spec: Spec) -> tuple[Target, ...]:
-    if spec.tier is not None:
-        return (Target(f"versus.{INT4}", at_least=1),) if spec.tier == "avx2" else ()
-    return {
-        1: (Target("percent.read", at_least=88), Target(f"versus.{INT4}", at_least=1.6)),
-        16: (Target(f"versus.{INT4}", at_least=1.9),),
-        256: (Target(f"versus.{INT4}", at_least=2), Target(f"versus.{LINEAR}", at_least=0.85)),
-    }.get(spec.tokens, ())
+def choice(spec: Spec) -> list[Work]:
+    """Some works of another family, each in every tier. Each call forces its tier; `report.run_group` undoes it."""
+    works = {work.name: work for work in BUILDERS[spec.kernel](spec)}
+    return [in_tier(works[name], tier) for name in CHOICES[spec.kernel] for tier in forced_tiers()]
 
 
-def pruned(spec: Spec) -> tuple[torch.Tensor, dict[str, BitmapWeight]]:
-    """A weight of which a random half is 0, and compressed, by the name of its values."""
-    w = torch.randn(spec.shape.n, spec.shape.k).to(DTYPES[spec.dtype])
-    w.masked_fill_(torch.rand(w.shape) < ZEROS, 0)
-    return w, {name: BitmapWeight.compress(w, values, GROUP) for values, name in BITMAP_VALUES.items()}
+def in_tier(work: Work, tier: str) -> Work:
+    def call():
+        _library.set_cpu_tier(tier)
+        return work.call()
 
-
-def tensors_of(w: BitmapWeight) -> tuple[torch.Tensor, ...]:
-    return tuple(t for t in (w.values, w.bitmask, w.row_offsets, w.scales) if t is not None)
-
-
-def of_tensors(w: BitmapWeight, values, bitmask, row_offsets, scales=None) -> BitmapWeight:
-    """Another weight of w's shape; made once for each copy, as its checks are no part of what is timed."""
-    return BitmapWeight(values, bitmask, row_offsets, w.shape, scales, w.group_size)
-
-
-def cold_weights(w: BitmapWeight) -> Iterator[BitmapWeight]:
-    return itertools.cycle([of_tensors(w, *copy) for copy in Rotation(tensors_of(w), cold_bytes()).items])
-
-
-def bitmap(spec: Spec) -> list[Work]:
-    """To and from a dense weight that is allocated already; each from memory."""
-    w, weights = pruned(spec)
-    out = torch.empty_like(w)
-    dense = Rotation((w,), cold_bytes())
-    works = [Work(COPY, lambda: out.copy_(*dense.next()), baseline=COPY, bytes=2 * w.nbytes, limit="copy")]
-    for name, c in weights.items():
-        cold, same = cold_weights(c), c.scales is None
-        exact = w if same else c.decompress()
-        works.append(
-            Work(
-                name,
-                lambda cold=cold: next(cold).decompress(out),
-                bytes=c.nbytes + w.nbytes,
-                limit="copy",
-                check=lambda got, exact=exact: float((got != exact).sum()),
-                targets=(Target(f"versus.{COPY}", at_least=1.1),) if same and spec.tier is None else (),
-            )
-        )
-    compress = Work(
-        COMPRESS,
-        lambda: BitmapWeight.compress(*dense.next()),
-        bytes=w.nbytes,
-        check=lambda got: float((got.decompress() != w).sum()),
-        targets=(Target("gbs", at_least=1),),
-    )
-    return [*works, compress]
-
-
-def bitmap_gemm(spec: Spec) -> list[Work]:
-    """The same weight dense in bf16, and compressed; each from memory."""
-    w, weights = pruned(spec)
-    m, numbers = spec.tokens, dict(flops=2 * spec.tokens * w.numel(), limit="read" if spec.tokens == 1 else "gemm")
-    x = torch.randn(m, spec.shape.k).to(w.dtype)
-    dense = Rotation((w,), cold_bytes())
-    works = [Work(LINEAR, lambda: F.linear(x, *dense.next()), baseline=LINEAR, bytes=w.nbytes, **numbers)]
-    for name, c in weights.items():
-        cold = cold_weights(c)
-        exact = x.float() @ c.decompress().float().mT
-        works.append(
-            Work(
-                name,
-                lambda cold=cold: headstart.bitmap_gemm(x, next(cold)),
-                bytes=c.nbytes,
-                check=lambda out, exact=exact: baselines.relative_error(out, exact),
-                error_bar=ERROR_BAR[spec.dtype],
-                targets=(Target(f"versus.{LINEAR}", at_least=2.5),) if m == 1 and spec.tier is None else (),
-                **numbers,
-            )
-        )
-    return works
+    return dataclasses.replace(work, name=f"{work.name}, {tier} tier", call=call, of=work.name, tier=tier)
 
 
 BUILDERS = {
@@ -633,8 +501,9 @@ BUILDERS = {
     "decode": decode,
     "centroid_lookup": centroid_lookup,
     "tier": tier,
+    CHOICE: choice,
     INT4_GEMM: int4_gemm,
     BITMAP: bitmap,
     BITMAP_GEMM: bitmap_gemm,
 }
-FAMILIES = tuple(name for name in BUILDERS if name != "tier")
+FAMILIES = tuple(name for name in BUILDERS if name != "tier")  # "tier" runs in processes of its own

@@ -23,7 +23,7 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A module's FAMILIES become one test a work; those of a group follow each other and share its tensors."""
+    """A module's FAMILIES become tests, one for each work. The tests of a group follow each other and share tensors."""
     if "family_work" in metafunc.fixturenames:
         tokens, flex = metafunc.config.getoption("tokens"), metafunc.config.getoption("flex")
         params = [
@@ -35,14 +35,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("family_work", params, indirect=True)
 
 
-@functools.lru_cache(maxsize=1)  # one group's tensors at a time
+@functools.lru_cache(maxsize=1)  # keeps the tensors of one group at a time
 def _works(spec: cases.Spec) -> dict[str, cases.Work]:
     return {work.name: work for work in spec.build()}
 
 
 @pytest.fixture
 def family_work(request: pytest.FixtureRequest, benchmark) -> cases.Work:
-    """One work to time; the benchmark's group is that of the work."""
+    """One work to time, in the benchmark group of its spec."""
     spec, name = request.param
     work = _works(spec)[name]
     benchmark.group = spec.title

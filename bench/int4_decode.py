@@ -1,9 +1,9 @@
 """Decoding with int4 linear layers against bf16: ``python bench/int4_decode.py``.
 
 SmolLM2-135M reads a prompt and generates greedily, once with its own linear layers and once with `Int4Linear` of each
-group size; the models take turns, a token each, so the ratio of a token is disturbed by little. A profile says where a
-token's time goes: hooks around the layers' linears and the output layer, whose weight is tied to the embedding and
-stays as it is; all else is the model's own Python and small operators, the same in all of them.
+group size. The models take turns, one token each, so a disturbance changes the ratio of a token only a little. Hooks
+measure the time of a token's parts: the layers' linears; the output layer, which shares its weight with the embedding
+and is not quantised; and the rest, which is the model's own Python and small operators, the same in all models.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         models = {options.dtype: twin(model)}
         models |= {f"int4, group {size}": quantize_linears(twin(model), size) for size in options.group_size}
     decoders = {name: Decoder(one, ids) for name, one in models.items()}
-    for _ in range(4):  # what is allocated by the first calls
+    for _ in range(4):  # the first calls allocate memory
         for decoder in decoders.values():
             decoder.step()
             decoder.seconds.clear()
@@ -110,9 +110,9 @@ def main(arguments: list[str] | None = None) -> int:
         table.add_row(name, f"{row['tokens_per_second']:.1f}", f"{row['speedup']:.2f}", *parts, size)
     console.print(table)
     settings = {name: getattr(options, name) for name in ("context", "tokens", "group_size", "dtype")}
-    results = {"schema": report.SCHEMA, "environment": environment, "settings": settings, "rows": rows}
-    path = options.output or Path(__file__).parent / "results" / f"int4-decode-{machine.slug(environment)}.json"
-    report.save(results, path)
+    results = {"environment": environment, "settings": settings, "rows": rows}
+    path = options.output or machine.RESULTS / f"int4-decode-{machine.slug(environment)}.json"
+    machine.write_json(results, path)
     console.print(f"written to {path}", highlight=False, soft_wrap=True)
     return 0
 

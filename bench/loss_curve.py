@@ -2,10 +2,10 @@
 
     python bench/loss_curve.py [--tokens 8192] [--measurements plan.json.measurements.json] [--curve oracle ...]
 
-Reads two texts with each plan and writes the difference in loss of the second half against dense attention by the same
-kernel to `bench/results/loss-curve.json`, and the picture to `docs/loss-curve.png`. "oracle" is adaptive with every
-query sampled: exact block masses, more than any estimate can know, at the price of dense attention. Every layer is
-sparse, whether that pays or not.
+Reads two texts with each plan and compares the loss of the second half with dense attention by the same kernel. The
+differences go to `bench/results/loss-curve.json`, the picture to `docs/loss-curve.png`. "oracle" is adaptive with every
+query sampled. It knows the exact block masses, which no estimate can know, and costs as much as dense attention. Every
+layer is sparse, even where that does not pay.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from headstart.engine.load import SMOLLM2, load_model
 from headstart.offline.prefill_plan import PrefillPlan
 from headstart.offline.prefill_search import search_prefill_plan
 from headstart.texts import sample_texts, token_ids
+from machine import RESULTS as FOLDER
+from machine import ROOT, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench/results/loss-curve.json"
+RESULTS = FOLDER / "loss-curve.json"
 SEARCHED = (0.08, 0.12, 0.16, 0.2)
 
 
@@ -54,10 +55,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument(
-        "--measurements", type=Path, help="of `headstart search smollm2`, with the same seed and windows"
+        "--measurements", type=Path, help="the file of `headstart search smollm2` with the same seed and windows"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of that search")
-    parser.add_argument("--curve", nargs="+", help="measure these again, and take the others from the last results")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of that search")
+    parser.add_argument("--curve", nargs="+", help="measure only these; the others keep their last results")
     options = parser.parse_args()
 
     searched = None
@@ -88,7 +89,7 @@ def main() -> None:
             curves[family].append(point)
             print(family, json.dumps(point), flush=True)
     content = {"tokens": options.tokens, "dense_loss": dense, "curves": curves, "environment": environment()}
-    RESULTS.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(content, RESULTS)
     draw(content)
 
 

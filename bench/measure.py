@@ -1,4 +1,4 @@
-"""How calls are timed: in turn, so that what disturbs the machine disturbs all of them alike."""
+"""Timing. The calls take turns, so that a disturbance of the machine slows all of them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def interleave(
     max_rounds: int = 200,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Times the calls in rounds A B C, A B C, ...; microseconds by name, one a round.
+    """Times the calls in rounds A B C, A B C, ...; returns microseconds by name, one for each round.
 
-    Stops after `max_rounds`, or once `seconds` have passed and there are `min_rounds`. Warm up before.
+    Stops after `max_rounds`, or when `seconds` have passed and `min_rounds` are done. The caller warms up before.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     collecting = gc.isenabled()
@@ -38,9 +38,9 @@ def interleave(
 
 
 class Rotation:
-    """Copies of the same tensors, enough that by the time one comes round again it has left the caches.
+    """Copies of the same tensors, so many that a copy has left the caches when its turn comes again.
 
-    Calls that are timed in turn share one rotation, so that none finds what another has just read.
+    Calls that take turns share one rotation, so that none finds in the caches what another has just read.
     """
 
     def __init__(self, tensors: Iterable, cold_bytes: int):
@@ -48,6 +48,7 @@ class Rotation:
         size = sum(t.nbytes for t in first)
         copies = max(1, -(-cold_bytes // size))
         self.items = [first, *(tuple(t.clone() for t in first) for _ in range(copies - 1))]
+        self.bytes = size * len(self.items)
         self.turn = -1
 
     def next(self) -> tuple:

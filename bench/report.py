@@ -1,21 +1,27 @@
 """From raw times to a report: rates, shares of the machine's limits, ratios, targets; the table and the JSON file.
 
-Raw groups are plain data (`run_group`), so a group measured in another process is evaluated like one of this process.
+A raw group is plain data (`run_group`), so a group from another process or from a file is evaluated in the same way.
+`load` evaluates a file again: its times are facts, the shares and targets are judged by today's rules.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import statistics
+from collections.abc import Collection
 from pathlib import Path
 
+import limits
 from baselines import COPY, FLEX, INT4, LINEAR, SDPA
-from cases import BITMAP, BITMAP_GEMM, EVERY, INT4_GEMM, Spec
+from cases import CHOICE, EVERY, Spec
+from headstart import _library
 from measure import interleave
+from targets import FASTEST_TIER, targets
+from work import BITMAP, BITMAP_GEMM, INT4_GEMM
 
-SCHEMA = 1
+SCHEMA = 2
+IN_CACHE = 2  # memory is no limit for data that come again before 2 × the caches' size has moved
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------
@@ -23,17 +29,22 @@ SCHEMA = 1
 
 def run_group(spec: Spec, *, seconds: float, min_rounds: int, max_rounds: int = 200) -> dict:
     """Builds a group, checks every result once (which warms up), and times its works in turn."""
-    works = spec.build()
-    errors = {work.name: check(work) for work in works}
-    calls = {work.name: work.call for work in works}
-    times = interleave(calls, seconds=seconds, min_rounds=min_rounds, max_rounds=max_rounds)
+    chosen = _library.cpu_tier()
+    try:
+        works = spec.build()
+        errors = {work.name: check(work) for work in works}
+        calls = {work.name: work.call for work in works}
+        times = interleave(calls, seconds=seconds, min_rounds=min_rounds, max_rounds=max_rounds)
+    finally:
+        if chosen is not None:
+            _library.set_cpu_tier(chosen)
     left_out = {"call", "check"}
     return {
         "title": spec.title,
+        "chosen": chosen,
         **dataclasses.asdict(spec),
         "results": [
             {field.name: getattr(work, field.name) for field in dataclasses.fields(work) if field.name not in left_out}
-            | {"targets": [dataclasses.asdict(target) for target in work.targets]}
             | {"error": errors[work.name], "times_us": [round(t, 2) for t in times[work.name]]}
             for work in works
         ],
@@ -48,8 +59,13 @@ def check(work) -> float | None:
 # --- the maths -------------------------------------------------------------------------------------------------------
 
 
-def evaluate(raw: dict, machine: dict) -> dict:
-    """A raw group with, for every result: its median and best time, rates, shares of limits, ratios, targets met."""
+def evaluate(raw: dict, machine: dict, unknown: Collection[str] = ()) -> dict:
+    """A raw group with, for every result: its median and best time, rates, share of a limit, ratios, judged targets.
+
+    machine: `cache_bytes`, and `measured`, a list of what `limits.measure` returned.
+    unknown: limits whose measured rate is known to be too low.
+    """
+    found = limits.highest(machine["measured"])
     results = [dict(result) for result in raw["results"]]
     for result in results:
         result["median_us"] = statistics.median(result["times_us"])
@@ -59,65 +75,104 @@ def evaluate(raw: dict, machine: dict) -> dict:
         time = result["median_us"]
         result["gflops"] = result["flops"] / time / 1e3 if result["flops"] else None
         result["gbs"] = result["bytes"] / time / 1e3 if result["bytes"] else None
-        result["percent"] = percentages(result, raw["dtype"], machine)
+        result["limited_by"] = limited_by(raw, result, found, machine["cache_bytes"], unknown)
+        result["percent"] = {}
+        if result["limited_by"] is not None:
+            rate = result["gflops"] if result["limit"] == "multiply" else result["gbs"]
+            result["percent"] = {result["limit"]: 100 * rate / found[result["limited_by"]]["rate"]}
         if result["baseline"] is None:
             result["versus"] = {
                 other["baseline"]: other["median_us"] / time
                 for other in results
                 if other["baseline"] is not None and other["of"] in (None, result["name"])
             }
-            if full is not None and result is not full:
+            if raw["family"] == CHOICE:
+                tiers = [other["median_us"] for other in results if other["of"] == result["of"]]
+                result[FASTEST_TIER] = min(tiers) / time
+            elif full is not None and result is not full:
                 result["share_of_full"] = time / full["median_us"]
-                if result["limit"] == "gemm":
+                if result["limit"] == "multiply":
                     result["per_density"] = result["share_of_full"] / result["density"]
         result["wrong"] = result["error"] is not None and not result["error"] <= result["error_bar"]
-        result["targets"] = [judge(target, result) for target in result["targets"]]
+        result["targets"] = [judge(dataclasses.asdict(target), result) for target in targets(raw, result)]
     return {**raw, "results": results}
 
 
-def percentages(result: dict, dtype: str, machine: dict) -> dict[str, float]:
-    """Of the GEMM rate in the same dtype and of the best one, or of the read or copy bandwidth."""
-    if result["limit"] == "gemm":
-        rates = machine["gemm_gflops"]
-        return {
-            "gemm": 100 * result["gflops"] / rates[dtype],
-            "best_gemm": 100 * result["gflops"] / max(rates.values()),
-        }
-    if result["limit"] in ("read", "copy"):
-        return {result["limit"]: 100 * result["gbs"] / machine[f"{result['limit']}_gbs"]}
-    return {}
+def limited_by(group: dict, result: dict, found: dict, cache_bytes: int, unknown: Collection[str]) -> str | None:
+    """The limit that the result is compared with; None if there is none, or if its rate is not known.
+
+    int4 codes are integers, so bytes may multiply them, whatever the dtype of the activations is.
+    """
+    limit = result["limit"]
+    if limit == "multiply":
+        integers = INT4_GEMM in (group["family"], group["kernel"]) and result["baseline"] != LINEAR
+        return limits.fastest_unit("int8" if integers else group["dtype"], found, unknown)
+    if limit not in found or limit in unknown or result["cycle_bytes"] < IN_CACHE * cache_bytes:
+        return None
+    return limit
 
 
 def judge(target: dict, result: dict) -> dict:
-    """The target with the measured `value`, and `met`."""
+    """The target with the measured `value` and with `met`; both are None if the share of a limit is not known."""
     value: object = result
     for part in target["metric"].split("."):
-        value = value[part]
+        value = value.get(part)
+    if value is None:
+        return {**target, "value": None, "met": None}
     low, high = target["at_least"], target["at_most"]
-    met = (low is None or value >= low) and (high is None or value <= high)
-    return {**target, "value": value, "met": met}
+    return {**target, "value": value, "met": (low is None or value >= low) and (high is None or value <= high)}
 
 
-def all_results(report: dict) -> list[dict]:
-    return [result for group in report["groups"] for result in group["results"]]
+def rows(report: dict):
+    """(group, result) of every result."""
+    return ((group, result) for group in report["groups"] for result in group["results"])
 
 
 def wrong_results(report: dict) -> list[str]:
     return [
         f"{group['title']}: {result['name']}: error {result['error']:.3g}, allowed {result['error_bar']:.3g}"
-        for group in report["groups"]
-        for result in group["results"]
+        for group, result in rows(report)
         if result["wrong"]
     ]
 
 
-def targets_met(report: dict) -> tuple[int, int]:
-    """(met, all)."""
-    targets = [target for result in all_results(report) for target in result["targets"]]
-    return sum(target["met"] for target in targets), len(targets)
+def past_limits(report: dict) -> dict[str, list[str]]:
+    """{limit: the rows that were faster}. Such a limit was measured too low, so no share of it is true."""
+    found: dict[str, list[str]] = {}
+    for group, result in rows(report):
+        for percent in result["percent"].values():
+            if percent > 100:
+                words = f"{group['title']}: {result['name']}: {percent:.1f} % of {LIMIT_WORDS[result['limited_by']]}"
+                found.setdefault(result["limited_by"], []).append(words)
+    return found
+
+
+def slower_than_forced(report: dict) -> list[str]:
+    """The rows where a forced tier was more than 5 % faster than the tier that headstart chose."""
+    return [
+        f"{group['title']}: {result['name']}: {1 / target['value']:.2f} × the time of the fastest tier"
+        for group, result in rows(report)
+        for target in result["targets"]
+        if target["metric"] == FASTEST_TIER and target["met"] is False
+    ]
+
+
+def targets_met(report: dict) -> tuple[int, int, int]:
+    """(met, missed, not known)."""
+    met = [target["met"] for _, result in rows(report) for target in result["targets"]]
+    return met.count(True), met.count(False), met.count(None)
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
+
+LIMIT_WORDS = {
+    "fp32": "the fp32 rate",
+    "bf16": "the bf16 rate",
+    "int16": "the int16 rate",
+    "int8": "the int8 rate",
+    "read": "read bandwidth",
+    "copy": "copy bandwidth",
+}
 
 
 def time_words(us: float) -> str:
@@ -134,18 +189,42 @@ def digits(x: float) -> str:
 
 def target_words(target: dict) -> str:
     """E.g. ``≥ 4× torch SDPA``."""
+    return bound_words(target) + metric_words(target["metric"])[1]
+
+
+def bound_words(target: dict) -> str:
+    """The same without what it compares with: ``≥ 4×``."""
     sign, bound = ("≥", target["at_least"]) if target["at_least"] is not None else ("≤", target["at_most"])
-    metric = target["metric"]
+    return f"{sign} {scaled(target['metric'], bound):g}{metric_words(target['metric'])[0]}"
+
+
+def value_words(target: dict) -> str:
+    """What was measured, in the words of the target."""
+    if target["value"] is None:
+        return "not known"
+    value, words = scaled(target["metric"], target["value"]), "".join(metric_words(target["metric"]))
+    rounded = digits(value)
+    if not target["met"] and f" {float(rounded):g}{words}".startswith(bound_words(target)[1:]):
+        rounded = f"{value:.4f}"  # a value just past the bound must not look like the bound
+    return rounded + words
+
+
+def scaled(metric: str, value: float) -> float:
+    return 100 * value if metric == "share_of_full" else value
+
+
+def metric_words(metric: str) -> tuple[str, str]:
+    """The unit, and what the metric compares with."""
     if metric.startswith("versus."):
-        return f"{sign} {bound:g}× {metric.removeprefix('versus.')}"
-    words = {
-        "percent.best_gemm": f"{bound:g} % of GEMM",
-        "percent.read": f"{bound:g} % of read",
-        "per_density": f"{bound:g} · d",
-        "share_of_full": f"{100 * bound:g} %",
-        "gbs": f"{bound:g} GB/s",
-    }
-    return f"{sign} {words.get(metric, f'{bound:g} {metric}')}"
+        return "×", f" {metric.removeprefix('versus.')}"
+    return {
+        "percent.multiply": (" %", " of the multiply rate"),
+        "percent.read": (" %", " of read bandwidth"),
+        "per_density": (" · d", f" of {EVERY}"),
+        "share_of_full": (" %", f" of {EVERY}"),
+        "gbs": (" GB/s", ""),
+        FASTEST_TIER: ("×", " the speed of the fastest tier"),
+    }[metric]
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -156,7 +235,7 @@ COLUMNS = {
     "GFLOP/s": 8,
     "GB/s": 7,
     "% limit": 7,
-    "% best": 7,
+    "limit": 6,
 }
 RATIOS = {SDPA: "× SDPA", FLEX: "× Flex"}
 RATIOS_OF = {
@@ -168,7 +247,7 @@ RATIOS_OF = {
 
 def ratios(group: dict) -> dict[str, str]:
     """The baselines of a group's family, and what their columns are called."""
-    return RATIOS_OF.get(group["family"], RATIOS)
+    return {} if group["family"] == CHOICE else RATIOS_OF.get(group["family"], RATIOS)
 
 
 def console():
@@ -179,33 +258,36 @@ def console():
 
 
 LEGEND = (
-    "% limit: of the GEMM rate in the dtype, or of the read (decode, a weight with one row) or copy (merge, bitmap) "
-    "bandwidth; % best: of the best GEMM rate; × SDPA, × Flex, × int4 (torch's operator), × linear (bf16), × copy: "
-    "times faster; of every block: the time as a share of every block's, or factor · density"
+    "% limit: share of the limit that is named beside it; empty where the data may stay in the caches; × SDPA, × Flex, "
+    "× int4 (torch's operator), × linear (bf16), × copy: times faster; of every block: the time as a share of every "
+    "block's time, or factor · density"
 )
 
 
 def table(group: dict):
-    """One line a case."""
+    """One line for each case."""
     from rich.table import Table
     from rich.text import Text
 
     out = Table(title=Text(group["title"], "bold"), title_justify="left", box=None, padding=(0, 1, 0, 0))
-    columns = {**COLUMNS, **dict.fromkeys(ratios(group).values(), 8), "of every block": 13}
+    columns = {**COLUMNS, **dict.fromkeys(ratios(group).values(), 8)}
+    beside_full = any("share_of_full" in result for result in group["results"])
+    columns |= {"of every block": 13} if beside_full else {}
     for name, width in columns.items():
         out.add_column(name, justify="left" if name == "case" else "right", min_width=width, no_wrap=True)
     out.add_column("target", no_wrap=True)
     for result in group["results"]:
-        out.add_row(*cells(result, ratios(group)), target_cell(result), style="dim" if result["baseline"] else "")
+        out.add_row(
+            *cells(result, ratios(group), beside_full), target_cell(result), style="dim" if result["baseline"] else ""
+        )
     return out
 
 
-def cells(result: dict, baselines: dict[str, str]) -> list[str]:
+def cells(result: dict, baselines: dict[str, str], beside_full: bool) -> list[str]:
     def ratio(name: str) -> str:
         return f"{digits(versus[name])}×" if name in versus else ""
 
-    percent, versus = result["percent"], result.get("versus", {})
-    limit = next((percent[name] for name in ("gemm", "read", "copy") if name in percent), None)
+    versus = result.get("versus", {})
     of_full = ""
     if "per_density" in result:
         of_full = f"{result['per_density']:.2f} · {result['density']:.3f}"
@@ -216,10 +298,10 @@ def cells(result: dict, baselines: dict[str, str]) -> list[str]:
         f"{result['median_us']:,.1f}",
         digits(result["gflops"]) if result["gflops"] else "",
         digits(result["gbs"]) if result["gbs"] else "",
-        digits(limit) if limit is not None else "",
-        digits(percent["best_gemm"]) if "best_gemm" in percent else "",
+        *(digits(percent) for percent in result["percent"].values()),
+        *([result["limited_by"]] if result["percent"] else ["", ""]),
         *(ratio(name) for name in baselines),
-        of_full,
+        *([of_full] if beside_full else []),
     ]
 
 
@@ -230,36 +312,37 @@ def target_cell(result: dict):
     if result["wrong"]:
         text.append(f"WRONG: error {result['error']:.3g} > {result['error_bar']:g}  ", "bold red")
     for i, target in enumerate(result["targets"]):
-        mark, style = ("pass", "green") if target["met"] else ("miss", "red")
+        marks = {True: ("pass", "green"), False: ("miss", "red"), None: ("not known", "yellow")}
+        mark, style = marks[target["met"]]
         text.append(("; " if i else "") + target_words(target) + " ")
         text.append(mark, style)
     return text
 
 
-def machine_words(environment: dict, machine: dict) -> list[str]:
-    gemm = ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in machine["gemm_gflops"].items())
+def rate_words(name: str, rate: float) -> str:
+    return f"{digits(rate)} {'GB/s' if name in ('read', 'copy') else 'GFLOP/s'}"
+
+
+def environment_words(environment: dict) -> list[str]:
     commit = (environment["commit"] or "unknown") + (" with uncommitted changes" if environment["uncommitted"] else "")
     lines = [
         f"{environment['cpu']}, {environment['threads']} threads, tier {environment['tier']}; "
         f"torch {environment['torch']} ({environment['aten_capability']}); commit {commit}",
-        f"GEMM {gemm}; read {machine['read_gbs']:.1f} GB/s ({machine['read_method']}), copy {machine['copy_gbs']:.1f} "
-        "GB/s read and written",
     ]
     if environment["busy"]:
         lines.append(f"warning: the machine is busy (load average {environment['load_average']}); numbers will be off")
-    if "avx512_bf16" not in environment["flags"]:
-        lines.append("note: the targets are set for a CPU with AVX-512-BF16, which this is not")
     return lines
 
 
+def limit_words(measured: list[dict]) -> list[str]:
+    """A line for each limit."""
+    return [
+        f"{LIMIT_WORDS[name]}: {rate_words(name, limit['rate'])} ({limit['way']}, {limit['when']})"
+        for name, limit in limits.highest(measured).items()
+    ]
+
+
 # --- the file --------------------------------------------------------------------------------------------------------
-
-
-def save(report: dict, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + f".{os.getpid()}.new")
-    fresh.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    fresh.replace(path)
 
 
 def parse(path: Path):
@@ -270,9 +353,40 @@ def parse(path: Path):
 
 
 def load(path: Path) -> dict:
-    """Reads a results file of `run.py`; says what is wrong with any other."""
+    """Reads a results file of `run.py` and evaluates it; an error says what is wrong with any other file.
+
+    `unknown`: {limit: why}. A limit that a kernel passed is not known in a file of schema 1, and an error in others.
+    """
     report = parse(path)
     schema = report.get("schema") if isinstance(report, dict) else None
-    if schema != SCHEMA:
+    if schema not in (1, SCHEMA) or "groups" not in report:
         raise ValueError(f"{path}: schema: expected {SCHEMA} (a results file of bench/run.py), got {schema}")
+    if schema == 1:
+        report = from_schema_1(report)
+    groups = report["groups"]
+    report["groups"] = [evaluate(group, report["machine"]) for group in groups]
+    report["unknown"] = {limit: lines[0] for limit, lines in past_limits(report).items()}
+    if report["unknown"]:
+        if schema == SCHEMA:
+            raise ValueError(f"{path}: a share above 100 %: {'; '.join(report['unknown'].values())}")
+        report["groups"] = [evaluate(group, report["machine"], set(report["unknown"])) for group in groups]
     return report
+
+
+def from_schema_1(report: dict) -> dict:
+    """Schema 1 has torch's product before and after the run, and the read and copy bandwidths from before it."""
+    old, measured = report["machine"], []
+    for when, key in (("before the run", "gemm_gflops"), ("after the run", "gemm_gflops_after")):
+        rates = {unit: {"torch product": rate} for unit, rate in old.get(key, {}).items()}
+        measured.append({"when": when, "rates": rates})
+    measured[0]["rates"] |= {"read": {old["read_method"]: old["read_gbs"]}, "copy": {"torch copy": old["copy_gbs"]}}
+    groups = []
+    for group in report["groups"]:
+        limit = {"gemm": "multiply"}
+        results = [
+            {**result, "limit": limit.get(result["limit"], result["limit"]), "cycle_bytes": float("inf"), "tier": None}
+            for result in group["results"]
+        ]
+        groups.append({"chosen": report["environment"]["tier"], "kernel": None, **group, "results": results})
+    cache_bytes = report["environment"].get("cache_bytes", 0)
+    return {**report, "machine": {"cache_bytes": cache_bytes, "measured": measured}, "groups": groups}

@@ -1,11 +1,11 @@
 """Whole prompts through a patched model against transformers + SDPA: ``python bench/short_prompts.py``.
 
-The promise under test is that a patched model is never slower, at any length. SmolLM2-135M reads prompts of several
-lengths; the two models share their weights and take turns, so the ratio of a round is disturbed by little, and the
-median of the rounds' ratios by less. With ``--linear model`` the linear layers are the same on both sides, so that
-attention alone makes the difference. Which path the layers took is counted.
+This tests a promise: a patched model is never slower, at any length. SmolLM2-135M reads prompts of several lengths.
+The two models share their weights and take turns, so a disturbance changes the ratio of a round only a little, and the
+median of the ratios even less. With ``--linear model`` both sides have the same linear layers, so only attention makes
+the difference. The report counts the paths that the layers took.
 
-Exit status: 1 if a prompt took more than ``--allowed`` times as long.
+The exit status is 1 if a prompt took more than ``--allowed`` times as long.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prefill", default="adaptive", help="a pattern, or a plan's file")
     parser.add_argument("--linear", choices=("auto", "model"), action="append", help="only this mode; repeatable")
     parser.add_argument("--dtype", choices=list(machine.DTYPES), default="bf16")
-    parser.add_argument("--seconds", type=float, default=20.0, help="time for a length, besides three rounds")
+    parser.add_argument("--seconds", type=float, default=20.0, help="time for a length; three rounds are always done")
     parser.add_argument("--allowed", type=float, default=1.03, help="patched time over own time that is still a pass")
     parser.add_argument("--output", type=Path, help="results file (default bench/results/short-prompts-<cpu>.json)")
     options = parser.parse_args(arguments)
@@ -56,7 +56,7 @@ def twin(model: torch.nn.Module) -> torch.nn.Module:
 
 @torch.inference_mode()
 def compare(own: torch.nn.Module, patched: torch.nn.Module, ids: torch.Tensor, seconds: float) -> dict:
-    """Times both in turn; the patched model's paths are those of the layers that headstart's operators ran."""
+    """Times both in turn, and counts the paths of the patched model's layers; a layer without one ran its own."""
     models = dict(zip(NAMES, (own, patched), strict=True))
     calls = {name: lambda model=model: model(ids, use_cache=False, logits_to_keep=1) for name, model in models.items()}
     calls[NAMES[0]]()
@@ -102,10 +102,10 @@ def main(arguments: list[str] | None = None) -> int:
                 )
     console.print(table)
     settings = {name: getattr(options, name) for name in ("tokens", "prefill", "linear", "dtype", "seconds", "allowed")}
-    results = {"schema": report.SCHEMA, "environment": environment, "settings": settings}
+    results = {"environment": environment, "settings": settings}
     results |= {"costs": cost.in_use().source, "rows": rows}
-    path = options.output or Path(__file__).parent / "results" / f"short-prompts-{machine.slug(environment)}.json"
-    report.save(results, path)
+    path = options.output or machine.RESULTS / f"short-prompts-{machine.slug(environment)}.json"
+    machine.write_json(results, path)
     console.print(f"written to {path}", highlight=False, soft_wrap=True)
     slower = [row for row in rows if row["ratio"] > options.allowed]
     for row in slower:
