@@ -169,7 +169,7 @@ GPU_STEPS ?= gpu-build gpu-smoke gpu-test gpu-bench gpu-profile
 GPU_SECONDS ?= 530
 GPU_REPORT := gpu-report
 GPU_PYTHON = $(shell command -v $(PYTHON))
-GPU_ENV = PYTHONPATH="python:tests$${PYTHONPATH:+:$$PYTHONPATH}" PYTHONUNBUFFERED=1
+GPU_ENV = PYTHONPATH="python:tests:bench$${PYTHONPATH:+:$$PYTHONPATH}" PYTHONUNBUFFERED=1
 GPU_TESTS := $(addprefix tests/gpu/test_gpu_,$(addsuffix .py,attention index lookup int4 bitmap graphs))
 SANITIZER ?= compute-sanitizer
 SANITIZER_TOOLS := memcheck racecheck synccheck

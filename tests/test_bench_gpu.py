@@ -13,6 +13,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "bench" / "gpu"
 
 @pytest.fixture
 def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER.parent))
     monkeypatch.syspath_prepend(str(FOLDER))
     for name in ("attention", "clock", "indices", "lookup", "run", "weights"):
         monkeypatch.delitem(sys.modules, name, raising=False)

@@ -8,9 +8,9 @@ are medians in milliseconds.
 
 from __future__ import annotations
 
-import datetime
+import importlib.metadata
+import importlib.util
 import json
-import re
 import statistics
 import subprocess
 import sys
@@ -20,38 +20,30 @@ from pathlib import Path
 
 import torch
 
+import machine
 from headstart import _library
 
-ROOT = Path(__file__).resolve().parents[2]
 SLEEP_CYCLES = 3_000_000  # about 1.6 ms: longer than Python takes to launch what is timed
 
 
-def first_line(command: list[str]) -> str | None:
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
-
-
 def environment() -> dict:
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
     return {
         "gpu": torch.cuda.get_device_name(),
         "capability": list(torch.cuda.get_device_capability()),
-        "torch": torch.__version__,
-        "triton": triton_version,
         "cuda": torch.version.cuda,
-        "driver": first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": first_line(["git", "rev-parse", "HEAD"]),
-        "uncommitted": bool(first_line(["git", "status", "--porcelain", "--", ":!bench/results"])),
+        "driver": driver(),
+        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
+        **machine.software(),
     }
+
+
+def driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
 
 
 class Clock:
@@ -157,8 +149,7 @@ class Results:
 
     @staticmethod
     def path_of(gpu: str) -> Path:
-        slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-        return ROOT / "bench" / "results" / f"{slug}.json"
+        return machine.RESULTS / f"{machine.device_slug(gpu)}.json"
 
     def begin(self, family: str) -> None:
         self._family = family
@@ -188,10 +179,7 @@ class Results:
         self._write()
 
     def _write(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = self.path.with_suffix(".json.new")
-        fresh.write_text(json.dumps(self._content, indent=1) + "\n")
-        fresh.replace(self.path)
+        machine.write_json(self._content, self.path)
 
 
 def expect_right(op: str, case: dict, error: float, limit: float) -> None:

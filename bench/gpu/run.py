@@ -1,4 +1,4 @@
-"""The GPU kernels against torch's own and the machine's limits: ``python bench/gpu/run.py [--only FAMILY ...]``.
+"""The GPU kernels against torch's own and the machine's limits: ``PYTHONPATH=bench python bench/gpu/run.py``.
 
 Families run in this order: attention (prompts of 8K, 32K and 128K tokens against torch's flash and cuDNN attention),
 int4, bitmap, lookup, indices (every builder), decode (batches and sparse lists), merge, crossovers (which prints the
