@@ -437,7 +437,7 @@ def test_what_does_not_fit_is_an_error(model, context, patched):
 
 def test_a_model_that_is_not_patched_does_not_answer_without_the_context(model, context):
     cache = context.cache()
-    with pytest.raises(RuntimeError, match=r"layer 0 did not attend the context.*headstart\.patch"):
+    with pytest.raises(RuntimeError, match=r"would leave the fixed context out.*headstart\.patch"):
         model(tokens(QUESTION), past_key_values=cache)
 
 

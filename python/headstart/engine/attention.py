@@ -10,10 +10,12 @@ the mask that that attention wants.
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -65,11 +67,27 @@ class Attachment:
     paths: dict[tuple, str] = field(default_factory=dict, repr=False)  # what `choose_path` chose for a shape
 
 
-patched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+_patched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+_patched_lock = threading.Lock()  # models are patched, and their layers go away, while other threads look
 
 
 def attachment(module: torch.nn.Module) -> Attachment | None:
     return vars(module).get("_headstart")
+
+
+def set_attachment(module: torch.nn.Module, attached: Attachment | None) -> None:
+    with _patched_lock:
+        _patched.discard(module)
+        vars(module).pop("_headstart", None)
+        if attached is not None:
+            module._headstart = attached
+            _patched.add(module)
+
+
+def attachment_for(config) -> Attachment | None:
+    """That of some layer with this very config: models may share one."""
+    with _patched_lock:
+        return next((attachment(module) for module in _patched if module.config is config), None)
 
 
 def choose_path(
@@ -88,12 +106,13 @@ def choose_path(
     The one place for the promise that a patched model is never slower than it was. On a CPU the costs that
     `headstart tune` fitted decide, by lengths to within a sixteenth, so that a decision is kept while a cache grows.
     """
+    forced = _forced.get()
     if window is not None and window < call.nk:
-        return "window" if _forced in ("sparse", "dense") or (has_kernel and _forced is None) else "own"
+        return "window" if forced in ("sparse", "dense") or (has_kernel and forced is None) else "own"
     may_be_sparse = call.nq >= FEW_QUERIES
-    if _forced is not None:
-        exact = "dense" if _forced == "sparse" else _forced
-        return "sparse" if _forced == "sparse" and may_be_sparse and not _is_dense(here, layer, call) else exact
+    if forced is not None:
+        exact = "dense" if forced == "sparse" else forced
+        return "sparse" if forced == "sparse" and may_be_sparse and not _is_dense(here, layer, call) else exact
     if not has_kernel:
         return "own"
     if device != "cpu":
@@ -117,26 +136,51 @@ def _is_dense(here: Attachment, layer: int, call: cost.Call) -> bool:
 
 
 PATHS = ("sparse", "dense", "own")
-_forced: str | None = None
+_forced: ContextVar[str | None] = ContextVar("headstart_forced_path", default=None)
 
 
 @contextmanager
 def force_path(path: str) -> Iterator[None]:
-    """Every call takes this path, whatever it costs; with "sparse", calls that are never sparse are dense. A sliding
-    window that cuts keys off is attended as such, unless the path is "own"."""
-    global _forced
+    """Every call of this thread takes this path, whatever it costs; with "sparse", calls that are never sparse are
+    dense. A sliding window that cuts keys off is attended as such, unless the path is "own"."""
     if path not in PATHS:
         raise ValueError(f"force_path: path: expected one of {', '.join(PATHS)}, got {path!r}")
-    before, _forced = _forced, path
+    token = _forced.set(path)
     try:
         yield
     finally:
-        _forced = before
+        _forced.reset(token)
 
 
 def splitting_pays(sequences: int, batch: int, tokens: int) -> bool:
     """Whether packed sequences are attended one by one: a call for each is taken to cost as much as 64 × 64 pairs."""
     return sequences * FEW_QUERIES**2 <= batch * tokens**2
+
+
+class ContextKeys(torch.Tensor):
+    """The keys of a question, and the fixed context that is attended with them: what a `ContextCache` hands to the
+    attention of a layer.
+
+    Only headstart's attention can use them. Any other operation would leave the context out, so it is an error.
+    """
+
+    @staticmethod
+    def __new__(cls, own: torch.Tensor, context):
+        keys = torch.Tensor._make_wrapper_subclass(cls, own.shape, dtype=own.dtype, device=own.device)
+        keys.own, keys.context = own, context
+        return keys
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise RuntimeError(
+            f"ContextCache: {function} would leave the fixed context out: the model's attention is not headstart's. "
+            "Call headstart.patch(model), then cache.reset(), and ask again"
+        )
+
+    def __repr__(self):
+        return f"ContextKeys({list(self.shape)}, {self.context!r})"
 
 
 # --- the attention -------------------------------------------------------------------------------------------------
@@ -155,8 +199,9 @@ def headstart_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """q [B, Hq, Nq, D], k and v [B, Hkv, Nk, D] to [B, Nq, Hq, D], and the weights, which only eager attention has."""
     here = attachment(module)
-    for count, queries in _query_recordings:
-        queries[module.layer_idx] = query[:, :, -count:].clone()
+    if not torch.compiler.is_compiling():
+        for recording in _query_recordings.get():
+            recording.take(module, query)
 
     def run_own():
         given = kwargs if is_causal is None else kwargs | {"is_causal": is_causal}
@@ -164,13 +209,14 @@ def headstart_attention(
 
     if here is None:
         return run_own()
-    reason = _unsupported(here.own, module, query, key, value, attention_mask, dropout, is_causal, kwargs)
-    context = getattr(key, "headstart_context", None)
-    if context is not None:
+    keys = key.own if isinstance(key, ContextKeys) else key
+    reason = _unsupported(here.own, module, query, keys, value, attention_mask, dropout, is_causal, kwargs)
+    if isinstance(key, ContextKeys):
         if reason is not None:
             raise ValueError(f"ContextCache: no attention for layer {module.layer_idx} because of {reason}")
-        out, index = context.attend(module.config, query, key, value, scaling, attention_mask.kv_start)
-        for entries in _recordings:
+        context = key.context
+        out, index = context.attend(module.config, query, keys, value, scaling, attention_mask.kv_start)
+        for entries in _recordings.get():
             entries.append(Recorded(module.layer_idx, index, query.shape[2], context.tokens, "context"))
         return out.transpose(1, 2).contiguous(), None
     if reason is not None:
@@ -222,7 +268,7 @@ def _attend(here: Attachment, module, path: str, q, k, v, mask: DeferredMask, sc
         index = window_index(nq, nk, window, q.device)
     else:
         index = here.plan.index(module.layer_idx, q, k, kv_start=mask.kv_start, scale=scale)
-    for entries in _recordings:
+    for entries in _recordings.get():
         entries.append(Recorded(module.layer_idx, index, nq, nk, path, window))
     return sparse_attention(q, k, v, index, scale=scale, kv_start=mask.kv_start, window=window)[0]
 
@@ -286,10 +332,9 @@ def _say_once(here: Attachment, module: torch.nn.Module, reason: str) -> None:
 
 
 def _own_attention(module, query, key, value, mask, **kwargs):
-    here = attachment(module)
-    if here is None:  # a model that was not patched, but shares its config with one that was
-        here = next(attachment(m) for m in patched if m.config is module.config)
-    own = here.own or "eager"
+    # A model that was not patched may share its config with one that was; another thread may just have unpatched both.
+    here = attachment(module) or attachment_for(module.config)
+    own = (module.config._attn_implementation if here is None else here.own) or "eager"
     if isinstance(mask, DeferredMask):
         mask = mask.wanted_by(own)
     elif own == "eager" and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
@@ -322,28 +367,45 @@ class Recorded(NamedTuple):
     window: int | None = None
 
 
-_recordings: list[list[Recorded]] = []
-_query_recordings: list[tuple[int, dict[int, torch.Tensor]]] = []
+@dataclass(frozen=True, eq=False)
+class QueryRecording:
+    layers: frozenset[torch.nn.Module]
+    count: int
+    advance: Callable[[], object]
+    queries: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def take(self, module: torch.nn.Module, query: torch.Tensor) -> None:
+        if module in self.layers:
+            self.queries[module.layer_idx] = query[:, :, -self.count :].clone()
+            self.advance()
+
+
+# What a thread collects is its own: a forward that another thread runs meanwhile is not recorded.
+_recordings: ContextVar[tuple[list[Recorded], ...]] = ContextVar("headstart_recordings", default=())
+_query_recordings: ContextVar[tuple[QueryRecording, ...]] = ContextVar("headstart_query_recordings", default=())
 
 
 @contextmanager
 def record() -> Iterator[list[Recorded]]:
-    """Collects the index of every layer that headstart's attention runs, in order."""
+    """Collects the index of every layer that headstart's attention runs in this thread, in order."""
     entries: list[Recorded] = []
-    _recordings.append(entries)
+    token = _recordings.set((*_recordings.get(), entries))
     try:
         yield entries
     finally:
-        _recordings.remove(entries)
+        _recordings.reset(token)
 
 
 @contextmanager
-def record_queries(count: int) -> Iterator[dict[int, torch.Tensor]]:
-    """Collects the last `count` queries [B, Hq, count, D] of every layer that a forward runs."""
-    queries: dict[int, torch.Tensor] = {}
-    entry = (count, queries)
-    _query_recordings.append(entry)
+def record_queries(
+    model: torch.nn.Module, count: int, advance: Callable[[], object] = lambda: None
+) -> Iterator[dict[int, torch.Tensor]]:
+    """Collects the last `count` queries [B, Hq, count, D] of every layer of a patched model that a forward of this
+    thread runs, and calls `advance` for each. Another model that runs in between is not recorded."""
+    layers = frozenset(module for module in model.modules() if attachment(module) is not None)
+    recording = QueryRecording(layers, count, advance)
+    token = _query_recordings.set((*_query_recordings.get(), recording))
     try:
-        yield queries
+        yield recording.queries
     finally:
-        _query_recordings[:] = [other for other in _query_recordings if other is not entry]
+        _query_recordings.reset(token)

@@ -26,12 +26,12 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from ..offline import fixed_context
 from ..offline.fixed_context import BLOCK, LayerContext, Rope
-from ..offline.prefill_plan import fingerprint, full_index
+from ..offline.prefill_plan import fingerprint, full_index, plan_of
 from ..ops import _checks
 from ..ops.centroid_lookup import centroid_lookup, centroid_top_p
 from ..ops.sparse_attention import BlockIndex, merge_attention, sparse_attention
-from . import attention, context_file
-from .patch import patch, unpatch
+from . import attention, context_file, linear
+from .attach import attach, is_attached, unpatched_view
 
 DEFAULT_SPARSITY = 0.8
 SELECTIONS = ("threshold", "top_k", "top_p")
@@ -74,8 +74,9 @@ class Context:
         """Reads input_ids [1, N] once and clusters every layer's keys.
 
         Args:
-            model: of transformers, with rotary embeddings, whose layers attend everything before. Patched or not; if
-                not, it is patched with `prefill` while it reads.
+            model: of transformers, with rotary embeddings, whose layers attend everything before. A patched model
+                reads as it is patched; another one reads with the attention that `prefill` names. The model is not
+                changed, and may run in other threads meanwhile.
             clusters: how many, as a share of the keys.
             parents: with a level of so many above, as a share of the keys; None for none.
             prefill: as in `headstart.patch`.
@@ -96,14 +97,12 @@ class Context:
             parents is None or parents <= clusters, op, "parents", "no larger a share than clusters", parents
         )
         _check_model(op, model)
-        was_patched = any(attention.attachment(module) for module in model.modules())
-        if not was_patched:
-            patch(model, prefill)
-        try:
-            cache, queries = _read(model, input_ids, advance)
-        finally:
-            if not was_patched:
-                unpatch(model)
+        reader = model.base_model
+        if not is_attached(reader):
+            reader = unpatched_view(reader)
+            attach(op, reader, plan_of(op, prefill))
+            linear.attach_all(reader, "auto")
+        cache, queries = _read(reader, input_ids.to(model.device), advance)
         layers = []
         for i, layer in enumerate(cache.layers):
             _checks.expect(
@@ -269,17 +268,10 @@ def find_rope(model: torch.nn.Module) -> Rope | None:
 
 def _read(model, input_ids, advance) -> tuple[DynamicCache, dict[int, torch.Tensor]]:
     """The keys and values of input_ids [1, N] at the positions -N to -1, and the last window's queries by layer."""
-    tokens = input_ids.shape[1]
-    positions = torch.arange(-tokens, 0, device=model.device)[None]
-    layers = [module for module in model.modules() if attention.attachment(module)]
-    hooks = [layer.register_forward_hook(lambda *_: advance()) for layer in layers]
+    positions = torch.arange(-input_ids.shape[1], 0, device=input_ids.device)[None]
     cache = DynamicCache()
-    try:
-        with attention.record_queries(fixed_context.WINDOW) as queries:
-            model.base_model(input_ids.to(model.device), position_ids=positions, past_key_values=cache, use_cache=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with attention.record_queries(model, fixed_context.WINDOW, advance) as queries:
+        model(input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
     return cache, queries
 
 
@@ -297,13 +289,12 @@ class ContextLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        keys.headstart_context = self  # headstart's attention finds it there
-        return keys, values
+        return attention.ContextKeys(keys, self), values
 
     def attend(self, config, q, k, v, scale: float | None, kv_start: torch.Tensor | None):
         """q [B, Hq, Nq, D] over the context, by lookup, and over the question's k and v [B, Hkv, Nk, D], causally: out
         [B, Hq, Nq, D], and the index of what was attended of the context."""
-        self.cache.read(config)
+        _expect_model(self.cache.context, config)
         nq, nk = q.shape[2], k.shape[2]
         own, own_lse = sparse_attention(q, k, v, full_index(nq, nk, q.device), scale=scale, kv_start=kv_start)
         index = _index(self, q, scale)
@@ -332,7 +323,6 @@ class ContextCache(Cache):
         self.context, self.questions, self.sparsity, self.selection = context, batch_size, sparsity, selection
         self.mass, self.hierarchical = mass, hierarchical
         self.dense = sparsity == 0 or context.layers[0].keys.numel() < BREAK_EVEN
-        self._unread: int | None = None
         super().__init__(layers=[ContextLayer(*each) for each in self._layers(budget)])
 
     def _layers(self, budget: str):
@@ -351,37 +341,14 @@ class ContextCache(Cache):
                 f"ContextCache: expected a batch of {self.questions}, as Context.cache was told, or a multiple of it "
                 f"(beams), got {rows}"
             )
-        if self._unread is not None and self._unread != layer_idx:
-            raise RuntimeError(
-                f"ContextCache: layer {self._unread} did not attend the context: the model's attention is not "
-                "headstart's. Call headstart.patch(model), then cache.reset(), and ask again"
-            )
-        self._unread = layer_idx
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def reset(self) -> None:
-        """Forgets the question; the context stays."""
-        self._unread = None
-        super().reset()
 
-    def read(self, config) -> None:
-        """A layer of a model with this config attends the context."""
-        self._unread = None
-        _expect_model(self, config)
-
-
-@functools.lru_cache(maxsize=64)
-def _expect_model_once(cache_id: int, config_id: int, mine: tuple, theirs: tuple) -> None:
-    if mine != theirs:
-        raise ValueError(
-            f"ContextCache: expected the model that the context was built with, {dict(mine)}, got {dict(theirs)}"
-        )
-
-
-def _expect_model(cache: ContextCache, config) -> None:
+def _expect_model(context: Context, config) -> None:
     theirs = fingerprint(config)
-    mine = {name: cache.context.model.get(name) for name in theirs}
-    _expect_model_once(id(cache), id(config), tuple(mine.items()), tuple(theirs.items()))
+    mine = {name: context.model.get(name) for name in theirs}
+    if mine != theirs:
+        raise ValueError(f"ContextCache: expected the model that the context was built with, {mine}, got {theirs}")
 
 
 # --- what is attended ------------------------------------------------------------------------------------------------

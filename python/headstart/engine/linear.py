@@ -56,6 +56,11 @@ def attach_all(model: torch.nn.Module, mode: str) -> None:
         attach_mlp(module)
 
 
+def detach_all(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        detach(module)
+
+
 def attach(module: torch.nn.Module, mode: str) -> None:
     """Gives a plain linear layer the forward below; a layer whose forward was replaced is left alone.
 

@@ -153,15 +153,16 @@ def _head(name: str, layers: int, heads: int) -> tuple[int, int]:
 
 @torch.inference_mode()
 def read(model, plan: PrefillPlan, ids: torch.Tensor, advance=lambda: None) -> dict[int, Recorded]:
-    """Patches the model, reads ids [1, N] by the plan at any length, and gives what every layer attended; a layer that
-    ran the model's own attention is missing."""
+    """Reads ids [1, N] by the plan at any length, and gives what every layer attended; a layer that ran the model's own
+    attention is missing. The model is not changed."""
     from .. import engine
+    from ..engine.attach import unpatched_view
     from ..engine.attention import attachment, force_path, record
 
-    engine.patch(model, plan)
-    for module in model.modules():
+    view = engine.patch(unpatched_view(model.base_model), plan)
+    for module in view.modules():
         if attachment(module):
             module.register_forward_hook(lambda *_: advance())
     with record() as entries, force_path("sparse"):
-        model.base_model(ids, use_cache=False)
+        view(ids, use_cache=False)
     return {entry.layer: entry for entry in entries}

@@ -272,6 +272,18 @@ class PrefillPlan:
         )
 
 
+def plan_of(op: str, prefill: str | os.PathLike | PrefillPlan) -> PrefillPlan:
+    """A plan, given as such, by the name of a pattern, or by the path of its file."""
+    if isinstance(prefill, PrefillPlan):
+        return prefill
+    if isinstance(prefill, str) and prefill in PATTERNS:
+        return PrefillPlan.uniform(prefill)
+    if isinstance(prefill, os.PathLike) or (isinstance(prefill, str) and (Path(prefill).suffix or os.sep in prefill)):
+        return PrefillPlan.load(prefill)
+    expected = f"one of {', '.join(PATTERNS)}, a PrefillPlan, or the path of one"
+    raise ValueError(f"{op}: prefill: expected {expected}, got {prefill!r}")
+
+
 def fingerprint(config) -> dict[str, Any]:
     """What a plan must agree on with a model, from a transformers (text) config."""
     heads = config.num_attention_heads

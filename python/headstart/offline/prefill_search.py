@@ -21,8 +21,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -221,7 +220,11 @@ def choose(
 
 
 def _measure_window(model, ids, window, patterns, record, advance) -> None:
-    decoder = model.base_model
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    from ..engine.view import view_of
+
+    decoder = view_of(model.base_model)
     layers = {}  # attention modules by layer index, with the module whose input is the residual stream
     names = dict(decoder.named_modules())
     for name, module in names.items():
@@ -256,13 +259,16 @@ def _measure_window(model, ids, window, patterns, record, advance) -> None:
         advance()
         return dense.transpose(1, 2).contiguous(), None
 
-    hooks = [parent.register_forward_pre_hook(remember, with_kwargs=True) for _, parent in layers.values()]
-    try:
-        with torch.inference_mode(), _attention_function(model, attend):
-            decoder(ids[None].to(model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    AttentionInterface.register(NAME, _run_search)
+    AttentionMaskInterface.register(NAME, lambda *_, **__: None)  # one sequence, causal
+    decoder.config.get_text_config()._attn_implementation = {"": NAME}
+    for module, parent in layers.values():
+        module._headstart_search = attend
+        parent.register_forward_pre_hook(remember, with_kwargs=True)
+    with torch.inference_mode():
+        decoder(ids[None].to(model.device), use_cache=False)
+    missing = [layer for layer in wanted if not record.has(window, layer)]
+    _expect(not missing, "model", "attention that goes through AttentionInterface in every layer", f"{missing} without")
 
 
 def _measure_layer(module, query, key, value, scaling, dense, stream, patterns) -> Measured:
@@ -296,20 +302,9 @@ def _output_projection(module: torch.nn.Module, heads: int, head_dim: int) -> to
     return torch.eye(head_dim, device=next(module.parameters()).device).expand(heads, -1, -1)
 
 
-@contextmanager
-def _attention_function(model, function) -> Iterator[None]:
-    """Runs a model's attention through `function`, without a mask: one sequence, causal."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(NAME, function)
-    AttentionMaskInterface.register(NAME, lambda *_, **__: None)
-    config = model.config.get_text_config()
-    own = config._attn_implementation
-    config._attn_implementation = {"": NAME}
-    try:
-        yield
-    finally:
-        config._attn_implementation = {"": own}
+def _run_search(module: torch.nn.Module, *args, **kwargs):
+    """The attention that transformers calls under NAME: what `_measure_window` hung on the module of its own view."""
+    return module._headstart_search(module, *args, **kwargs)
 
 
 # --- what was measured ---------------------------------------------------------------------------------------------

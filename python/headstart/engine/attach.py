@@ -1,0 +1,81 @@
+"""Puts headstart's attention under a transformers model, and takes it out again.
+
+What a layer needs to know hangs on its attention module, so patched models do not know of each other, and a copy of a
+patched model is patched.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+
+from ..offline.prefill_plan import PrefillPlan, fingerprint
+from . import attention, cost
+from .view import view_of
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+def attach(op: str, model: torch.nn.Module, plan: PrefillPlan) -> None:
+    """Raises ValueError, naming `op`, for a model without a layer that can have it, or a plan for another model."""
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"{op}: model: expected a transformers model, got {type(model).__name__}")
+    layers = [module for module in model.modules() if _is_attention(module)]
+    if not layers:
+        raise ValueError(
+            f"{op}: model: expected a transformers decoder whose attention goes through AttentionInterface, "
+            f"got {type(model).__name__} without such a layer"
+        )
+    for config in {id(layer.config): layer.config for layer in layers}.values():
+        plan.check(fingerprint(config))
+
+    detach(model)
+    attention.register()
+    own = {id(layer.config): _own_implementation(layer.config) for layer in layers}
+    cost.in_use()  # a warning about its file belongs here, not into the first forward
+    said: set[str] = set()
+    for layer in layers:
+        attention.set_attachment(layer, attention.Attachment(plan, own[id(layer.config)], said))
+        _set_implementation(layer.config, attention.NAME)
+
+
+def detach(model: torch.nn.Module) -> None:
+    """The model's attention is what it was before `attach`."""
+    for module in model.modules():
+        here = attention.attachment(module)
+        if here is not None:
+            attention.set_attachment(module, None)
+            if attention.attachment_for(module.config) is None:
+                _set_implementation(module.config, here.own)
+
+
+def is_attached(model: torch.nn.Module) -> bool:
+    return any(attention.attachment(module) is not None for module in model.modules())
+
+
+def unpatched_view(model: Model) -> Model:
+    """A view of a model, patched or not, that runs the model's own attention."""
+    view = view_of(model)
+    for mine, theirs in zip(view.modules(), model.modules(), strict=True):
+        if _is_attention(theirs):
+            attention.set_attachment(mine, None)
+            _set_implementation(mine.config, _own_implementation(theirs.config))
+    return view
+
+
+def _is_attention(module: torch.nn.Module) -> bool:
+    """Whether a module is a decoder's attention that goes through AttentionInterface."""
+    needed = ("layer_idx", "is_causal", "config")
+    uses_interface = attention.modeling_attribute(module, "ALL_ATTENTION_FUNCTIONS") is not None
+    return uses_interface and all(hasattr(module, name) for name in needed)
+
+
+def _own_implementation(config) -> str | None:
+    """A config's attention implementation, seen through the patch of a model that has the config."""
+    here = attention.attachment_for(config)
+    return config._attn_implementation if here is None else here.own
+
+
+def _set_implementation(config, name: str | None) -> None:
+    config._attn_implementation = {"": name}  # the mapping form leaves sub-configs (a vision tower's) alone
