@@ -32,7 +32,7 @@ def demo(
     report: Annotated[Path, typer.Option(help="Folder for the JSON and the picture.")] = Path("demo-report"),
     pattern: Annotated[list[str] | None, typer.Option(help="Run this pattern only; may be repeated.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the clusters, and of random weights.")] = 0,
     size: Annotated[str | None, typer.Option(help="With --offload: smollm2, or 1b with random weights.")] = None,
     budget: Annotated[
         str | None, typer.Option(help='With --offload: memory for weights, such as "600MB"; 30 % of them.')
@@ -40,7 +40,7 @@ def demo(
     files: Annotated[Path | None, typer.Option(help="With --offload: a folder where the models stay.")] = None,
 ) -> None:
     """Read a long text with SmolLM2-135M, with and without headstart: seconds, loss, density."""
-    options = {"report": report, "threads": threads, "seed": seed} | ({} if tokens is None else {"tokens": tokens})
+    options = {"report": report} | ({} if tokens is None else {"tokens": tokens})
     given = {"size": size, "budget": budget, "files": files}
     given = {name: value for name, value in given.items() if value is not None}
     if pattern and (context or offload):
@@ -49,14 +49,15 @@ def demo(
         raise ValueError(f"demo: {next(iter(given))}: expected none without --offload")
     if context and offload:
         raise ValueError("demo: offload: expected one of --context and --offload, got both")
+    _set_threads(threads)
     if offload:
         from headstart.demo.offload import run
 
-        run(**options, **given)
+        run(**options, **given, seed=seed)
     elif context:
         from headstart.demo.context import run
 
-        run(**options)
+        run(**options, seed=seed)
     else:
         from headstart.demo import run
 
@@ -167,12 +168,9 @@ def tune(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")] = None,
 ) -> None:
     """Time attention on this CPU, so that patched models take the path that is the fastest here."""
-    import torch
-
     from headstart.tune import run
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    _set_threads(threads)
     run(show)
 
 
@@ -191,6 +189,14 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print the report a
     from headstart_launcher import load
 
     raise typer.Exit(load("doctor").main(["--json"] if json else []))
+
+
+def _set_threads(threads: int | None) -> None:
+    """Of the whole process, so only commands do it: the process is theirs."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def main(arguments: list[str] | None = None) -> int:

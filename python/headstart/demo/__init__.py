@@ -43,8 +43,6 @@ def run(
     tokens: int = 8192,
     report: str | Path = "demo-report",
     patterns: Sequence[str] | None = None,
-    threads: int | None = None,
-    seed: int = 0,
 ) -> dict:
     """Runs the demo, prints its table, writes `report`/report.json and report.png, and returns what the JSON holds.
 
@@ -52,8 +50,6 @@ def run(
         tokens: how many tokens to read, up to the model's 8,192.
         report: a folder, made if missing.
         patterns: names of uniform plans, and "searched plan"; all if None.
-        threads: torch's number of threads, if given.
-        seed: torch's seed.
     """
     _require("transformers", "gguf", "accelerate", "rich", "matplotlib")
     patterns = PATTERNS if patterns is None else tuple(patterns)
@@ -63,9 +59,6 @@ def run(
         raise ValueError(f"demo: tokens: expected an integer from 64 to 8192, got {tokens!r}")
     report = Path(report)
     report.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
-    if threads is not None:
-        torch.set_num_threads(threads)
 
     from .. import engine, reporting
     from ..engine import linear
