@@ -10,10 +10,12 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from headstart import Context, PrefillPlan, inspect, patch, unpatch  # noqa: E402
-from headstart.engine import attach, attention  # noqa: E402
-from headstart.engine.view import view_of  # noqa: E402
-from headstart.offline.prefill_plan import HeadPattern  # noqa: E402
-from headstart.offline.prefill_search import search_prefill_plan  # noqa: E402
+from headstart.attention import attach  # noqa: E402
+from headstart.attention.forward import ContextKeys, force_path  # noqa: E402
+from headstart.attention.patterns import HeadPattern  # noqa: E402
+from headstart.attention.recording import record  # noqa: E402
+from headstart.attention.search import search_prefill_plan  # noqa: E402
+from headstart.attention.view import view_of  # noqa: E402
 from models import logits, make, tokens  # noqa: E402
 
 NARROW = PrefillPlan.uniform("a_shape", sink=1, local=1)
@@ -87,12 +89,12 @@ def test_a_call_never_changes_the_model_that_it_reads_with(call):
 @pytest.mark.parametrize("call", CALLS)
 def test_a_call_on_a_patched_model_leaves_its_patch(call):
     model = patch(make(), NARROW)
-    with attention.force_path("sparse"):
+    with force_path("sparse"):
         want = logits(model, IDS)
     before = state(model)
 
     def other():
-        with attention.force_path("sparse"):
+        with force_path("sparse"):
             return logits(model, IDS)
 
     CALLS[call](model, lambda: torch.testing.assert_close(elsewhere(other), want, rtol=0, atol=0))
@@ -189,18 +191,18 @@ def test_a_recording_has_the_forwards_of_its_own_thread_only():
     model, other = patch(make(), "dense"), patch(make(), "dense")
 
     def run(model):
-        with attention.force_path("dense"):
+        with force_path("dense"):
             return logits(model, IDS)
 
     def generate():
-        with attention.force_path("dense"):
+        with force_path("dense"):
             return other.generate(IDS, max_new_tokens=3, do_sample=False)
 
-    with attention.record() as entries:
+    with record() as entries:
         assert elsewhere(generate).shape == (1, 203)
         elsewhere(lambda: run(model))
         assert entries == []
-        with attention.record() as inner:
+        with record() as inner:
             run(model)
         run(other)
         elsewhere(lambda: run(model))
@@ -213,15 +215,15 @@ def test_a_forced_path_is_that_of_its_own_thread_only():
     model = patch(make(), NARROW)
 
     def paths():
-        with attention.record() as entries:
+        with record() as entries:
             logits(model, IDS)
         return [entry.path for entry in entries]
 
     alone = paths()
-    with attention.force_path("sparse"):
+    with force_path("sparse"):
         assert paths() == ["sparse"] * 2
         assert elsewhere(paths) == alone != ["sparse"] * 2
-        with attention.force_path("dense"):
+        with force_path("dense"):
             assert paths() == ["dense"] * 2
         assert paths() == ["sparse"] * 2
     assert paths() == alone
@@ -266,7 +268,7 @@ def test_attention_that_is_not_headstarts_cannot_leave_a_context_out(attn, layer
 def test_a_wrapped_context_key_tells_its_shape_and_refuses_the_rest():
     model = make()
     own = torch.randn(1, 2, 9, 16)
-    keys = attention.ContextKeys(own, build(model).cache().layers[0])
+    keys = ContextKeys(own, build(model).cache().layers[0])
     assert (keys.shape, keys.dtype, keys.device) == (own.shape, own.dtype, own.device) and keys.own is own
     for use in (lambda: keys + 1, lambda: keys[:, :1], lambda: torch.cat([own, keys])):
         with pytest.raises(RuntimeError, match="would leave the fixed context out"):

@@ -1,8 +1,8 @@
 """Turns off transformers' progress bars for one call, and for nobody else.
 
 transformers has one switch for the bars of the whole process. A call that turns it off and on again would do so for
-other threads too. It also has a hook that makes the bars. Ours is put in once and stays; it asks whether the thread that
-wants a bar is in a call without bars. Streams, logging and the switch are left alone.
+other threads too. transformers also has a hook that makes the bars. Ours is put in once and stays. It asks whether the
+thread that wants a bar is in a call without bars. Streams, logging and the switch are left alone.
 """
 
 from __future__ import annotations

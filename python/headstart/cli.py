@@ -156,7 +156,7 @@ def build_context(
     seed: Annotated[int, typer.Option(help="Seed of the clustering.")] = 0,
 ) -> None:
     """Read a text with a model, cluster its keys, and write what questions start from."""
-    from headstart.context import build
+    from headstart.commands.context import build
 
     options = {"clusters": clusters, "parents": parents, "prefill": prefill, "seed": seed}
     build(model, text, output, tokens=tokens, **options)

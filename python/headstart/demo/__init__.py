@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from .._environment import environment
-from ..offline.prefill_plan import PrefillPlan
+from ..attention.plan import PrefillPlan
 
 SEARCHED = "searched plan"
 PATTERNS = ("dense", "a_shape", "vertical_slash", "block_topk", "adaptive", SEARCHED)
@@ -61,8 +61,8 @@ def run(
     report.mkdir(parents=True, exist_ok=True)
 
     from .. import engine, reporting
+    from ..attention.recording import record
     from ..engine import linear
-    from ..engine.attention import record
     from . import model as smollm2
     from . import report as pages
 

@@ -49,8 +49,8 @@ def run(
     from transformers import DynamicCache
 
     from .. import engine, reporting
-    from ..engine.attention import record
-    from ..engine.context import DEFAULT_SPARSITY, Context
+    from ..attention.recording import record
+    from ..context.context import DEFAULT_SPARSITY, Context
     from ..engine.load import SMOLLM2, load_model
 
     sparsity = DEFAULT_SPARSITY if sparsity is None else sparsity

@@ -1,8 +1,6 @@
 """`headstart.patch(model)`: headstart's operators under a Hugging Face model, and out again.
 
-Attention enters through transformers' own AttentionInterface; no model code is copied or replaced. What a layer needs
-to know hangs on its attention module, so patched models do not know of each other, and a copy of a patched model is
-patched.
+Attention enters through transformers' own AttentionInterface (`attention/attach.py`). No model code is copied.
 """
 
 from __future__ import annotations
@@ -12,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from ..offline.prefill_plan import PrefillPlan, plan_of
+from ..attention.plan import PrefillPlan, plan_of
 from . import linear as _linear
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -21,8 +19,9 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 def patch(model: Model, prefill: str | os.PathLike | PrefillPlan = "adaptive", linear: str = "auto") -> Model:
     """Makes a transformers model read long prompts with sparse attention, in place, and returns it.
 
-    A prompt is read sparsely where that is predicted to be faster than the exact ways, headstart's dense kernel and the
-    model's own SDPA; else the faster of these runs (engine/cost.py; `headstart tune` fits the prediction to a machine).
+    A prompt is read sparsely if this is predicted to be faster than the exact ways: headstart's dense kernel, and the
+    model's own SDPA. Otherwise the faster of these two runs. `attention/cost.py` makes the prediction, and
+    `headstart tune` fits it to a machine.
     Decoding is always exact. A layer whose sliding window cuts keys off attends the window, exactly, whatever the plan.
     Sequences packed in one row (position_ids that restart; cu_seq_lens, if given, must agree) are attended one by one.
     Batches with left padding, caches, chunked prefill and `generate` work as before. A layer or a call that needs what
@@ -62,7 +61,7 @@ def unpatch(model: Model) -> Model:
 
 def _attach():
     try:
-        from . import attach
+        from ..attention import attach
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "transformers":
             raise

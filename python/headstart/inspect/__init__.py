@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..offline.prefill_plan import PrefillPlan, fingerprint
+from ..attention.plan import PrefillPlan, fingerprint
 from .data import collect, lines
 
 if TYPE_CHECKING:
-    from ..engine.attention import Recorded
+    from ..attention.recording import Recorded
 
 DEFAULT_TOKENS = 4096
 # A grid of more layers or heads than this is a damaged plan.
@@ -115,7 +115,7 @@ def _shape(plan: PrefillPlan, path) -> tuple[int, int]:
 
 def _load(model, words: str | None, text, tokens, plan: PrefillPlan, path):
     """The model, int64 [1, tokens] of the text, and the model's (layers, heads); all checked against each other."""
-    from ..engine.attention import FEW_QUERIES
+    from ..attention.forward import FEW_QUERIES
     from ..engine.load import load_model
     from ..texts import token_ids
 
@@ -156,8 +156,9 @@ def read(model, plan: PrefillPlan, ids: torch.Tensor, advance=lambda: None) -> d
     """Reads ids [1, N] by the plan at any length, and gives what every layer attended; a layer that ran the model's own
     attention is missing. The model is not changed."""
     from .. import engine
-    from ..engine.attach import unpatched_view
-    from ..engine.attention import attachment, force_path, record
+    from ..attention.attach import unpatched_view
+    from ..attention.forward import attachment, force_path
+    from ..attention.recording import record
 
     view = engine.patch(unpatched_view(model.base_model), plan)
     for module in view.modules():

@@ -23,10 +23,12 @@ import torch.nn.functional as F
 
 from .. import _library
 from .._files import write_whole
-from ..offline.prefill_plan import HeadPattern, PrefillPlan, full_index
 from ..ops.sparse_attention import BlockIndex, sparse_attention
 from ..reference.sparse_attention import compact
 from .cost import Call, Costs, dtype_name, index_terms, kernel_terms, machine_key, sdpa_terms, stitch_terms, to_json
+from .index import full_index
+from .patterns import HeadPattern
+from .plan import PrefillPlan
 
 SHAPES = ((9, 3, 64), (8, 2, 128))  # query heads, key/value heads, head dim
 DTYPES = (torch.bfloat16, torch.float32)

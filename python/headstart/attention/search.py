@@ -31,7 +31,9 @@ import torch
 from .._environment import environment
 from .._files import write_whole
 from ..ops.sparse_attention import sparse_attention
-from .prefill_plan import HeadPattern, PrefillPlan, fingerprint, full_index, pattern_index, window_index
+from .index import full_index, pattern_index, window_index
+from .patterns import HeadPattern
+from .plan import PrefillPlan, fingerprint
 
 FORMAT = "headstart.prefill_search"
 VERSION = 1
@@ -222,7 +224,7 @@ def choose(
 def _measure_window(model, ids, window, patterns, record, advance) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    from ..engine.view import view_of
+    from .view import view_of
 
     decoder = view_of(model.base_model)
     layers = {}  # attention modules by layer index, with the module whose input is the residual stream

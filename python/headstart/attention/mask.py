@@ -97,7 +97,7 @@ def _take_apart(function, parts: list[tuple[str, Any]]) -> bool:
 # --- the mask --------------------------------------------------------------------------------------------------------
 
 
-class Sequence(NamedTuple):
+class PackedSequence(NamedTuple):
     """Tokens [begin, end) of one row of a batch."""
 
     row: int
@@ -151,9 +151,9 @@ class DeferredMask(torch.Tensor):
         batch, _, nq, nk = self.shape
         if not isinstance(cu_seq_lens, torch.Tensor) or self.kv_start is not None or not nq == nk == self.num_keys:
             return False
-        rows = self.sequences or [Sequence(row, 0, nq) for row in range(batch)]
-        limits = [*(each.row * nq + each.begin for each in rows), batch * nq]
-        return self._once(cu_seq_lens, lambda: sorted(set(cu_seq_lens.flatten().tolist())) == limits)
+        rows = self.sequences or [PackedSequence(row, 0, nq) for row in range(batch)]
+        ends = [*(each.row * nq + each.begin for each in rows), batch * nq]
+        return self._once(cu_seq_lens, lambda: sorted(set(cu_seq_lens.flatten().tolist())) == ends)
 
     def is_consecutive(self, position_ids: torch.Tensor) -> bool:
         return self._once(position_ids, lambda: bool((position_ids.diff(dim=-1) == 1).all()))
@@ -198,7 +198,7 @@ class DeferredMask(torch.Tensor):
         return f"DeferredMask({list(self.shape)}, {known if self.unknown is None else self.unknown})"
 
 
-def _sequences(batch: int, tokens: int, rule: _Rule) -> list[Sequence] | None:
+def _sequences(batch: int, tokens: int, rule: _Rule) -> list[PackedSequence] | None:
     """The sequences packed in a batch; None where a sequence is in pieces, or its positions leave some out."""
     step = rule.packed.expand(batch, tokens).diff(dim=-1)
     follows = step >= 0
@@ -208,7 +208,7 @@ def _sequences(batch: int, tokens: int, rule: _Rule) -> list[Sequence] | None:
         return None
     begins = torch.nn.functional.pad(step > 0, (1, 0), value=True).nonzero().tolist()
     ends = [*begins[1:], [batch, 0]]
-    return [Sequence(row, begin, end or tokens) for (row, begin), (_, end) in zip(begins, ends)]
+    return [PackedSequence(row, begin, end or tokens) for (row, begin), (_, end) in zip(begins, ends)]
 
 
 def _dense_mask(arguments: dict[str, Any]) -> torch.Tensor:

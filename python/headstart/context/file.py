@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .._files import write_whole_folder
-from ..offline.fixed_context import BLOCK, LEVELS, PARENT_GRID, SHARES, LayerContext, Rope
 from ..ops.centroid_lookup import KeyClusters
+from .layer import BLOCK, LEVELS, PARENT_GRID, SHARES, LayerContext, Rope
 
 FORMAT = "headstart.context"
 VERSION = 2

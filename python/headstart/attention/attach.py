@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import torch
 
-from ..offline.prefill_plan import PrefillPlan, fingerprint
-from . import attention, cost
+from . import cost, forward
+from .plan import PrefillPlan, fingerprint
 from .view import view_of
 
 Model = TypeVar("Model", bound=torch.nn.Module)
@@ -31,27 +31,27 @@ def attach(op: str, model: torch.nn.Module, plan: PrefillPlan) -> None:
         plan.check(fingerprint(config))
 
     detach(model)
-    attention.register()
+    forward.register()
     own = {id(layer.config): _own_implementation(layer.config) for layer in layers}
     cost.in_use()  # a warning about its file belongs here, not into the first forward
     said: set[str] = set()
     for layer in layers:
-        attention.set_attachment(layer, attention.Attachment(plan, own[id(layer.config)], said))
-        _set_implementation(layer.config, attention.NAME)
+        forward.set_attachment(layer, forward.Attachment(plan, own[id(layer.config)], said))
+        _set_implementation(layer.config, forward.NAME)
 
 
 def detach(model: torch.nn.Module) -> None:
     """The model's attention is what it was before `attach`."""
     for module in model.modules():
-        here = attention.attachment(module)
+        here = forward.attachment(module)
         if here is not None:
-            attention.set_attachment(module, None)
-            if attention.attachment_for(module.config) is None:
+            forward.set_attachment(module, None)
+            if forward.attachment_for(module.config) is None:
                 _set_implementation(module.config, here.own)
 
 
 def is_attached(model: torch.nn.Module) -> bool:
-    return any(attention.attachment(module) is not None for module in model.modules())
+    return any(forward.attachment(module) is not None for module in model.modules())
 
 
 def unpatched_view(model: Model) -> Model:
@@ -59,7 +59,7 @@ def unpatched_view(model: Model) -> Model:
     view = view_of(model)
     for mine, theirs in zip(view.modules(), model.modules(), strict=True):
         if _is_attention(theirs):
-            attention.set_attachment(mine, None)
+            forward.set_attachment(mine, None)
             _set_implementation(mine.config, _own_implementation(theirs.config))
     return view
 
@@ -67,13 +67,13 @@ def unpatched_view(model: Model) -> Model:
 def _is_attention(module: torch.nn.Module) -> bool:
     """Whether a module is a decoder's attention that goes through AttentionInterface."""
     needed = ("layer_idx", "is_causal", "config")
-    uses_interface = attention.modeling_attribute(module, "ALL_ATTENTION_FUNCTIONS") is not None
+    uses_interface = forward.modeling_attribute(module, "ALL_ATTENTION_FUNCTIONS") is not None
     return uses_interface and all(hasattr(module, name) for name in needed)
 
 
 def _own_implementation(config) -> str | None:
     """A config's attention implementation, seen through the patch of a model that has the config."""
-    here = attention.attachment_for(config)
+    here = forward.attachment_for(config)
     return config._attn_implementation if here is None else here.own
 
 

@@ -6,7 +6,7 @@ search has measured a head's own density, the curve is moved so that it passes t
 
 from __future__ import annotations
 
-from .prefill_plan import HeadPattern
+from .patterns import HeadPattern
 
 BLOCK = 64
 # Adaptive's curve, fitted to SmolLM2-135M from 128 to 8,192 tokens (docs/measurements/attention.md has both):

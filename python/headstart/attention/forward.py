@@ -13,22 +13,23 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import _library
-from ..offline.prefill_plan import PrefillPlan, full_index, window_index
 from ..ops._checks import FLOAT_DTYPES
-from ..ops.sparse_attention import BlockIndex, sparse_attention
-from . import cost
+from ..ops.sparse_attention import sparse_attention
+from . import cost, recording
+from .index import full_index, window_index
 from .mask import DeferredMask, headstart_mask
+from .plan import PrefillPlan
 
 NAME = "headstart"
 
@@ -200,8 +201,7 @@ def headstart_attention(
     """q [B, Hq, Nq, D], k and v [B, Hkv, Nk, D] to [B, Nq, Hq, D], and the weights, which only eager attention has."""
     here = attachment(module)
     if not torch.compiler.is_compiling():
-        for recording in _query_recordings.get():
-            recording.take(module, query)
+        recording.add_queries(module, query)
 
     def run_own():
         given = kwargs if is_causal is None else kwargs | {"is_causal": is_causal}
@@ -216,8 +216,7 @@ def headstart_attention(
             raise ValueError(f"ContextCache: no attention for layer {module.layer_idx} because of {reason}")
         context = key.context
         out, index = context.attend(module.config, query, keys, value, scaling, attention_mask.kv_start)
-        for entries in _recordings.get():
-            entries.append(Recorded(module.layer_idx, index, query.shape[2], context.tokens, "context"))
+        recording.add(module.layer_idx, index, query.shape[2], context.tokens, "context")
         return out.transpose(1, 2).contiguous(), None
     if reason is not None:
         _say_once(here, module, reason)
@@ -268,8 +267,7 @@ def _attend(here: Attachment, module, path: str, q, k, v, mask: DeferredMask, sc
         index = window_index(nq, nk, window, q.device)
     else:
         index = here.plan.index(module.layer_idx, q, k, kv_start=mask.kv_start, scale=scale)
-    for entries in _recordings.get():
-        entries.append(Recorded(module.layer_idx, index, nq, nk, path, window))
+    recording.add(module.layer_idx, index, nq, nk, path, window)
     return sparse_attention(q, k, v, index, scale=scale, kv_start=mask.kv_start, window=window)[0]
 
 
@@ -353,59 +351,3 @@ def modeling_attribute(module: torch.nn.Module, name: str) -> Any:
 def register() -> None:
     AttentionInterface.register(NAME, headstart_attention)
     AttentionMaskInterface.register(NAME, headstart_mask)
-
-
-# --- what was attended ---------------------------------------------------------------------------------------------
-
-
-class Recorded(NamedTuple):
-    layer: int
-    index: BlockIndex
-    nq: int
-    nk: int
-    path: str
-    window: int | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class QueryRecording:
-    layers: frozenset[torch.nn.Module]
-    count: int
-    advance: Callable[[], object]
-    queries: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    def take(self, module: torch.nn.Module, query: torch.Tensor) -> None:
-        if module in self.layers:
-            self.queries[module.layer_idx] = query[:, :, -self.count :].clone()
-            self.advance()
-
-
-# What a thread collects is its own: a forward that another thread runs meanwhile is not recorded.
-_recordings: ContextVar[tuple[list[Recorded], ...]] = ContextVar("headstart_recordings", default=())
-_query_recordings: ContextVar[tuple[QueryRecording, ...]] = ContextVar("headstart_query_recordings", default=())
-
-
-@contextmanager
-def record() -> Iterator[list[Recorded]]:
-    """Collects the index of every layer that headstart's attention runs in this thread, in order."""
-    entries: list[Recorded] = []
-    token = _recordings.set((*_recordings.get(), entries))
-    try:
-        yield entries
-    finally:
-        _recordings.reset(token)
-
-
-@contextmanager
-def record_queries(
-    model: torch.nn.Module, count: int, advance: Callable[[], object] = lambda: None
-) -> Iterator[dict[int, torch.Tensor]]:
-    """Collects the last `count` queries [B, Hq, count, D] of every layer of a patched model that a forward of this
-    thread runs, and calls `advance` for each. Another model that runs in between is not recorded."""
-    layers = frozenset(module for module in model.modules() if attachment(module) is not None)
-    recording = QueryRecording(layers, count, advance)
-    token = _query_recordings.set((*_query_recordings.get(), recording))
-    try:
-        yield recording.queries
-    finally:
-        _query_recordings.reset(token)

@@ -90,9 +90,9 @@ def arrange(
     first, last = clustered_range(n)
     m = last - first
     count = max(1, round(m * clusters))
-    limits = {"parents": None if parents is None else max(1, min(count, round(m * parents)))}
+    options = {"parents": None if parents is None else max(1, min(count, round(m * parents)))}
     largest = LARGEST_CLUSTER * math.ceil(m / count)
-    found = KeyClusters.build(k[:, first:last], count, seed=seed, max_size=largest, **limits)
+    found = KeyClusters.build(k[:, first:last], count, seed=seed, max_size=largest, **options)
 
     def ordered(x: torch.Tensor) -> torch.Tensor:
         return torch.cat([found.permute(x[:, first:last]), x[:, :first], x[:, last:]], 1)
@@ -118,7 +118,8 @@ def with_scores(keys, values, clusters: KeyClusters, queries) -> LayerContext:
         return layer
     parents = _parent_sizes(clusters)
     parent_scores = quantiles(_best_scores(queries, clusters.parent_centroids, parents), parents)
-    children = [_child_quantiles(clusters, queries, at(parent_scores, parent_share(share))) for share in PARENT_GRID]
+    limits = [interpolate(parent_scores, parent_share(share)) for share in PARENT_GRID]
+    children = [_child_quantiles(clusters, queries, limit) for limit in limits]
     return replace(layer, parent_scores=parent_scores, child_scores=torch.stack(children))
 
 
@@ -167,7 +168,7 @@ def _errors(keys, values, clusters: KeyClusters, queries, best_scores, scores) -
         v = F.pad(values[h].float(), (0, 1), value=1.0)  # the ones add up the weights
         ends = clusters.cluster_offsets[h].tolist()
         parts = torch.stack([p[..., a:b] @ v[a:b] for a, b in itertools.pairwise(ends)])  # [C, W, G, D + 1]
-        kept = torch.stack([best > at(scores[h : h + 1], share) for share in SHARES], 1)  # [W, shares, C]
+        kept = torch.stack([best > interpolate(scores[h : h + 1], share) for share in SHARES], 1)  # [W, shares, C]
         outs = kept.float() @ parts.flatten(2).transpose(0, 1) + (p[..., m:] @ v[m:]).flatten(1)[:, None]
         sums, weights = outs.unflatten(-1, q.shape[1:2] + v.shape[-1:]).split([v.shape[-1] - 1, 1], -1)
         out = sums / weights.clamp(min=1e-20)
@@ -193,7 +194,7 @@ def _child_quantiles(clusters: KeyClusters, queries: torch.Tensor, limit: torch.
 # --- thresholds ------------------------------------------------------------------------------------------------------
 
 
-def limits(
+def thresholds(
     layers: Sequence[LayerContext], sparsity: float, budget: str, hierarchical: bool
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """What the ln of a score has to exceed so that a share of `sparsity` of all clustered keys is left out: float32
@@ -214,10 +215,10 @@ def limits(
     if budget == "global":
         pooled = torch.cat([table.flatten() for table in tables]).sort().values
         tables = [pooled.expand(len(table), -1) for table in tables]
-    own = [at(table, share) for table, share in zip(tables, shares, strict=True)]
+    own = [interpolate(table, share) for table, share in zip(tables, shares, strict=True)]
     parents = [None] * len(layers)
     if hierarchical:
-        parents = [at(la.parent_scores, parent_share(share)) for la, share in zip(layers, shares, strict=True)]
+        parents = [interpolate(la.parent_scores, parent_share(share)) for la, share in zip(layers, shares, strict=True)]
     return list(zip(own, parents, strict=True))
 
 
@@ -244,7 +245,7 @@ def head_shares(errors: Sequence[torch.Tensor], sparsity: float) -> list[torch.T
     return list(mixed.split([len(x) for x in errors]))
 
 
-def at(table: torch.Tensor, share: torch.Tensor | float) -> torch.Tensor:
+def interpolate(table: torch.Tensor, share: torch.Tensor | float) -> torch.Tensor:
     """Row h of table [H, n], values at n levels from 0 to 1, at level share[h]: float32 [H]; -inf at level 0, where
     nothing is left out."""
     share = torch.as_tensor(share, dtype=table.dtype, device=table.device).expand(len(table))
@@ -293,7 +294,7 @@ class Rope:
         return torch.cat([turned.to(x.dtype), x[..., 2 * pairs :]], -1)
 
 
-def join(chunks: Sequence[LayerContext], rope: Rope) -> LayerContext:
+def concat_layers(chunks: Sequence[LayerContext], rope: Rope) -> LayerContext:
     """One layer's chunks, each of which ends where the next begins; the last stays where it is.
 
     What is kept of every chunk stays kept, and clusters stay as they are; the thresholds are those of the last window.

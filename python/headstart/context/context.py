@@ -24,14 +24,26 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from ..offline import fixed_context
-from ..offline.fixed_context import BLOCK, LayerContext, Rope
-from ..offline.prefill_plan import fingerprint, full_index, plan_of
+from ..attention.attach import attach, is_attached, unpatched_view
+from ..attention.forward import ContextKeys, attachment, modeling_attribute
+from ..attention.index import full_index
+from ..attention.plan import fingerprint, plan_of
+from ..attention.recording import record_queries
+from ..engine import linear
 from ..ops import _checks
 from ..ops.centroid_lookup import centroid_lookup, centroid_top_p
 from ..ops.sparse_attention import BlockIndex, merge_attention, sparse_attention
-from . import attention, context_file, linear
-from .attach import attach, is_attached, unpatched_view
+from . import file as context_file
+from .layer import (
+    BLOCK,
+    BUDGETS,
+    WINDOW,
+    LayerContext,
+    Rope,
+    arrange,
+    concat_layers,
+    thresholds,
+)
 
 DEFAULT_SPARSITY = 0.8
 SELECTIONS = ("threshold", "top_k", "top_p")
@@ -44,7 +56,7 @@ BREAK_EVEN = 2**20
 class Context:
     """The keys and values of a text, clustered, of every layer of a model.
 
-    - ``layers``: what `offline.fixed_context.LayerContext` says;
+    - ``layers``: what `LayerContext` says;
     - ``model``: the fingerprint of the model that read it, and a checksum of some of its weights;
     - ``tokens``: how many, and ``token_hash``, SHA-256 of their ids as little-endian int64;
     - ``rope``: how the model's keys turn with their position; None where that is not known, and `concat` cannot work;
@@ -108,7 +120,7 @@ class Context:
             _checks.expect(
                 i in queries, op, "model", "attention that headstart runs in every layer", f"none in layer {i}"
             )
-            layers.append(fixed_context.arrange(layer.keys[0], layer.values[0], queries[i][0], clusters, parents, seed))
+            layers.append(arrange(layer.keys[0], layer.values[0], queries[i][0], clusters, parents, seed))
             layer.keys = layer.values = None
             advance()
         return cls(
@@ -145,7 +157,7 @@ class Context:
         _checks.expect(
             first.rope is not None, op, "contexts", "a model whose rotary embedding is known", first.model["model_type"]
         )
-        layers = [fixed_context.join(chunks, first.rope) for chunks in zip(*(c.layers for c in contexts), strict=True)]
+        layers = [concat_layers(chunks, first.rope) for chunks in zip(*(c.layers for c in contexts), strict=True)]
         hashes = "".join(context.token_hash for context in contexts)
         return cls(
             tuple(layers),
@@ -237,9 +249,7 @@ def find_rope(model: torch.nn.Module) -> Rope | None:
     """How the model turns its keys, seen by letting it turn some; None where it does so in another way."""
     rotary = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), torch.Tensor)]
     functions = (
-        attention.modeling_attribute(module, "apply_rotary_pos_emb")
-        for module in model.modules()
-        if hasattr(module, "layer_idx")
+        modeling_attribute(module, "apply_rotary_pos_emb") for module in model.modules() if hasattr(module, "layer_idx")
     )
     turn = next((function for function in functions if function is not None), None)
     if len(rotary) != 1 or turn is None:
@@ -249,12 +259,12 @@ def find_rope(model: torch.nn.Module) -> Rope | None:
     k = torch.randn(1, 1, 1, head_dim, generator=torch.Generator().manual_seed(0)).to(inv_freq.device)
     scale = getattr(rotary[0], "attention_scaling", 1.0)
 
-    def at(position: int) -> torch.Tensor:
+    def key_at(position: int) -> torch.Tensor:
         cos, sin = rotary[0](k, torch.tensor([[position]], device=k.device))
         return turn(k, k, cos, sin)[1]
 
     try:
-        here, there = at(3), at(-14)
+        here, there = key_at(3), key_at(-14)
     except Exception:  # it takes other arguments
         return None
     for interleaved in (False, True):
@@ -270,7 +280,8 @@ def _read(model, input_ids, advance) -> tuple[DynamicCache, dict[int, torch.Tens
     """The keys and values of input_ids [1, N] at the positions -N to -1, and the last window's queries by layer."""
     positions = torch.arange(-input_ids.shape[1], 0, device=input_ids.device)[None]
     cache = DynamicCache()
-    with attention.record_queries(model, fixed_context.WINDOW, advance) as queries:
+    layers = [module for module in model.modules() if attachment(module) is not None]
+    with record_queries(layers, WINDOW, advance) as queries:
         model(input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
     return cache, queries
 
@@ -289,7 +300,7 @@ class ContextLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        return attention.ContextKeys(keys, self), values
+        return ContextKeys(keys, self), values
 
     def attend(self, config, q, k, v, scale: float | None, kv_start: torch.Tensor | None):
         """q [B, Hq, Nq, D] over the context, by lookup, and over the question's k and v [B, Hkv, Nk, D], causally: out
@@ -312,9 +323,7 @@ class ContextCache(Cache):
         good = type(sparsity) in (int, float) and 0 <= sparsity < 1
         _checks.expect(good, op, "sparsity", "a number from 0 to less than 1", sparsity)
         _checks.expect(selection in SELECTIONS, op, "selection", f"one of {', '.join(SELECTIONS)}", selection)
-        _checks.expect(
-            budget in fixed_context.BUDGETS, op, "budget", f"one of {', '.join(fixed_context.BUDGETS)}", budget
-        )
+        _checks.expect(budget in BUDGETS, op, "budget", f"one of {', '.join(BUDGETS)}", budget)
         good = type(mass) in (int, float) and 0 < mass <= 1 if selection == "top_p" else mass is None
         wanted = "a share above 0 and up to 1" if selection == "top_p" else 'None, but for selection="top_p"'
         _checks.expect(good, op, "mass", wanted, mass)
@@ -329,7 +338,7 @@ class ContextCache(Cache):
         layers = self.context.layers
         if self.selection == "top_k":
             budget = "equal"
-        limits = fixed_context.limits(layers, self.sparsity, budget, self.hierarchical)
+        limits = thresholds(layers, self.sparsity, budget, self.hierarchical)
         for layer, (own, parents) in zip(layers, limits, strict=True):
             own = torch.zeros_like(own) if self.selection == "top_k" else own.exp().contiguous()
             yield layer, self, own, None if parents is None else parents.exp().contiguous()

@@ -26,8 +26,9 @@ import torch
 
 from .. import _library
 from .._environment import cpu_model
-from ..offline.density import density
-from ..offline.prefill_plan import HeadPattern, PrefillPlan
+from .density import density
+from .patterns import HeadPattern
+from .plan import PrefillPlan
 
 FORMAT = "headstart.tune"
 VERSION = 1
