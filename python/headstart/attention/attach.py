@@ -1,7 +1,7 @@
-"""Puts headstart's attention under a transformers model, and takes it out again.
+"""Puts headstart's attention into a transformers model, and takes it out again.
 
-What a layer needs to know hangs on its attention module, so patched models do not know of each other, and a copy of a
-patched model is patched.
+Each attention module stores what its layer needs. So patched models are independent of each other, and a copy of a
+patched model is patched too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 def attach(op: str, model: torch.nn.Module, plan: PrefillPlan) -> None:
-    """Raises ValueError, naming `op`, for a model without a layer that can have it, or a plan for another model."""
+    """Makes every attention module of a model use headstart's attention with a plan.
+
+    Raises:
+        ValueError: with the name `op`, if no layer can use it, or if the plan is for another model.
+    """
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"{op}: model: expected a transformers model, got {type(model).__name__}")
     layers = [module for module in model.modules() if _is_attention(module)]
@@ -33,15 +37,15 @@ def attach(op: str, model: torch.nn.Module, plan: PrefillPlan) -> None:
     detach(model)
     forward.register()
     own = {id(layer.config): _own_implementation(layer.config) for layer in layers}
-    cost.in_use()  # a warning about its file belongs here, not into the first forward
-    said: set[str] = set()
+    cost.in_use()  # a warning about its file should appear now, not during the first forward
+    warned: set[str] = set()
     for layer in layers:
-        forward.set_attachment(layer, forward.Attachment(plan, own[id(layer.config)], said))
+        forward.set_attachment(layer, forward.Attachment(plan, own[id(layer.config)], warned))
         _set_implementation(layer.config, forward.NAME)
 
 
 def detach(model: torch.nn.Module) -> None:
-    """The model's attention is what it was before `attach`."""
+    """Gives a model the attention that it had before `attach`."""
     for module in model.modules():
         here = forward.attachment(module)
         if here is not None:
@@ -65,14 +69,14 @@ def unpatched_view(model: Model) -> Model:
 
 
 def _is_attention(module: torch.nn.Module) -> bool:
-    """Whether a module is a decoder's attention that goes through AttentionInterface."""
+    """Whether a module is the attention of a decoder and calls AttentionInterface."""
     needed = ("layer_idx", "is_causal", "config")
     uses_interface = forward.modeling_attribute(module, "ALL_ATTENTION_FUNCTIONS") is not None
     return uses_interface and all(hasattr(module, name) for name in needed)
 
 
 def _own_implementation(config) -> str | None:
-    """A config's attention implementation, seen through the patch of a model that has the config."""
+    """The attention implementation of a config; if a model with this config is patched, the one from before."""
     here = forward.attachment_for(config)
     return config._attn_implementation if here is None else here.own
 

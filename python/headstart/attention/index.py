@@ -15,7 +15,7 @@ from .patterns import HeadPattern
 
 @functools.lru_cache(maxsize=16)
 def full_index(nq: int, nk: int, device: torch.device) -> BlockIndex:
-    """Every key block that causality lets a query block see; one head and one batch, for all."""
+    """All key blocks that causality shows to a query block. One head and one batch entry serve all."""
     rows, blocks = -(-nq // 64), -(-nk // 64)
     last_query = torch.arange(1, rows + 1, device=device).mul(64).clamp(max=nq) - 1
     count = ((last_query + nk - nq) // 64 + 1).to(torch.int32)
@@ -29,12 +29,12 @@ def _shared_a_shape(nq: int, nk: int, sink: int, local: int, device: torch.devic
 
 
 def window_index(nq: int, nk: int, window: int, device: torch.device) -> BlockIndex:
-    """Every key block that a sliding window lets a query block see; one head and one batch, for all."""
+    """All key blocks that a sliding window shows to a query block. One head and one batch entry serve all."""
     return _shared_a_shape(nq, nk, 0, window, device)
 
 
 def pattern_index(patterns: Sequence[HeadPattern], q, k, kv_start, scale) -> BlockIndex:
-    """The index of heads of one family: patterns of one name that differ in their thresholds alone."""
+    """The index of heads of one family: their patterns differ only in their thresholds."""
     name, params = patterns[0].name, dict(patterns[0].params)
     nq, nk = q.shape[2], k.shape[2]
     if name == "dense":
@@ -54,7 +54,7 @@ def pattern_index(patterns: Sequence[HeadPattern], q, k, kv_start, scale) -> Blo
 
 
 def stitch(parts: Sequence[tuple[Sequence[int], BlockIndex]], batch: int) -> BlockIndex:
-    """One index from those of disjoint groups of heads, each given with the heads it is for."""
+    """One index from several. Each part is a list of heads and the index of these heads; no head is in two parts."""
     order = torch.tensor([head for heads, _ in parts for head in heads]).argsort().tolist()
     capacity = max(index.block_index.shape[-1] for _, index in parts)
     counts = [index.block_count.expand(batch, len(heads), -1) for heads, index in parts]

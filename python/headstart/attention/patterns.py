@@ -23,8 +23,8 @@ _cap = _Parameter(None, "an integer, at least 1, or none", lambda x: x is None o
 _share = _Parameter(0.93, "a number above 0 and up to 1", lambda x: type(x) in (int, float) and 0 < x <= 1)
 _stride = _Parameter(16, "4, 8, 16 or 32", lambda x: type(x) is int and x in (4, 8, 16, 32))
 
-# The defaults keep between a fifth and 35 % of the attention of SmolLM2-135M at 8,192 tokens
-# (docs/measurements/attention.md has the curve that adaptive's threshold was chosen from).
+# With the defaults, SmolLM2-135M computes between 20 % and 35 % of its attention at 8,192 tokens.
+# docs/measurements/attention.md has the curve from which adaptive's threshold was chosen.
 PATTERNS: dict[str, dict[str, _Parameter]] = {
     "dense": {},
     "a_shape": {"sink": _tokens(128, 0), "local": _tokens(1024, 0)},
@@ -51,7 +51,7 @@ def _measured(expected: str, least: float, most: float) -> _Parameter:
     return _Parameter(None, expected, lambda x: x is None or (type(x) in (int, float) and least <= x <= most))
 
 
-# Of a head's pattern, by a search.
+# What a search measures of a head's pattern.
 MEASURED: dict[str, _Parameter] = {
     "score": _measured("a finite number", -sys.float_info.max, sys.float_info.max),
     "error": _measured("a finite number, at least 0", 0, sys.float_info.max),
@@ -60,7 +60,7 @@ MEASURED: dict[str, _Parameter] = {
 
 
 class PlanError(ValueError):
-    """A value that a plan cannot have; `field` says where."""
+    """A value that a plan cannot have. `field` names its place."""
 
     def __init__(self, field: str, expected: str, got: object):
         super().__init__(f"PrefillPlan: {field}: expected {expected}, got {got!r}")
@@ -69,10 +69,10 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class HeadPattern:
-    """One head's pattern: ``HeadPattern.of("a_shape", sink=64)``; what is not given has its default.
+    """One head's pattern: ``HeadPattern.of("a_shape", sink=64)``. Parameters that are not given have their defaults.
 
-    What a search measured goes with it and plays no part in what is computed: ``score`` (MInference's files have one),
-    ``error``, the relative error of the head's output, and ``density``, the share of the attention that it computes.
+    A search adds what it measured: ``score`` (as in MInference's files), ``error``, the relative error of the head's
+    output, and ``density``, the share of the attention that it computes. They do not change what is computed.
     """
 
     name: str
@@ -105,5 +105,5 @@ class HeadPattern:
 
     @property
     def family(self) -> HeadPattern:
-        """Heads of one family are built in one call: the pattern, less what may differ from head to head."""
+        """The pattern without the parameter that may differ between heads. One call builds all heads of a family."""
         return HeadPattern.of("adaptive", **dict(self.params) | {"threshold": 1}) if self.name == "adaptive" else self

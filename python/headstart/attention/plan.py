@@ -1,7 +1,7 @@
-"""Which sparse pattern every attention head uses in prefill: the plan, its file, and the index it leads to.
+"""A prefill plan: which sparse pattern each attention head uses when a prompt is read.
 
-A plan is one pattern for all heads, or a default and exceptions by layer and head, as an offline search finds them.
-Its file is JSON; MInference's pattern files are read and written too.
+A plan is one pattern for all heads, or a default with exceptions by layer and head, as a search finds them. Its file is
+JSON. MInference's pattern files are read and written too.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ FINGERPRINT = ("model_type", "num_hidden_layers", "num_attention_heads", "num_ke
 class PrefillPlan:
     """The pattern of every head of a model.
 
-    ``layers[i][h]`` is the pattern of head h in layer i; a head that is not listed has ``default``. ``model``, where
-    given, is the fingerprint of the model that the plan is for, and a plan is only accepted for that model.
-    ``provenance`` says where a searched plan comes from: the machine, the texts, the versions, the budget.
+    ``layers[i][h]`` is the pattern of head h in layer i. A head that is not listed has the pattern ``default``.
+    ``model`` is the fingerprint of a model, or None; a plan with a fingerprint is accepted for that model only.
+    ``provenance`` says how a search found the plan: the machine, the texts, the versions, the budget.
     """
 
     default: HeadPattern
@@ -42,7 +42,7 @@ class PrefillPlan:
     @classmethod
     def uniform(cls, pattern: str = "adaptive", **params) -> PrefillPlan:
         """One pattern for all heads: dense, a_shape(sink, local), vertical_slash(vertical_size, slash_size),
-        block_topk(top_k) or adaptive(threshold, stride), each also with the other options of its index builder."""
+        block_topk(top_k) or adaptive(threshold, stride). Each also takes the other options of its index builder."""
         return cls(HeadPattern.of(pattern, **params))
 
     def for_model(self, model) -> PrefillPlan:
@@ -59,7 +59,7 @@ class PrefillPlan:
         return all(pattern.name == "dense" for pattern in [self.default, *listed])
 
     def check(self, model: Mapping[str, Any]) -> None:
-        """Raises ValueError, naming what differs, if the plan is not for the model with this fingerprint."""
+        """Raises ValueError if the plan is not for the model with this fingerprint. The error names what differs."""
         differing = [
             f"{name}: expected {self.model[name]!r}, got {model[name]!r}"
             for name in FINGERPRINT
@@ -115,7 +115,7 @@ class PrefillPlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> PrefillPlan:
-        """Reads what `save` wrote; a damaged file is a ValueError that names the file and the field."""
+        """Reads what `save` wrote. A damaged file is a ValueError that names the file and the field."""
         content = _read_json("PrefillPlan.load", path)
         if isinstance(content, list):
             raise ValueError(f"{path}: a list, as in MInference's files: read it with PrefillPlan.from_minference")
@@ -148,8 +148,8 @@ class PrefillPlan:
         return cls(_MINFERENCE_DEFAULT, _layers_from_json(path, "layers", layers, _pattern_from_minference))
 
     def to_minference(self, path: str | os.PathLike) -> None:
-        """Writes MInference's file. Options that it has no place for (sink, local, last_q) are left out; a pattern
-        that it does not know (adaptive, dense) is a ValueError that names the layer and the head."""
+        """Writes MInference's file. The file has no place for some options (sink, local, last_q); they are left out. It
+        does not know some patterns (adaptive, dense); they are a ValueError that names the layer and the head."""
         if self.model is not None:
             count, heads = self.model["num_hidden_layers"], self.model["num_attention_heads"]
             layers = [dict(enumerate(self.heads(layer, heads))) for layer in range(count)]
@@ -170,7 +170,7 @@ class PrefillPlan:
 
 
 def plan_of(op: str, prefill: str | os.PathLike | PrefillPlan) -> PrefillPlan:
-    """A plan, given as such, by the name of a pattern, or by the path of its file."""
+    """The plan that a user means by a plan, the name of a pattern, or the path of a file."""
     if isinstance(prefill, PrefillPlan):
         return prefill
     if isinstance(prefill, str) and prefill in PATTERNS:
@@ -182,7 +182,7 @@ def plan_of(op: str, prefill: str | os.PathLike | PrefillPlan) -> PrefillPlan:
 
 
 def fingerprint(config) -> dict[str, Any]:
-    """What a plan must agree on with a model, from a transformers (text) config."""
+    """What identifies a model for a plan, from its transformers (text) config."""
     heads = config.num_attention_heads
     return {
         "model_type": config.model_type,

@@ -56,7 +56,7 @@ def add_queries(module: torch.nn.Module, query: torch.Tensor) -> None:
 
 @contextmanager
 def record() -> Iterator[list[Recorded]]:
-    """Collects the index of every layer that headstart's attention runs in this thread, in order."""
+    """Collects the indices of all layers that headstart's attention runs in this thread, in order."""
     entries: list[Recorded] = []
     token = _recordings.set((*_recordings.get(), entries))
     try:
@@ -69,8 +69,8 @@ def record() -> Iterator[list[Recorded]]:
 def record_queries(
     layers: Iterable[torch.nn.Module], count: int, advance: Callable[[], object] = lambda: None
 ) -> Iterator[dict[int, torch.Tensor]]:
-    """Collects the last `count` queries [B, Hq, count, D] of each of a patched model's attention modules that this
-    thread runs, by layer, and calls `advance` for each. Other models that run in between are not recorded."""
+    """Collects the last `count` queries [B, Hq, count, D] of some attention modules of a patched model, by layer
+    number, while this thread runs them. Calls `advance` for each. Other models that run meanwhile are not recorded."""
     recording = QueryRecording(frozenset(layers), count, advance)
     token = _query_recordings.set((*_query_recordings.get(), recording))
     try:
@@ -83,10 +83,10 @@ def record_queries(
 
 
 class Attended(NamedTuple):
-    """What the first sequence of a batch attends, of every index head, by blocks."""
+    """The blocks that the first sequence of a batch attends, for each head of the index."""
 
     blocks: torch.Tensor  # bool [heads, query blocks, key blocks]
-    columns: torch.Tensor | None  # float32 [heads, query blocks or 1, key blocks]: the share of single keys
+    columns: torch.Tensor | None  # float32 [heads, query blocks or 1, key blocks]: the share that single keys cover
 
 
 def attended(entry: Recorded) -> Attended:
@@ -102,13 +102,13 @@ def attended(entry: Recorded) -> Attended:
 
 
 def visible_blocks(nq: int, nk: int, block_q: int, block_k: int) -> torch.Tensor:
-    """bool [query blocks, key blocks]: whether causality lets a query of the row see a key of the block."""
+    """bool [query blocks, key blocks]: whether some query of the row may see some key of the block."""
     last_query = (torch.arange(-(-nq // block_q)) * block_q + block_q).clamp(max=nq) - 1 + nk - nq
     return torch.arange(-(-nk // block_k)) * block_k <= last_query[:, None]
 
 
 def attended_share(entry: Recorded) -> torch.Tensor:
-    """float [heads, query blocks, key blocks]: the share of a key block that a row attends."""
+    """float [heads, query blocks, key blocks]: which share of a key block a row attends."""
     blocks, columns = attended(entry)
     if columns is None:
         return blocks.float()

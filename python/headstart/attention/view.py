@@ -20,8 +20,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def view_of(model: Model) -> Model:
     """A model that computes what `model` computes, and shares its parameters and buffers.
 
-    They are shared by way of the modules' own dictionaries: a weight that is replaced in the model, as streamed weights
-    are, is replaced in the view. A hook or forward that is a closure over a module still means the model's module.
+    The modules of both have the same dictionaries of parameters and buffers. If a weight is replaced in the model, as
+    streamed weights are, the view has the new one too. A hook or a forward that is a closure over a module of the model
+    still uses that module.
     """
     copies: dict[int, Any] = {id(module): object.__new__(type(module)) for module in model.modules()}
 
