@@ -19,12 +19,13 @@ import torch
 
 import headstart
 from headstart._environment import environment
+from headstart.attention.forward import force_path
+from headstart.attention.plan import PrefillPlan
+from headstart.attention.recording import record
+from headstart.attention.search import search_prefill_plan
 from headstart.demo import mean_loss
 from headstart.demo import model as smollm2
-from headstart.engine.attention import force_path, record
 from headstart.engine.load import SMOLLM2, load_model
-from headstart.offline.prefill_plan import PrefillPlan
-from headstart.offline.prefill_search import search_prefill_plan
 from headstart.texts import sample_texts, token_ids
 from machine import RESULTS as FOLDER
 from machine import ROOT, write_json

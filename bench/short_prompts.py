@@ -22,8 +22,8 @@ import torch
 import machine
 import report
 from headstart import _library, patch
-from headstart.engine import cost
-from headstart.engine.attention import record
+from headstart.attention import cost
+from headstart.attention.recording import record
 from headstart.engine.load import SMOLLM2, load_model
 from headstart.texts import token_ids
 from measure import interleave

@@ -13,10 +13,11 @@ pytest.importorskip("safetensors")
 
 import headstart  # noqa: E402
 from headstart import Context, cli  # noqa: E402
-from headstart.engine import attention, context_file  # noqa: E402
-from headstart.engine import context as engine_context  # noqa: E402
-from headstart.offline import fixed_context  # noqa: E402
-from headstart.offline.fixed_context import Rope  # noqa: E402
+from headstart.attention.recording import record  # noqa: E402
+from headstart.context import context as contexts  # noqa: E402
+from headstart.context import file as context_file  # noqa: E402
+from headstart.context import layer as layers  # noqa: E402
+from headstart.context.layer import Rope  # noqa: E402
 from headstart.ops.centroid_lookup import centroid_top_p  # noqa: E402
 
 TOKENS, QUESTION = 700, 9
@@ -36,7 +37,7 @@ SIZES = dict(
 
 @pytest.fixture(autouse=True)
 def every_length_is_looked_up(monkeypatch):
-    monkeypatch.setattr(engine_context, "BREAK_EVEN", 0)
+    monkeypatch.setattr(contexts, "BREAK_EVEN", 0)
     with torch.inference_mode():
         yield
 
@@ -91,7 +92,7 @@ def test_little_sparsity_changes_little_and_much_changes_more(model, context, pa
     errors, shares = [], []
     for sparsity in (1e-3, 0.5, 0.95):
         cache = context.cache(sparsity=sparsity, **{"hierarchical": False} | options)
-        with attention.record() as entries:
+        with record() as entries:
             logits = model(question, past_key_values=cache).logits
         errors.append((logits - exact).abs().max().item())
         shares.append(sum(e.index.column_count.float().mean().item() for e in entries))
@@ -100,7 +101,7 @@ def test_little_sparsity_changes_little_and_much_changes_more(model, context, pa
 
 
 def test_top_k_takes_as_many_keys_as_the_sparsity_leaves(model, context, patched):
-    with attention.record() as entries:
+    with record() as entries:
         model(tokens(1, seed=1), past_key_values=context.cache(sparsity=0.75, selection="top_k"))
     m = context.layers[0].clustered
     assert [e.path for e in entries] == ["context"] * 2
@@ -112,7 +113,7 @@ def test_top_p_takes_the_fewest_clusters_that_hold_the_mass(model, context, patc
     exact = model(question, past_key_values=context.cache(sparsity=0)).logits
     counts = []
     for mass in (0.3, 0.9, 1.0):
-        with attention.record() as entries:
+        with record() as entries:
             logits = model(question, past_key_values=context.cache(selection="top_p", mass=mass)).logits
         counts.append(sum(e.index.column_count.sum().item() for e in entries))
     torch.testing.assert_close(logits, exact, rtol=1e-4, atol=1e-4)
@@ -170,7 +171,7 @@ def test_a_batch_shares_the_context(model, context, patched):
 
 
 def test_short_contexts_are_attended_whole(model, monkeypatch):
-    monkeypatch.setattr(engine_context, "BREAK_EVEN", 2**20)
+    monkeypatch.setattr(contexts, "BREAK_EVEN", 2**20)
     context = Context.build(model, tokens(64), prefill="dense")
     assert context.layers[0].clustered == 64
     question = tokens(QUESTION, seed=1)
@@ -191,12 +192,12 @@ def test_the_same_seed_gives_the_same_context_and_keys_lie_in_cluster_order(mode
     for a, b in zip(context.layers, again.layers, strict=True):
         assert all(torch.equal(x, y) for (_, x), (_, y) in zip(context_file._fields(a), context_file._fields(b)))
     layer = context.layers[0]
-    first, last = fixed_context.clustered_range(TOKENS)
+    first, last = layers.clustered_range(TOKENS)
     assert (first, (last - first) % 64, layer.clustered) == (4, 0, last - first)
-    assert TOKENS - last >= fixed_context.WINDOW
+    assert TOKENS - last >= layers.WINDOW
     offsets, keys = layer.clusters.cluster_offsets, layer.keys[:, : layer.clustered]
     sizes = offsets.diff(dim=-1)
-    assert sizes.max() <= fixed_context.LARGEST_CLUSTER * math.ceil(layer.clustered / round(0.05 * layer.clustered))
+    assert sizes.max() <= layers.LARGEST_CLUSTER * math.ceil(layer.clustered / round(0.05 * layer.clustered))
     for head in range(len(keys)):
         for j in range(sizes.shape[1]):
             run = keys[head, offsets[head, j] : offsets[head, j + 1]]
@@ -206,20 +207,20 @@ def test_the_same_seed_gives_the_same_context_and_keys_lie_in_cluster_order(mode
 
 def test_quantiles_are_those_of_the_keys():
     scores = torch.tensor([[[-1.0, -5.0, -2.0, -math.inf]]])
-    table = fixed_context.quantiles(scores, torch.tensor([[10, 70, 20, 0]]))[0]
+    table = layers.quantiles(scores, torch.tensor([[10, 70, 20, 0]]))[0]
 
     def at(share):
-        return fixed_context.at(table[None], share).item()
+        return layers.interpolate(table[None], share).item()
 
     assert [at(0.2), at(0.5), at(0.69), at(0.75), at(0.89), at(0.95), at(1.0)] == [-5, -5, -5, -2, -2, -1, -1]
     assert at(0.0) == -math.inf  # nothing is left out
 
 
-@pytest.mark.parametrize("budget", fixed_context.BUDGETS)
+@pytest.mark.parametrize("budget", layers.BUDGETS)
 def test_thresholds_leave_out_the_share_that_was_asked_for(context, budget):
     tables = [layer.scores for layer in context.layers]
     for sparsity in (0.3, 0.8):
-        limits = fixed_context.limits(context.layers, sparsity, budget, hierarchical=False)
+        limits = layers.thresholds(context.layers, sparsity, budget, hierarchical=False)
         shares = torch.stack([(t <= limit[:, None]).double().mean(1) for t, (limit, _) in zip(tables, limits)])
         assert shares.mean().item() == pytest.approx(sparsity, abs=0.01)
         assert budget != "equal" or (shares - sparsity).abs().max() < 0.01
@@ -227,7 +228,7 @@ def test_thresholds_leave_out_the_share_that_was_asked_for(context, budget):
 
 @given(
     errors=st.lists(
-        st.lists(st.floats(0, 1), min_size=len(fixed_context.SHARES) - 1, max_size=len(fixed_context.SHARES) - 1),
+        st.lists(st.floats(0, 1), min_size=len(layers.SHARES) - 1, max_size=len(layers.SHARES) - 1),
         min_size=1,
         max_size=6,
     ),
@@ -235,7 +236,7 @@ def test_thresholds_leave_out_the_share_that_was_asked_for(context, budget):
 )
 def test_shares_of_heads_are_no_worse_than_equal_ones(errors, sparsity):
     table = torch.tensor([[0.0, *sorted(row)] for row in errors])
-    (shares,) = fixed_context.head_shares([table], sparsity)
+    (shares,) = layers.head_shares([table], sparsity)
     assert shares.mean().item() == pytest.approx(sparsity, abs=1e-3)
     assert ((0 <= shares) & (shares <= 1)).all()
 
@@ -243,7 +244,7 @@ def test_shares_of_heads_are_no_worse_than_equal_ones(errors, sparsity):
     def cost(rows, at):
         total = 0.0
         for row, share in zip(rows.tolist(), at.tolist()):
-            points = list(zip(fixed_context.SHARES, row))
+            points = list(zip(layers.SHARES, row))
             lines = [
                 y + (v - y) * (share - x) / (u - x) for x, y in points for u, v in points if x <= share <= u and x < u
             ]
@@ -256,12 +257,12 @@ def test_shares_of_heads_are_no_worse_than_equal_ones(errors, sparsity):
 def test_a_head_that_looks_for_one_key_keeps_more_of_them():
     """One head attends evenly, the other a key unlike its neighbours, which clusters hide: it leaves out fewer."""
     torch.manual_seed(0)
-    n, d, w = 2048, 32, fixed_context.WINDOW
+    n, d, w = 2048, 32, layers.WINDOW
     k = torch.randn(2, n, d)
     q = 0.1 * torch.randn(2, w, d)
     q[1] = 2 * k[1, torch.randint(0, n - 200, (w,))]
-    layer = fixed_context.arrange(k, 2 + torch.randn(2, n, d), q, 0.05, None, seed=0)
-    (shares,) = fixed_context.head_shares([layer.errors], 0.8)
+    layer = layers.arrange(k, 2 + torch.randn(2, n, d), q, 0.05, None, seed=0)
+    (shares,) = layers.head_shares([layer.errors], 0.8)
     assert shares[0] > 0.85 > 0.75 > shares[1] and shares.mean().item() == pytest.approx(0.8, abs=1e-3)
 
 
@@ -269,9 +270,9 @@ def test_errors_by_definition():
     torch.manual_seed(0)
     n, d, w, group = 700, 16, 40, 2
     k, v, q = torch.randn(2, n, d), torch.randn(2, n, d), 2 * torch.randn(2 * group, w, d)
-    layer = fixed_context.arrange(k, v, q, 0.1, None, seed=0)
+    layer = layers.arrange(k, v, q, 0.1, None, seed=0)
     m, clusters = layer.clustered, layer.clusters
-    want = torch.zeros(2, len(fixed_context.SHARES), dtype=torch.float64)
+    want = torch.zeros(2, len(layers.SHARES), dtype=torch.float64)
     for h in range(2):
         one = headstart.KeyClusters(
             *(x[h : h + 1] for x in (clusters.centroids, clusters.cluster_offsets, clusters.order))
@@ -281,8 +282,8 @@ def test_errors_by_definition():
             seen = n - w + j + 1
             p = (mine[:, j].double() @ keys[:seen].T / 4).softmax(-1)
             out = p @ values[:seen]
-            for i, share in enumerate(fixed_context.SHARES):
-                limit = fixed_context.at(layer.scores, share)[h].exp()
+            for i, share in enumerate(layers.SHARES):
+                limit = layers.interpolate(layer.scores, share)[h].exp()
                 count, columns = headstart.centroid_lookup(mine[None, :, j : j + 1], one, limit)
                 taken = torch.cat([columns[0, 0, 0, : int(count)].long(), torch.arange(m, seen)])
                 some = p[:, taken] @ values[taken] / p[:, taken].sum(-1, keepdim=True)
@@ -437,7 +438,7 @@ def test_what_does_not_fit_is_an_error(model, context, patched):
 
 def test_a_model_that_is_not_patched_does_not_answer_without_the_context(model, context):
     cache = context.cache()
-    with pytest.raises(RuntimeError, match=r"layer 0 did not attend the context.*headstart\.patch"):
+    with pytest.raises(RuntimeError, match=r"would leave the fixed context out.*headstart\.patch"):
         model(tokens(QUESTION), past_key_values=cache)
 
 

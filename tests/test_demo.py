@@ -11,13 +11,13 @@ for package in ("transformers", "gguf", "accelerate", "rich", "matplotlib", "llm
         pytest.skip(f"{package} is not installed", allow_module_level=True)
 
 from headstart import demo  # noqa: E402
-from headstart.engine import attention  # noqa: E402
+from headstart.attention.forward import force_path  # noqa: E402
 
 
 @pytest.mark.slow
 def test_the_demo_measures_prints_and_writes(tmp_path, capsys):
     report = tmp_path / "new" / "report"
-    with attention.force_path("sparse"):
+    with force_path("sparse"):
         content = demo.run(tokens=320, report=report)
 
     assert json.loads((report / "report.json").read_text()) == content

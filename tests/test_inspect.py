@@ -15,9 +15,10 @@ import tokenizers  # noqa: E402
 import transformers  # noqa: E402
 
 from headstart import BlockIndex, PrefillPlan, cli, inspect  # noqa: E402
+from headstart.attention.patterns import HeadPattern  # noqa: E402
+from headstart.attention.recording import visible_blocks  # noqa: E402
 from headstart.inspect import data, report  # noqa: E402
-from headstart.offline.prefill_plan import HeadPattern  # noqa: E402
-from headstart.reporting import spread, visible_blocks  # noqa: E402
+from headstart.reporting import spread  # noqa: E402
 
 LAYERS, HEADS, TOKENS = 2, 4, 300
 SIZES = dict(

@@ -30,7 +30,7 @@ def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 OPERATORS = """
 import headstart
 from exact import by_torch
-from headstart.offline.prefill_plan import full_index
+from headstart.attention.index import full_index
 from headstart.reference.sparse_attention import index_to_mask
 from tolerances import assert_close
 
@@ -61,7 +61,8 @@ for name, index, out, lse, window in results:
 """
 
 MODELS = """
-from headstart.engine import PrefillPlan, attention, patch
+from headstart.attention.recording import record
+from headstart.engine import PrefillPlan, patch
 from models import make, tokens
 
 sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
@@ -72,7 +73,7 @@ before = peak()
 for family, path in (("Llama", "sparse"), ("Mistral", "window")):
     model = make(family, head_dim=8, max_position_embeddings=n, sliding_window=1000, **sizes).bfloat16()
     patch(model, PrefillPlan.uniform("adaptive", threshold=0.9, stride=32, max_blocks=16))
-    with torch.no_grad(), attention.record() as entries:
+    with torch.no_grad(), record() as entries:
         model(ids, attention_mask=padding, logits_to_keep=1, use_cache=False)
         peaks[family] = peak() - before
         model(ids, position_ids=restarting, logits_to_keep=1, use_cache=False)

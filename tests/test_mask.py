@@ -9,15 +9,18 @@ import torch
 transformers = pytest.importorskip("transformers")
 from transformers import masking_utils  # noqa: E402
 
-from headstart.engine import PrefillPlan, attention, patch  # noqa: E402
-from headstart.engine.mask import headstart_mask  # noqa: E402
+from headstart.attention import forward  # noqa: E402
+from headstart.attention.forward import force_path  # noqa: E402
+from headstart.attention.mask import headstart_mask  # noqa: E402
+from headstart.attention.recording import record  # noqa: E402
+from headstart.engine import PrefillPlan, patch  # noqa: E402
 from models import EVERYTHING, left_padded, logits, make, tokens  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def sparse_from_the_first_token():
     """Tiny prompts go the way of long ones, and no warning goes unnoticed."""
-    with warnings.catch_warnings(), attention.force_path("sparse"):
+    with warnings.catch_warnings(), force_path("sparse"):
         warnings.filterwarnings("error", message="headstart: the model's own attention")
         yield
 
@@ -153,7 +156,7 @@ def test_left_padding_gives_the_first_real_key():
 def test_a_sliding_window_that_cuts(attn, window):
     model = make("Mistral", attn, sliding_window=window)
     want = logits(model, tokens())
-    with attention.record() as entries:
+    with record() as entries:
         close(logits(patch(model, PrefillPlan.uniform("a_shape", sink=1, local=1)), tokens()), want)
     assert [(e.path, e.window) for e in entries] == [("window", window)] * 2
 
@@ -162,7 +165,7 @@ def test_a_sliding_window_that_cuts(attn, window):
 def test_a_sliding_window_that_does_not_cut_is_causal(window):
     model = make("Mistral", sliding_window=window)
     want = logits(model, tokens())
-    with attention.record() as entries:
+    with record() as entries:
         close(logits(patch(model, EVERYTHING["adaptive"]), tokens()), want)
     assert [(e.path, e.window) for e in entries] == [("sparse", None)] * 2
 
@@ -175,7 +178,7 @@ def test_generate_across_a_sliding_window(options, length):
     ids, mask = left_padded([length, 20], length)
     options |= dict(max_new_tokens=10, do_sample=False, attention_mask=mask)
     want = model.generate(ids, **options)
-    with attention.record() as entries:
+    with record() as entries:
         assert torch.equal(patch(model, EVERYTHING["adaptive"]).generate(ids, **options), want)
     assert [e.path for e in entries] == ["sparse" if length == 97 else "window"] * 2 + ["dense"] * 18
 
@@ -191,7 +194,7 @@ def test_chunked_prefill_across_a_sliding_window(lengths, static):
     kind = transformers.StaticCache if static else transformers.DynamicCache
     cache = kind(config=model.config, **dict(max_cache_len=160) if static else {})
     begin, got = 0, []
-    with attention.record() as entries:
+    with record() as entries:
         for chunk in ids.split([30, 40, 1, 60, 5, 14], 1):
             begin += chunk.shape[1]
             got.append(logits(model, chunk, past_key_values=cache, attention_mask=mask[:, :begin]))
@@ -205,9 +208,9 @@ def test_a_window_that_the_mask_does_not_have_is_not_guessed():
     model.config.sliding_window = 100
     layer, q, k = model.model.layers[0].self_attn, torch.randn(1, 4, 150, 16), torch.randn(1, 2, 150, 16)
     with pytest.warns(RuntimeWarning, match="because of a sliding window that the mask does not have"), torch.no_grad():
-        attention.headstart_attention(layer, q, k, k, headstart_mask(1, 150, 150), sliding_window=100)
+        forward.headstart_attention(layer, q, k, k, headstart_mask(1, 150, 150), sliding_window=100)
     with torch.no_grad():
-        attention.headstart_attention(layer, q, k, k, headstart_mask(1, 150, 150), sliding_window=150)
+        forward.headstart_attention(layer, q, k, k, headstart_mask(1, 150, 150), sliding_window=150)
 
 
 # --- packed sequences ------------------------------------------------------------------------------------------------
@@ -238,7 +241,7 @@ def test_packed_sequences(family, window, rows, attn):
     ]
     close(want.flatten(0, 1), torch.cat(alone))
     patch(model, EVERYTHING["adaptive"])
-    with attention.record() as entries:
+    with record() as entries:
         close(logits(model, ids, **options), want)
         close(logits(model, ids, **options, **told), want)
     lengths = [n for row in rows for n in row]
@@ -252,7 +255,7 @@ def test_each_packed_sequence_is_sparse_or_dense_by_its_own_length():
     narrow = PrefillPlan.uniform("a_shape", sink=1, local=1)
     first, second = tokens(1).split([110, 40], 1)
     want = torch.cat([logits(patch(model, narrow), first), logits(patch(model, "dense"), second)], 1)
-    with attention.record() as entries:
+    with record() as entries:
         close(logits(patch(model, narrow), tokens(1), **options), want)
     assert [e.path for e in entries] == ["sparse", "dense"] * 2
 
@@ -282,7 +285,7 @@ def test_lengths_of_one_sequence_a_row_are_no_packing():
     model = make()
     want = logits(model, tokens())
     cu = torch.tensor([0, 150, 300], dtype=torch.int32)
-    with attention.record() as entries:
+    with record() as entries:
         close(logits(patch(model, EVERYTHING["adaptive"]), tokens(), cu_seq_lens_q=cu, cu_seq_lens_k=cu), want)
     assert [e.path for e in entries] == ["sparse"] * 2
 
@@ -290,19 +293,19 @@ def test_lengths_of_one_sequence_a_row_are_no_packing():
 def test_positions_that_flash_attention_would_split_at_are_not_ignored():
     mask, positions = headstart_mask(1, 150, 150), packing([100, 50])[0]
     given = dict(position_ids=positions)
-    assert attention._contradiction(mask, given, "sdpa") is None
-    assert "position_ids that restart" in attention._contradiction(mask, given, "flash_attention_2")
-    assert attention._contradiction(mask, dict(position_ids=torch.arange(150)[None]), "flash_attention_2") is None
+    assert forward._contradiction(mask, given, "sdpa") is None
+    assert "position_ids that restart" in forward._contradiction(mask, given, "flash_attention_2")
+    assert forward._contradiction(mask, dict(position_ids=torch.arange(150)[None]), "flash_attention_2") is None
 
 
 def test_many_short_sequences_are_attended_at_once():
     model = make()
     options = dict(position_ids=packing([5] * 30)[0], use_cache=False)
     want = logits(model, tokens(1), **options)
-    with attention.record() as entries:
+    with record() as entries:
         assert torch.equal(logits(patch(model, EVERYTHING["adaptive"]), tokens(1), **options), want)
     assert entries == []
-    assert attention.splitting_pays(1000, 1, 50_000) and not attention.splitting_pays(6, 1, 150)
+    assert forward.splitting_pays(1000, 1, 50_000) and not forward.splitting_pays(6, 1, 150)
 
 
 # --- the model's own attention gets its own mask ---------------------------------------------------------------------

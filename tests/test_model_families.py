@@ -11,7 +11,9 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from headstart.engine import PrefillPlan, attention, patch, unpatch  # noqa: E402
+from headstart.attention.forward import force_path  # noqa: E402
+from headstart.attention.recording import record  # noqa: E402
+from headstart.engine import PrefillPlan, patch, unpatch  # noqa: E402
 from models import EVERYTHING, left_padded, logits, make, tokens  # noqa: E402
 
 WINDOW = 48
@@ -34,7 +36,7 @@ LENGTH = 200
 @pytest.fixture(autouse=True)
 def sparse_from_the_first_block():
     """Small prompts go the way of long ones, and no warning goes unnoticed."""
-    with warnings.catch_warnings(), attention.force_path("sparse"):
+    with warnings.catch_warnings(), force_path("sparse"):
         warnings.filterwarnings("error", category=RuntimeWarning)
         yield
 
@@ -71,13 +73,13 @@ def test_logits(name):
     one, batch = logits(model, tokens(1, LENGTH)), logits(model, ids, attention_mask=mask)
     for plan in PLANS:
         patch(model, EVERYTHING[plan])
-        with attention.record() as entries:
+        with record() as entries:
             close(logits(model, tokens(1, LENGTH)), one)
             close(logits(model, ids, attention_mask=mask), batch, mask)
         check_paths(entries, name, plan, 2)
         for given, real, want in ((tokens(1, LENGTH), None, one), (ids, mask, batch)):
             cache, end, got = transformers.DynamicCache(config=model.config), 0, []
-            with attention.record() as entries:
+            with record() as entries:
                 for chunk in given.split([70, 65, 1, 64], 1):
                     end += chunk.shape[1]
                     seen = {} if real is None else dict(attention_mask=real[:, :end])
@@ -100,7 +102,7 @@ def test_generate(name, options):
         ids, mask = left_padded(lengths, max(lengths))
         given = dict(max_new_tokens=8, do_sample=False, attention_mask=mask) | options
         want = model.generate(ids, **given)
-        with attention.record() as entries:
+        with record() as entries:
             got = patch(model, EVERYTHING["adaptive"]).generate(ids, **given)
         assert torch.equal(got, want)
         check_paths(entries, name, "adaptive", 8)

@@ -11,7 +11,9 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from headstart.engine import PrefillPlan, attention, linear, patch, unpatch  # noqa: E402
+from headstart.attention.forward import force_path  # noqa: E402
+from headstart.attention.recording import record  # noqa: E402
+from headstart.engine import PrefillPlan, linear, patch, unpatch  # noqa: E402
 from headstart.engine.int4_linear import Int4Linear, quantize_linears  # noqa: E402
 from models import EVERYTHING, left_padded, logits, make, tokens  # noqa: E402
 
@@ -19,7 +21,7 @@ from models import EVERYTHING, left_padded, logits, make, tokens  # noqa: E402
 @pytest.fixture(autouse=True)
 def sparse_from_the_first_token():
     """Tiny prompts go the way of long ones, and no warning goes unnoticed."""
-    with warnings.catch_warnings(), attention.force_path("sparse"):
+    with warnings.catch_warnings(), force_path("sparse"):
         warnings.filterwarnings("error", message="headstart: the model's own attention")
         yield
 
@@ -27,7 +29,7 @@ def sparse_from_the_first_token():
 @pytest.fixture
 def paths(monkeypatch):
     """The path of every layer that headstart's attention ran."""
-    with attention.record() as entries:
+    with record() as entries:
         yield lambda: [entry.path for entry in entries]
 
 

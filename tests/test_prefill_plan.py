@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import headstart
-from headstart.offline.prefill_plan import HeadPattern, PrefillPlan, full_index, stitch
+from headstart.attention.index import full_index, stitch
+from headstart.attention.patterns import HeadPattern
+from headstart.attention.plan import PrefillPlan
 
 MODEL = {
     "model_type": "llama",

@@ -12,10 +12,14 @@ transformers = pytest.importorskip("transformers")
 
 import headstart  # noqa: E402
 from headstart import cli  # noqa: E402
-from headstart.offline import prefill_search  # noqa: E402
-from headstart.offline.prefill_plan import PATTERNS as PATTERN_NAMES  # noqa: E402
-from headstart.offline.prefill_plan import HeadPattern, PrefillPlan  # noqa: E402
-from headstart.offline.prefill_search import candidates, choose, search_prefill_plan  # noqa: E402
+from headstart.attention import search as prefill_search  # noqa: E402
+from headstart.attention.forward import force_path  # noqa: E402
+from headstart.attention.mask import headstart_mask  # noqa: E402
+from headstart.attention.patterns import PATTERNS as PATTERN_NAMES  # noqa: E402
+from headstart.attention.patterns import HeadPattern  # noqa: E402
+from headstart.attention.plan import PrefillPlan  # noqa: E402
+from headstart.attention.recording import record  # noqa: E402
+from headstart.attention.search import candidates, choose, search_prefill_plan  # noqa: E402
 
 LAYERS, HEADS, TOKENS = 2, 4, 512
 PATTERNS = [
@@ -85,9 +89,8 @@ def test_errors_and_densities_are_those_of_the_definition(model, texts):
                 pattern = plan.layers[i][head]
                 heads = {h: HeadPattern.of("dense") for h in range(HEADS)} | {head: pattern}
                 headstart.patch(model, PrefillPlan(HeadPattern.of("dense"), (heads,) * LAYERS))
-                attention_module = headstart.engine.attention
-                with attention_module.record() as entries, attention_module.force_path("sparse"):
-                    mask = attention_module.headstart_mask(1, TOKENS, TOKENS)
+                with record() as entries, force_path("sparse"):
+                    mask = headstart_mask(1, TOKENS, TOKENS)
                     sparse = attention(**seen["attention", i] | {"attention_mask": mask})[0][0]
                 headstart.unpatch(model)
                 change = (sparse - dense).double().square().sum(-1) / stream.double().square().sum(-1)

@@ -12,16 +12,19 @@ import pytest
 import torch
 
 from headstart import _library, cli
-from headstart.engine import cost, tune
-from headstart.engine.cost import Call
-from headstart.offline.density import density
-from headstart.offline.prefill_plan import HeadPattern, PrefillPlan
+from headstart.attention import cost, tune
+from headstart.attention.cost import Call
+from headstart.attention.density import density
+from headstart.attention.patterns import HeadPattern
+from headstart.attention.plan import PrefillPlan
 
 for package in ("transformers", "rich", "typer"):
     pytest.importorskip(package)
 
 from headstart import patch  # noqa: E402
-from headstart.engine import attention  # noqa: E402
+from headstart.attention import forward  # noqa: E402
+from headstart.attention.forward import force_path  # noqa: E402
+from headstart.attention.recording import record  # noqa: E402
 
 BF16, FP32 = torch.bfloat16, torch.float32
 SPARSE = ("a_shape", "vertical_slash", "block_topk", "adaptive")
@@ -278,20 +281,20 @@ def test_the_defaults_are_sane(tier):
 
 
 def choose(here, call, *, device="cpu", own="sdpa", has_kernel=True, window=None):
-    return attention.choose_path(here, 0, device, call, own=own, has_kernel=has_kernel, window=window)
+    return forward.choose_path(here, 0, device, call, own=own, has_kernel=has_kernel, window=window)
 
 
 @pytest.fixture
 def here(monkeypatch):
     monkeypatch.setattr(cost, "in_use", made)
-    return attention.Attachment(ADAPTIVE, "sdpa")
+    return forward.Attachment(ADAPTIVE, "sdpa")
 
 
 def test_a_path_by_the_costs_in_use(here):
     assert choose(here, prompt(64)) == "dense" and choose(here, prompt(100_000)) == "sparse"
     assert choose(here, prompt(100_000, nq=63)) == choose(here, prompt(100_000, nq=1)) == "dense"
     assert choose(here, prompt(100_000), has_kernel=False) == "own"
-    assert choose(attention.Attachment(PrefillPlan.uniform("dense"), "sdpa"), prompt(100_000)) == "dense"
+    assert choose(forward.Attachment(PrefillPlan.uniform("dense"), "sdpa"), prompt(100_000)) == "dense"
 
 
 def test_a_window_that_cuts_keys_off_is_attended_as_such(here):
@@ -303,9 +306,9 @@ def test_a_window_that_cuts_keys_off_is_attended_as_such(here):
     ]:
         assert choose(here, prompt(n), window=window) == path
         assert choose(here, prompt(n), window=window, has_kernel=False) == "own"
-    with attention.force_path("sparse"):
+    with force_path("sparse"):
         assert choose(here, prompt(100), window=99, has_kernel=False) == "window"
-    with attention.force_path("own"):
+    with force_path("own"):
         assert choose(here, prompt(100), window=99) == "own"
 
 
@@ -325,15 +328,15 @@ def test_a_decision_is_kept_while_a_cache_grows(here, monkeypatch):
 
 
 def test_a_path_can_be_forced(here):
-    with attention.force_path("sparse"):
+    with force_path("sparse"):
         assert choose(here, prompt(64)) == choose(here, prompt(64), has_kernel=False) == "sparse"
         assert choose(here, prompt(64, nq=63)) == "dense"
-        with attention.force_path("own"):
+        with force_path("own"):
             assert choose(here, prompt(100_000)) == "own"
-        assert choose(attention.Attachment(PrefillPlan.uniform("dense"), "sdpa"), prompt(100_000)) == "dense"
+        assert choose(forward.Attachment(PrefillPlan.uniform("dense"), "sdpa"), prompt(100_000)) == "dense"
     assert choose(here, prompt(64)) == "dense"
     with pytest.raises(ValueError, match="force_path: path: expected one of sparse, dense, own, got 'fast'"):
-        with attention.force_path("fast"):
+        with force_path("fast"):
             pass
 
 
@@ -343,7 +346,7 @@ def test_every_path_gives_a_models_results(path):
     with torch.no_grad():
         want = model(ids).logits
         patch(model, PrefillPlan.uniform("a_shape", sink=0, local=1024))
-        with attention.force_path(path), attention.record() as entries:
+        with force_path(path), record() as entries:
             torch.testing.assert_close(model(ids).logits, want, rtol=1e-5, atol=1e-5)
     assert [entry.path for entry in entries] == ([] if path == "own" else [path] * 2)
 
@@ -364,7 +367,7 @@ def asked_for(run, monkeypatch) -> list[tuple[Call, str | None]]:
         asked.append((call, own))
         return "dense"
 
-    monkeypatch.setattr(attention, "choose_path", choose_path)
+    monkeypatch.setattr(forward, "choose_path", choose_path)
     with torch.no_grad():
         run(patch(tiny(layers=1)))
     return asked

@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str):
     """`Context` needs transformers, which is imported when it is first asked for."""
     if name == "Context":
-        from .engine.context import Context
+        from .context.context import Context
 
         return Context
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,17 +1,27 @@
-"""Files and folders appear whole or not at all."""
+"""Files and folders appear whole or not at all.
+
+What is written stands under a temporary name, `.NAME.<random>.partial`, until it is complete. The name is random and is
+claimed by creating it, because a process id is not unique: every container has a process 1, and threads share an id.
+Only what a call created itself is ever removed, except for the file or folder that the result replaces. A run that is
+killed leaves its temporary name behind; later runs neither use nor remove it.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+LONGEST_NAME = 200  # bytes of a name that a temporary name repeats; file systems allow 255 in all
+
 
 def write_whole(path: str | os.PathLike, save: Callable[[Path], object]) -> None:
     """Calls `save` with a temporary name beside `path`, and renames what it wrote."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path = _resolved(path)
+    partial = _claim(path, "partial", _create_file)
     try:
         save(partial)
         os.replace(partial, path)
@@ -20,17 +30,64 @@ def write_whole(path: str | os.PathLike, save: Callable[[Path], object]) -> None
 
 
 def write_whole_folder(path: str | os.PathLike, save: Callable[[Path], object]) -> None:
-    """Calls `save` with an empty folder beside `path`, and puts it in the place of what was at `path`."""
-    path = Path(path)
-    partial, before = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("partial", "before"))
+    """Calls `save` with an empty folder beside `path`, and puts it in the place of what was at `path`.
+
+    If several writers do so at once, the folder of the last one stays.
+    """
+    path = _resolved(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _claim(path, "partial", os.mkdir)
     try:
-        partial.mkdir(parents=True)
         save(partial)
-        if path.exists():
-            os.replace(path, before)
-        os.replace(partial, path)
+        _replace_folder(partial, path)
     finally:
-        if before.exists() and not path.exists():
-            os.replace(before, path)
-        for left in (partial, before):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _resolved(path: str | os.PathLike) -> Path:
+    """Absolute and without links: `save` may change the working directory, and a link stays a link."""
+    return Path(path).resolve()
+
+
+def _claim(path: Path, kind: str, create: Callable[[Path], object]) -> Path:
+    name = os.fsdecode(os.fsencode(path.name)[:LONGEST_NAME])
+    while True:
+        claimed = path.with_name(f".{name}.{secrets.token_hex(8)}.{kind}")
+        try:
+            create(claimed)
+        except FileExistsError:
+            continue
+        return claimed
+
+
+def _create_file(path: Path) -> None:
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # with the permissions of an ordinary file
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    while not _moved(new, path):
+        before = _claim(path, "before", os.mkdir)
+        try:
+            os.rename(path, before)
+        except FileNotFoundError:  # another writer has just moved it away
+            before.rmdir()
+            continue
+        try:
+            placed = _moved(new, path)
+        except BaseException:
+            os.rename(before, path)
+            raise
+        shutil.rmtree(before, ignore_errors=True)
+        if placed:
+            return
+
+
+def _moved(folder: Path, path: Path) -> bool:
+    """Renames a folder to `path`; False if another folder with content is there."""
+    try:
+        os.rename(folder, path)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True

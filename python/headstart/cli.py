@@ -28,7 +28,7 @@ SOURCE_TREE = Path(__file__).resolve().parents[2]
 
 Report = Annotated[Path, typer.Option(help="Folder for the JSON and the picture.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(help="Seed of the clusters, and of random weights.")]
 REPORT = Path("demo-report")
 
 
@@ -40,16 +40,16 @@ def demo(
     pattern: Annotated[list[str] | None, typer.Option(help="Run this pattern; may be repeated.")] = None,
     all: Annotated[bool, typer.Option("--all", help="Run every pattern, those that lose much too.")] = False,
     threads: Threads = None,
-    seed: Seed = 0,
 ) -> None:
     """Show headstart at work on a real model: by itself, SmolLM2-135M reads a long text with headstart and without."""
     if command.invoked_subcommand is not None:
         return
     if pattern and all:
         raise ValueError("demo: all: expected one of --all and --pattern, got both")
+    _set_threads(threads)
     from headstart.demo import PATTERNS, run
 
-    run(tokens, report, patterns=PATTERNS if all else pattern, threads=threads, seed=seed)
+    run(tokens, report, patterns=PATTERNS if all else pattern)
 
 
 @demos.command("context")
@@ -60,9 +60,10 @@ def demo_context(
     seed: Seed = 0,
 ) -> None:
     """Ask many questions about one long text: transformers with the keys in memory against a stored context."""
+    _set_threads(threads)
     from headstart.demo.context import run
 
-    run(report=report, threads=threads, seed=seed, **_given(tokens=tokens))
+    run(report=report, seed=seed, **_given(tokens=tokens))
 
 
 @demos.command("offload")
@@ -76,9 +77,10 @@ def demo_offload(
     files: Annotated[Path | None, typer.Option(help="A folder where the models stay.")] = None,
 ) -> None:
     """Run a model in less memory than its weights take, against accelerate's disk offload."""
+    _set_threads(threads)
     from headstart.demo.offload import run
 
-    run(report=report, threads=threads, seed=seed, **_given(tokens=tokens, size=size, budget=budget, files=files))
+    run(report=report, seed=seed, **_given(tokens=tokens, size=size, budget=budget, files=files))
 
 
 def _given(**options: object) -> dict[str, object]:
@@ -178,7 +180,7 @@ def build_context(
     seed: Annotated[int, typer.Option(help="Seed of the clustering.")] = 0,
 ) -> None:
     """Read a text with a model, cluster its keys, and write what questions start from."""
-    from headstart.context import build
+    from headstart.commands.context import build
 
     options = {"clusters": clusters, "parents": parents, "prefill": prefill, "seed": seed}
     build(model, text, output, tokens=tokens, **options)
@@ -190,12 +192,9 @@ def tune(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")] = None,
 ) -> None:
     """Time attention on this CPU, so that patched models take the path that is the fastest here."""
-    import torch
-
     from headstart.tune import run
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    _set_threads(threads)
     run(show)
 
 
@@ -217,6 +216,14 @@ def doctor(
     from headstart_launcher import load
 
     raise typer.Exit(load("doctor").main(["--json"] * json + ["--gpu"] * gpu))
+
+
+def _set_threads(threads: int | None) -> None:
+    """Of the whole process, so only commands do it: the process is theirs."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,9 +10,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from .attention.plan import PrefillPlan
+from .attention.search import search_prefill_plan
 from .engine.load import load_model
-from .offline.prefill_plan import PrefillPlan
-from .offline.prefill_search import search_prefill_plan
 from .texts import read_text, sample_texts, token_ids
 
 DEFAULT_TOKENS = 8192

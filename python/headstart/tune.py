@@ -7,8 +7,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .engine import cost, tune
-from .offline.prefill_plan import PATTERNS, PrefillPlan
+from .attention import cost, tune
+from .attention.patterns import PATTERNS
+from .attention.plan import PrefillPlan
 
 SHOWN_LENGTHS = (128, 512, 1024, 4096)
 SHOWN_WORKS = ("SDPA", "dense", "sparse", "adaptive index")

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .._environment import environment
-from ..offline.prefill_plan import PrefillPlan
+from ..attention.plan import PrefillPlan
 
 SEARCHED = "searched plan"
 PATTERNS = ("dense", "a_shape", "vertical_slash", "block_topk", "adaptive", SEARCHED)
@@ -43,8 +43,6 @@ def run(
     tokens: int = 8192,
     report: str | Path = "demo-report",
     patterns: Sequence[str] | None = None,
-    threads: int | None = None,
-    seed: int = 0,
 ) -> dict:
     """Runs the demo, prints its table, writes `report`/report.json and report.png, and returns what the JSON holds.
 
@@ -53,8 +51,6 @@ def run(
         report: a folder, made if missing.
         patterns: names of uniform plans, and "searched plan"; those of `SHOWN` if None. With all of `PATTERNS`, a row
             more shows what float32 linear layers give by themselves, where headstart uses them.
-        threads: torch's number of threads, if given.
-        seed: torch's seed.
     """
     _require("transformers", "gguf", "accelerate", "rich", "matplotlib")
     patterns = SHOWN if patterns is None else tuple(patterns)
@@ -64,13 +60,10 @@ def run(
         raise ValueError(f"demo: tokens: expected an integer from 64 to 8192, got {tokens!r}")
     report = Path(report)
     report.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(seed)
-    if threads is not None:
-        torch.set_num_threads(threads)
 
     from .. import engine, reporting
+    from ..attention.recording import record
     from ..engine import linear
-    from ..engine.attention import record
     from . import model as smollm2
     from . import report as pages
 

@@ -38,7 +38,6 @@ def run(
     tokens: int = TOKENS,
     report: str | Path = "demo-report",
     sparsity: float | None = None,
-    threads: int | None = None,
     seed: int = 0,
 ) -> dict:
     """Runs the demo, prints its table, writes `report`/context.json, and returns what it holds.
@@ -46,13 +45,12 @@ def run(
     Args:
         tokens: of the context.
         sparsity: as in `Context.cache`; its default if None.
-        threads: torch's number of threads, if given.
     """
     from transformers import DynamicCache
 
     from .. import engine, reporting
-    from ..engine.attention import record
-    from ..engine.context import DEFAULT_SPARSITY, Context
+    from ..attention.recording import record
+    from ..context.context import DEFAULT_SPARSITY, Context
     from ..engine.load import SMOLLM2, load_model
 
     sparsity = DEFAULT_SPARSITY if sparsity is None else sparsity
@@ -60,8 +58,6 @@ def run(
         raise ValueError(f"demo: tokens: expected an integer from 64 to {8192 - CONTINUATION - 64}, got {tokens!r}")
     report = Path(report)
     report.mkdir(parents=True, exist_ok=True)
-    if threads is not None:
-        torch.set_num_threads(threads)
     rows = {}
     with reporting.progress() as progress:
         with progress.step("loading SmolLM2-135M", 1) as advance:

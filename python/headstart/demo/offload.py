@@ -49,7 +49,6 @@ def run(
     tokens: int = TOKENS,
     report: str | Path = "demo-report",
     files: str | Path | None = None,
-    threads: int | None = None,
     seed: int = 0,
 ) -> dict:
     """Runs the demo, prints its table, writes `report`/offload.json and offload.png, and returns what the JSON holds.
@@ -60,7 +59,6 @@ def run(
         tokens: that each model decodes in a turn, besides the prompt.
         report: a folder, made if missing.
         files: where the models are written, and stay; if None, a folder inside `report` that is removed at the end.
-        threads: torch's number of threads, if given.
         seed: of random weights.
     """
     from .. import reporting
@@ -75,8 +73,6 @@ def run(
     budget = None if budget is None else parse_budget(budget)
     report = Path(report)
     report.mkdir(parents=True, exist_ok=True)
-    if threads is not None:
-        torch.set_num_threads(threads)
     with ExitStack() as stack, reporting.progress() as progress:
         if files is None:
             files = stack.enter_context(tempfile.TemporaryDirectory(dir=report, prefix="models-"))

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .._files import write_whole_folder
+from .._quiet import no_progress_bars
 from ..engine import artifact
 from ..engine.bitmap_linear import BitmapLinear
 from ..engine.load import SMOLLM2, load_model
@@ -66,10 +67,11 @@ def random_llama(seed: int, **sizes: int):
     """In bfloat16. All its layers have the same weights, so that only one must be made, pruned and quantised."""
     import transformers
 
-    torch.manual_seed(seed)
     config = transformers.LlamaConfig(**LLAMA_1B | sizes)
     count, config.num_hidden_layers = config.num_hidden_layers, 1
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     first = model.model.layers[0]
     for i in range(1, count):
         layer = copy.deepcopy(first, {id(p): p for p in first.parameters()})
@@ -84,15 +86,13 @@ def write_all(model: nn.Module, folders: dict[str, Path], advance: Callable[[], 
 
     What the layers share is pruned and packed once. `advance` is called for every layer of every model.
     """
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
     layers = artifact.decoder_layers(model)
     tied = model.all_tied_weights_keys
     names = [name for name in model.state_dict() if name not in tied]
     groups, skeleton = artifact.group_by_layer(model, names), artifact.skeleton_of(model)
     state = {name: x.clone() for name, x in model.state_dict().items() if name not in tied}  # none shared
-    write_whole_folder(folders[DENSE], functools.partial(model.save_pretrained, state_dict=state))
+    with no_progress_bars():
+        write_whole_folder(folders[DENSE], functools.partial(model.save_pretrained, state_dict=state))
     del state
 
     linears = {

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from .._files import write_whole
-from ..reporting import attended_share, spread
+from ..attention.recording import attended_share
+from ..reporting import spread
 
 if TYPE_CHECKING:
-    from ..engine.attention import Recorded
+    from ..attention.recording import Recorded
     from . import Row
 
 HEADS_SHOWN = 3

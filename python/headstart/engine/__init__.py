@@ -1,6 +1,7 @@
 """The engine: headstart's operators under an existing Hugging Face model."""
 
-from ..offline.prefill_plan import HeadPattern, PrefillPlan
+from ..attention.patterns import HeadPattern
+from ..attention.plan import PrefillPlan
 from .bitmap_linear import BitmapLinear
 from .int4_linear import Int4Linear
 from .load import load

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.nn.modules import module as module_state
 
 from .int4_linear import Int4Linear
 
@@ -29,6 +32,21 @@ TILE_ROWS = 1024
 # Of a gated MLP: few enough that what is between its layers stays in the cache.
 MLP_ROWS = 1024
 
+GATED = ("gate_proj", "up_proj", "down_proj")
+# What torch.nn.Module.__call__ looks at, for a module and for all modules, before it runs the forward alone.
+HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+CALL, LINEAR_FORWARD = torch.nn.Module.__call__, torch.nn.Linear.forward
+# A subclass of these may compute a product in a way of its own.
+PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+class Gated(NamedTuple):
+    """A gated MLP as it was when it was given the forward below."""
+
+    forward: Callable
+    act: Callable
+    layers: list[torch.nn.Linear]
+
 
 def attach_all(model: torch.nn.Module, mode: str) -> None:
     """Gives every plain linear layer and every gated MLP of a model the forwards below."""
@@ -36,6 +54,11 @@ def attach_all(model: torch.nn.Module, mode: str) -> None:
         attach(module, mode)
     for module in model.modules():
         attach_mlp(module)
+
+
+def detach_all(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        detach(module)
 
 
 def attach(module: torch.nn.Module, mode: str) -> None:
@@ -51,44 +74,89 @@ def attach(module: torch.nn.Module, mode: str) -> None:
 
 
 def attach_mlp(module: torch.nn.Module) -> None:
-    """Gives a gated MLP the forward below, if its layers have the one above and it computes what we think it does."""
-    layers = [vars(module)["_modules"].get(name) for name in ("gate_proj", "up_proj", "down_proj")]
-    attached = all(layer is not None and "_headstart_linear" in vars(layer) for layer in layers)
-    if attached and callable(getattr(module, "act_fn", None)) and "forward" not in vars(module) and _is_gated(module):
+    """Gives a gated MLP the forward below, if its layers have the one above and it computes what we think it does.
+
+    Random rows show what it computes, so a layer that carries a hook keeps the module's own forward: the hook would
+    see them.
+    """
+    children = [vars(module)["_modules"].get(name) for name in GATED]
+    if "forward" in vars(module) or not callable(getattr(module, "act_fn", None)) or None in children:
+        return
+    module._headstart_mlp = Gated(type(module).forward, module.act_fn, children)
+    if _computes_by_itself(module) and _is_gated(module):
         module.forward = functools.partial(_mlp_forward, module)
+    else:
+        del module._headstart_mlp
 
 
 def detach(module: torch.nn.Module) -> None:
-    vars(module).pop("_headstart_linear", None)
+    for name in ("_headstart_linear", "_headstart_mlp"):
+        vars(module).pop(name, None)
     if vars(module).pop("_headstart_int8", False):
         module.int8_activations = False
-    forward = vars(module).get("forward")  # a hook put over ours later stays, and finds no mode under it
-    if isinstance(forward, functools.partial) and forward.func in (_forward, _mlp_forward):
+    if _has_our_forward(module):  # a hook put over ours later stays, and finds no mode under it
         del module.forward
 
 
+def _has_our_forward(module: torch.nn.Module) -> bool:
+    forward = vars(module).get("forward")
+    return isinstance(forward, functools.partial) and forward.func in (_forward, _mlp_forward)
+
+
 def _forward(module: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    if _upcasts(module, x):
+    if not torch.compiler.is_compiling() and _has_rows(module, x) and _upcasts(module, x):
         return upcast_linear(x, module.weight, module.bias)
-    return torch.nn.Linear.forward(module, x)
-
-
-def _mlp_forward(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    if not module.training and _upcasts(module.gate_proj, x):
-        return upcast_gated_mlp(x, module)
     return type(module).forward(module, x)
 
 
-def _upcasts(layer: torch.nn.Linear, x: torch.Tensor) -> bool:
-    weight, mode = layer.weight, vars(layer).get("_headstart_linear")
+def _mlp_forward(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    if not torch.compiler.is_compiling() and not module.training and _computes_by_itself(module):
+        layers = [module.gate_proj, module.up_proj, module.down_proj]
+        if _has_rows(layers[0], x) and all(_upcasts(layer, x) for layer in layers):
+            return upcast_gated_mlp(x, module)
+    return type(module).forward(module, x)
+
+
+def _computes_by_itself(module: torch.nn.Module) -> bool:
+    """Whether a gated MLP may be computed without calling its layers: they are what they were when it was attached,
+    and nobody waits for their calls. Anything may have changed since then, so every call asks."""
+    before, children = vars(module).get("_headstart_mlp"), vars(module)["_modules"]
     return (
-        mode is not None
-        and weight.dtype in (torch.bfloat16, torch.float16)
-        and weight.dtype == x.dtype
+        before is not None
+        and type(module).forward is before.forward
+        and module.act_fn is before.act
+        and all(children.get(name) is layer for name, layer in zip(GATED, before.layers))
+        and all(_has_our_forward(layer) and vars(layer)["forward"].args == (layer,) for layer in before.layers)
+        and not any(_is_observed(layer) for layer in before.layers)
+        and not _is_observed(before.act)
+        and "forward" not in getattr(before.act, "__dict__", ())
+    )
+
+
+def _is_observed(layer) -> bool:
+    """Whether calling a layer does more than its forward: hooks of its own or of all modules, or a compiled call."""
+    if torch.nn.Module.__call__ is not CALL or any(getattr(module_state, f"_global_{kind}", None) for kind in HOOKS):
+        return True
+    own = vars(layer) if isinstance(layer, torch.nn.Module) else {}
+    return own.get("_compiled_call_impl") is not None or any(own.get(f"_{kind}") for kind in HOOKS)
+
+
+def _has_rows(layer: torch.nn.Linear, x: torch.Tensor) -> bool:
+    return type(x) in PLAIN and x.numel() >= MIN_ROWS * layer.in_features
+
+
+def _upcasts(layer: torch.nn.Linear, x: torch.Tensor) -> bool:
+    mode = vars(layer).get("_headstart_linear")
+    # A parametrised layer has a class of its own; tools replace the forward of all linear layers.
+    if mode is None or type(layer) is not torch.nn.Linear or torch.nn.Linear.forward is not LINEAR_FORWARD:
+        return False
+    weight, bias = layer.weight, layer.bias
+    given = (x, weight) if bias is None else (x, weight, bias)
+    return (
+        weight.dtype in (torch.bfloat16, torch.float16)
+        and all(type(tensor) in PLAIN and tensor.dtype == weight.dtype for tensor in given)
         and weight.device.type == "cpu"
-        and x.numel() >= MIN_ROWS * layer.in_features
-        and not (torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad))
-        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given))
         and not torch.is_autocast_enabled("cpu")
         and (mode == "fp32" or upcast_pays(weight.dtype))
     )

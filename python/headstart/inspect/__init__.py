@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..offline.prefill_plan import PrefillPlan, fingerprint
+from ..attention.plan import PrefillPlan, fingerprint
 from .data import collect, lines
 
 if TYPE_CHECKING:
-    from ..engine.attention import Recorded
+    from ..attention.recording import Recorded
 
 DEFAULT_TOKENS = 4096
 # A grid of more layers or heads than this is a damaged plan.
@@ -115,7 +115,7 @@ def _shape(plan: PrefillPlan, path) -> tuple[int, int]:
 
 def _load(model, words: str | None, text, tokens, plan: PrefillPlan, path):
     """The model, int64 [1, tokens] of the text, and the model's (layers, heads); all checked against each other."""
-    from ..engine.attention import FEW_QUERIES
+    from ..attention.forward import FEW_QUERIES
     from ..engine.load import load_model
     from ..texts import token_ids
 
@@ -153,15 +153,17 @@ def _head(name: str, layers: int, heads: int) -> tuple[int, int]:
 
 @torch.inference_mode()
 def read(model, plan: PrefillPlan, ids: torch.Tensor, advance=lambda: None) -> dict[int, Recorded]:
-    """Patches the model, reads ids [1, N] by the plan at any length, and gives what every layer attended; a layer that
-    ran the model's own attention is missing."""
+    """Reads ids [1, N] by the plan at any length, and gives what every layer attended; a layer that ran the model's own
+    attention is missing. The model is not changed."""
     from .. import engine
-    from ..engine.attention import attachment, force_path, record
+    from ..attention.attach import unpatched_view
+    from ..attention.forward import attachment, force_path
+    from ..attention.recording import record
 
-    engine.patch(model, plan)
-    for module in model.modules():
+    view = engine.patch(unpatched_view(model.base_model), plan)
+    for module in view.modules():
         if attachment(module):
             module.register_forward_hook(lambda *_: advance())
     with record() as entries, force_path("sparse"):
-        model.base_model(ids, use_cache=False)
+        view(ids, use_cache=False)
     return {entry.layer: entry for entry in entries}

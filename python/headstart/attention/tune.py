@@ -1,13 +1,12 @@
-"""Times this CPU's attention and fits the coefficients of cost.py to it; `headstart tune` runs it.
+"""Times attention on this CPU, and fits the coefficients of `cost.py` to the times. `headstart tune` runs it.
 
-What is timed is what a patched model calls: transformers' SDPA function, headstart's kernel, and the index by way of a
-plan. The works of one shape take turns, and the fastest round of each is kept: what disturbs a machine only ever adds
-time (on a busy one, medians of calls that take 100 µs were 10 to 40 ms: a time slice).
+It times what a patched model calls: transformers' SDPA function, headstart's kernel, and the index of a plan. The works
+of one shape take turns, and the fastest round of each is kept, because a disturbance only adds time. (On a busy machine
+the medians of calls of 100 µs were 10 to 40 ms, a time slice.)
 """
 
 from __future__ import annotations
 
-import gc
 import itertools
 import statistics
 import time
@@ -23,10 +22,12 @@ import torch.nn.functional as F
 
 from .. import _library
 from .._files import write_whole
-from ..offline.prefill_plan import HeadPattern, PrefillPlan, full_index
 from ..ops.sparse_attention import BlockIndex, sparse_attention
 from ..reference.sparse_attention import compact
 from .cost import Call, Costs, dtype_name, index_terms, kernel_terms, machine_key, sdpa_terms, stitch_terms, to_json
+from .index import full_index
+from .patterns import HeadPattern
+from .plan import PrefillPlan
 
 SHAPES = ((9, 3, 64), (8, 2, 128))  # query heads, key/value heads, head dim
 DTYPES = (torch.bfloat16, torch.float32)
@@ -36,9 +37,9 @@ CHUNKS = ((1, 256), (1, 1024), (1, 4096), (16, 4096), (64, 1024), (64, 4096), (2
 SPARSE_DENSITY = 0.25
 LONGEST_MASKED = 2048
 SHORTEST_SPARSE = 128
-# Shapes of more keys than this are left out once `measure` has taken its seconds.
+# When `measure` has used up its seconds, it leaves out shapes with more keys than this.
 ALWAYS = 1024
-# Heads of two families, to time what putting their indices together costs.
+# Two families of heads, to time how long it takes to combine their indices.
 MIXED = ("adaptive", "vertical_slash")
 
 
@@ -50,7 +51,7 @@ class Work(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What one work took at best."""
+    """The shortest time of one work."""
 
     name: str
     shape: Call
@@ -60,7 +61,7 @@ class Sample(NamedTuple):
 
 
 def measured_shapes() -> list[Call]:
-    """From the quickest to the slowest."""
+    """All shapes, the fastest first."""
     shapes = [
         Call(1, heads, kv_heads, nq, nk, head_dim, dtype)
         for nq, nk in [*zip(LENGTHS, LENGTHS), *CHUNKS]
@@ -71,7 +72,7 @@ def measured_shapes() -> list[Call]:
 
 
 def measure(seconds: float = 45.0, advance: Callable[[], object] = lambda: None) -> list[Sample]:
-    """Times every shape; on a slow machine the long ones are left out once `seconds` are over."""
+    """Times every shape. On a slow machine the long ones are left out when `seconds` are over."""
     if not _library.has_kernel("sparse_attention", "CPU"):
         raise ValueError(f"tune: no CPU kernels: {_library.cpu.error}. Cure: {_library.cpu.cure}")
     begin, samples = time.perf_counter(), []
@@ -88,20 +89,14 @@ def _time(shape: Call, seconds: float = 0.25, rounds: int = 3) -> list[Sample]:
     times: dict[str, list[float]] = {work.name: [] for work in works}
     for work in works:
         work.call()
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        begin = time.perf_counter()
-        while len(times[works[0].name]) < rounds or (
-            time.perf_counter() - begin < seconds and len(times[works[0].name]) < 30
-        ):
-            for work in works:
-                start = time.perf_counter()
-                work.call()
-                times[work.name].append(time.perf_counter() - start)
-    finally:
-        if collecting:
-            gc.enable()
+    begin = time.perf_counter()
+    while len(times[works[0].name]) < rounds or (
+        time.perf_counter() - begin < seconds and len(times[works[0].name]) < 30
+    ):
+        for work in works:
+            start = time.perf_counter()
+            work.call()
+            times[work.name].append(time.perf_counter() - start)
     return [Sample(w.name, shape, w.kind, w.terms, min(times[w.name])) for w in works]
 
 
@@ -136,7 +131,8 @@ def _works(shape: Call) -> list[Work]:
 
 
 def _inputs(shape: Call) -> tuple[torch.Tensor, ...]:
-    """q, k, v in a model's layout, with an attention sink and slowly changing topics for the indices to find."""
+    """q, k, v in the layout of a model. They have an attention sink and slowly changing topics, which an index
+    finds."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(heads: int, n: int) -> torch.Tensor:
@@ -154,7 +150,7 @@ def _inputs(shape: Call) -> tuple[torch.Tensor, ...]:
 
 
 def _random_index(shape: Call, density: float) -> BlockIndex:
-    """The diagonal, and random blocks, in every head."""
+    """An index with the diagonal and random blocks in every head."""
     rows, blocks = -(-shape.nq // 64), -(-shape.nk // 64)
     generator = torch.Generator().manual_seed(0)
     selected = torch.rand(1, shape.heads, rows, blocks, generator=generator) < density
@@ -178,7 +174,7 @@ def _sdpa(q, k, v, mask) -> torch.Tensor:
 
 
 def fit(samples: Sequence[Sample], source: str = "a measurement") -> Costs:
-    """Non-negative coefficients with small relative errors, for every dtype and kind of work."""
+    """Coefficients for every dtype and kind of work: none is negative, and the relative errors are small."""
     coefficients: dict[str, dict[str, dict[str, float]]] = {}
     residuals: dict[str, dict[str, dict[str, float]]] = {}
     costs = Costs(
@@ -190,7 +186,7 @@ def fit(samples: Sequence[Sample], source: str = "a measurement") -> Costs:
         for kind in sorted({sample.kind for sample in mine}, key=lambda kind: kind == "stitch"):
             of_kind = [sample for sample in mine if sample.kind == kind]
             names = list(of_kind[0].terms)
-            # A mixed index contains those of its families, which are fitted by now.
+            # A mixed index includes the indices of its families, whose coefficients are known by now.
             known = [_families(costs, sample) if kind == "stitch" else 0.0 for sample in of_kind]
             values = non_negative_fit(
                 [[sample.terms[name] / sample.seconds for name in names] for sample in of_kind],
@@ -216,8 +212,8 @@ def _families(costs: Costs, sample: Sample) -> float:
 
 
 def non_negative_fit(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> list[float]:
-    """x ≥ 0 with the least Σ |rows · x - targets|, by reweighted least squares: a shape that was disturbed while it was
-    timed does not bend what the others say."""
+    """The x ≥ 0 with the least Σ |rows · x - targets|, by reweighted least squares. So one shape whose timing was
+    disturbed does not spoil the fit of the others."""
     matrix, target = np.array(rows), np.array(targets)
     weights = np.ones(len(target))
     for _ in range(15):
@@ -227,7 +223,7 @@ def non_negative_fit(rows: Sequence[Sequence[float]], targets: Sequence[float]) 
 
 
 def non_negative_least_squares(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """x ≥ 0 with the least |matrix · x - target|²: tries every set of non-zero coefficients, for there are few."""
+    """The x ≥ 0 with the least |matrix · x - target|². Tries every set of non-zero coefficients; there are few."""
     scale = abs(matrix).max(0) + 1e-300
     matrix = matrix / scale
     best, least = np.zeros(len(scale)), target @ target

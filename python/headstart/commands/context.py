@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .engine.context import Context
-from .engine.load import load_model
-from .texts import read_text, token_ids
+from ..context.context import Context
+from ..engine.load import load_model
+from ..texts import read_text, token_ids
 
 
 def build(

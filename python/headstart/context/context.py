@@ -1,14 +1,14 @@
-"""A fixed context that many questions share: read once, clustered, and attended by lookup.
+"""A fixed context that many questions share. It is read once and clustered, and questions look up what they need of it.
 
     context = Context.build(model, ids)            # or Context.load(folder)
     cache = context.cache(sparsity=0.8)
     model.generate(question, past_key_values=cache)
     cache.reset()                                   # the next question
 
-The context's tokens stand at the positions -N to -1, so a question begins at position 0 and is, for `generate`, a
-prompt like any other: its mask, padding and length are its own. Rotary embeddings are about differences of positions
-alone, which is what makes this exact. A layer attends the context by `centroid_lookup` and `sparse_attention`, on keys
-and values that all rows of a batch share, and the question's own part densely; `merge_attention` joins them.
+The context's tokens have the positions -N to -1. So a question begins at position 0, and for `generate` it is an
+ordinary prompt with a mask, padding and length of its own. This is exact, because rotary embeddings depend only on
+differences of positions. A layer attends the context by `centroid_lookup` and `sparse_attention`; all rows of a batch
+share its keys and values. It attends the question densely. `merge_attention` combines both.
 """
 
 from __future__ import annotations
@@ -24,31 +24,43 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from ..offline import fixed_context
-from ..offline.fixed_context import BLOCK, LayerContext, Rope
-from ..offline.prefill_plan import fingerprint, full_index
+from ..attention.attach import attach, is_attached, unpatched_view
+from ..attention.forward import ContextKeys, attachment, modeling_attribute
+from ..attention.index import full_index
+from ..attention.plan import fingerprint, plan_of
+from ..attention.recording import record_queries
+from ..engine import linear
 from ..ops import _checks
 from ..ops.centroid_lookup import centroid_lookup, centroid_top_p
 from ..ops.sparse_attention import BlockIndex, merge_attention, sparse_attention
-from . import attention, context_file
-from .patch import patch, unpatch
+from . import file as context_file
+from .layer import (
+    BLOCK,
+    BUDGETS,
+    WINDOW,
+    LayerContext,
+    Rope,
+    arrange,
+    concat_layers,
+    thresholds,
+)
 
 DEFAULT_SPARSITY = 0.8
 SELECTIONS = ("threshold", "top_k", "top_p")
-# A context whose layers have fewer values in their keys (heads · tokens · head dim) is attended whole: looking up which
-# of them are needed takes longer than attending them. Measured (docs/measurements/context.md, "A fixed context").
+# If the keys of a layer have fewer values than this (heads · tokens · head dim), the whole context is attended, because
+# a lookup takes longer than attending all. Measured (docs/measurements/context.md, "A fixed context").
 BREAK_EVEN = 2**20
 
 
 @dataclass(frozen=True)
 class Context:
-    """The keys and values of a text, clustered, of every layer of a model.
+    """The clustered keys and values of a text, for every layer of a model.
 
-    - ``layers``: what `offline.fixed_context.LayerContext` says;
-    - ``model``: the fingerprint of the model that read it, and a checksum of some of its weights;
-    - ``tokens``: how many, and ``token_hash``, SHA-256 of their ids as little-endian int64;
-    - ``rope``: how the model's keys turn with their position; None where that is not known, and `concat` cannot work;
-    - ``settings``: what the clusters were made with.
+    - ``layers``: a `LayerContext` for each layer;
+    - ``model``: the fingerprint of the model that read the text, and a checksum of some of its weights;
+    - ``tokens``: the number of tokens; ``token_hash``: SHA-256 of their ids as little-endian int64;
+    - ``rope``: how the model rotates keys by their position; if this is unknown, None, and `concat` cannot work;
+    - ``settings``: the arguments that made the clusters.
     """
 
     layers: tuple[LayerContext, ...]
@@ -74,16 +86,17 @@ class Context:
         """Reads input_ids [1, N] once and clusters every layer's keys.
 
         Args:
-            model: of transformers, with rotary embeddings, whose layers attend everything before. Patched or not; if
-                not, it is patched with `prefill` while it reads.
-            clusters: how many, as a share of the keys.
-            parents: with a level of so many above, as a share of the keys; None for none.
+            model: a transformers model with rotary embeddings, whose layers attend all earlier tokens. If it is
+                patched, it reads as it is patched; if not, it reads with the attention that `prefill` names. The model
+                is not changed, and may run in other threads meanwhile.
+            clusters: the number of clusters, as a share of the keys.
+            parents: the number of clusters of a second level above them, as a share of the keys; None for one level.
             prefill: as in `headstart.patch`.
-            seed: of the clustering; the same seed gives the same context.
-            advance: called after each layer has read and after each was clustered.
+            seed: for the clustering; the same seed gives the same context.
+            advance: called when a layer reads the text, and after it is clustered.
 
         Raises:
-            ValueError: naming the argument, or what of the model does not work with a context.
+            ValueError: if an argument is wrong, or if the model does not work with a context. The error says why.
         """
         op = "Context.build"
         _checks.tensor(op, "input_ids", input_ids, (torch.int64, torch.int32), (1, "N"))
@@ -96,20 +109,18 @@ class Context:
             parents is None or parents <= clusters, op, "parents", "no larger a share than clusters", parents
         )
         _check_model(op, model)
-        was_patched = any(attention.attachment(module) for module in model.modules())
-        if not was_patched:
-            patch(model, prefill)
-        try:
-            cache, queries = _read(model, input_ids, advance)
-        finally:
-            if not was_patched:
-                unpatch(model)
+        reader = model.base_model
+        if not is_attached(reader):
+            reader = unpatched_view(reader)
+            attach(op, reader, plan_of(op, prefill))
+            linear.attach_all(reader, "auto")
+        cache, queries = _read(reader, input_ids.to(model.device), advance)
         layers = []
         for i, layer in enumerate(cache.layers):
             _checks.expect(
                 i in queries, op, "model", "attention that headstart runs in every layer", f"none in layer {i}"
             )
-            layers.append(fixed_context.arrange(layer.keys[0], layer.values[0], queries[i][0], clusters, parents, seed))
+            layers.append(arrange(layer.keys[0], layer.values[0], queries[i][0], clusters, parents, seed))
             layer.keys = layer.values = None
             advance()
         return cls(
@@ -124,15 +135,15 @@ class Context:
     @classmethod
     @torch.inference_mode()
     def concat(cls, contexts: Sequence[Context]) -> Context:
-        """Contexts one after another as one, without reading them again: keys and centroids turn to their new
-        positions, clusters stay as they are.
+        """Makes one context of several, one after another, without reading them again. Keys and centroids are rotated
+        to their new positions; the clusters stay the same.
 
-        What is missing is the attention of a later text to the earlier ones while it was read (as in TurboRAG, Lu et
-        al., 2024, arXiv 2410.07590): a text cut in two lost 0.07 nats a token on source code and nothing on help texts
-        (docs/measurements/context.md, "A fixed context"). Thresholds come from the last one.
+        When a later text was read, it did not attend the earlier ones (as in TurboRAG, Lu et al., 2024, arXiv
+        2410.07590). A text that was cut in two lost 0.07 nats a token on source code, and nothing on help texts
+        (docs/measurements/context.md, "A fixed context"). The thresholds are those of the last context.
 
         Raises:
-            ValueError: for contexts of different models, or of a model whose keys cannot be moved.
+            ValueError: if the contexts are of different models, or if it is unknown how the model rotates its keys.
         """
         op, contexts = "Context.concat", list(contexts)
         _checks.expect(len(contexts) > 0, op, "contexts", "at least one", 0)
@@ -146,7 +157,7 @@ class Context:
         _checks.expect(
             first.rope is not None, op, "contexts", "a model whose rotary embedding is known", first.model["model_type"]
         )
-        layers = [fixed_context.join(chunks, first.rope) for chunks in zip(*(c.layers for c in contexts), strict=True)]
+        layers = [concat_layers(chunks, first.rope) for chunks in zip(*(c.layers for c in contexts), strict=True)]
         hashes = "".join(context.token_hash for context in contexts)
         return cls(
             tuple(layers),
@@ -158,15 +169,16 @@ class Context:
         )
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes a directory of context.safetensors and context.json, whole or not at all."""
+        """Writes a folder with context.safetensors and context.json, whole or not at all."""
         context_file.save(folder, **vars(self))
 
     @classmethod
     def load(cls, folder: str | os.PathLike, *, verify: bool = True) -> Context:
-        """What `save` wrote, mapped and not copied. `verify` reads it once and compares its checksums.
+        """Opens what `save` wrote. The tensors are mapped, not copied. With `verify`, they are read once, and their
+        checksums are compared.
 
         Raises:
-            ValueError or FileNotFoundError: naming the file and the field that is damaged or missing.
+            ValueError or FileNotFoundError: if a file or a field is damaged or missing. The error names it.
         """
         return cls(**context_file.load(folder, verify=verify))
 
@@ -180,30 +192,32 @@ class Context:
         budget: str = "measured",
         hierarchical: bool | None = None,
     ) -> ContextCache:
-        """For `past_key_values` of a patched model: this context, and room for a batch of questions.
+        """A cache for `past_key_values` of a patched model. It holds this context, and has room for a batch of
+        questions.
 
         Args:
-            batch_size: of the questions; `generate` may make several rows of each.
-            sparsity: the share of the clustered keys that a query leaves out, in the mean over layers, heads and the
-                window that calibrated it; 0 attends everything. Sinks and the last keys are always attended.
-            selection: "threshold"; "top_k": every query takes as many keys as the sparsity leaves; "top_p": it takes
-                the fewest clusters that hold a share of `mass` of its attention, and the sparsity follows.
-            mass: of "top_p", above 0 and up to 1.
-            budget: how heads share the keys that are attended. "measured": so that the window's queries saw the
-                least error; "equal": all the same, as top-k always does; "global": one threshold for all layers and
-                heads.
-            hierarchical: look up parents first, and only the children of those that are kept; if None, where there are
-                parents.
+            batch_size: the number of questions; `generate` may use several rows for each.
+            sparsity: the share of the clustered keys that a query leaves out. It is a mean over layers, heads and the
+                calibrating queries. With 0, queries attend everything. Sinks and the last keys are always attended.
+            selection: "threshold" takes the clusters whose score exceeds a threshold; "top_k" takes the same number of
+                keys for every query; "top_p" takes the fewest clusters that have the share `mass` of a query's
+                attention, whatever the sparsity.
+            mass: for "top_p", above 0 and up to 1.
+            budget: how the heads share the attended keys. "measured" has the least error for the calibrating queries;
+                "equal" gives all heads the same share, as top-k always does; "global" has one threshold for all layers
+                and heads.
+            hierarchical: look up parents first, and then only the children of the kept parents. None means: if there
+                are parents.
         """
         return ContextCache(self, batch_size, sparsity, selection, mass, budget, hierarchical)
 
     @property
     def bytes(self) -> int:
-        """Of the keys and values."""
+        """The size of the keys and values."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers)
 
 
-# --- what a model is -------------------------------------------------------------------------------------------------
+# --- the model -------------------------------------------------------------------------------------------------
 
 
 def _check_model(op: str, model: torch.nn.Module) -> None:
@@ -226,7 +240,7 @@ def model_fingerprint(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _weights_checksum(model: torch.nn.Module) -> int:
-    """CRC-32 over a row of every layer's weights."""
+    """CRC-32 over one row of each weight."""
     crc = 0
     for parameter in model.base_model.parameters():
         row = parameter.detach().flatten()[: parameter.shape[-1]].cpu().contiguous()
@@ -235,12 +249,10 @@ def _weights_checksum(model: torch.nn.Module) -> int:
 
 
 def find_rope(model: torch.nn.Module) -> Rope | None:
-    """How the model turns its keys, seen by letting it turn some; None where it does so in another way."""
+    """How the model rotates its keys. The model rotates an example; if the result is not as expected, None."""
     rotary = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), torch.Tensor)]
     functions = (
-        attention.modeling_attribute(module, "apply_rotary_pos_emb")
-        for module in model.modules()
-        if hasattr(module, "layer_idx")
+        modeling_attribute(module, "apply_rotary_pos_emb") for module in model.modules() if hasattr(module, "layer_idx")
     )
     turn = next((function for function in functions if function is not None), None)
     if len(rotary) != 1 or turn is None:
@@ -250,13 +262,13 @@ def find_rope(model: torch.nn.Module) -> Rope | None:
     k = torch.randn(1, 1, 1, head_dim, generator=torch.Generator().manual_seed(0)).to(inv_freq.device)
     scale = getattr(rotary[0], "attention_scaling", 1.0)
 
-    def at(position: int) -> torch.Tensor:
+    def key_at(position: int) -> torch.Tensor:
         cos, sin = rotary[0](k, torch.tensor([[position]], device=k.device))
         return turn(k, k, cos, sin)[1]
 
     try:
-        here, there = at(3), at(-14)
-    except Exception:  # it takes other arguments
+        here, there = key_at(3), key_at(-14)
+    except Exception:  # the function takes other arguments
         return None
     for interleaved in (False, True):
         rope = Rope(tuple(inv_freq.tolist()), interleaved)
@@ -268,18 +280,13 @@ def find_rope(model: torch.nn.Module) -> Rope | None:
 
 
 def _read(model, input_ids, advance) -> tuple[DynamicCache, dict[int, torch.Tensor]]:
-    """The keys and values of input_ids [1, N] at the positions -N to -1, and the last window's queries by layer."""
-    tokens = input_ids.shape[1]
-    positions = torch.arange(-tokens, 0, device=model.device)[None]
-    layers = [module for module in model.modules() if attention.attachment(module)]
-    hooks = [layer.register_forward_hook(lambda *_: advance()) for layer in layers]
+    """The keys and values of input_ids [1, N] at the positions -N to -1, and the queries of the last window by
+    layer."""
+    positions = torch.arange(-input_ids.shape[1], 0, device=input_ids.device)[None]
     cache = DynamicCache()
-    try:
-        with attention.record_queries(fixed_context.WINDOW) as queries:
-            model.base_model(input_ids.to(model.device), position_ids=positions, past_key_values=cache, use_cache=True)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    layers = [module for module in model.modules() if attachment(module) is not None]
+    with record_queries(layers, WINDOW, advance) as queries:
+        model(input_ids, position_ids=positions, past_key_values=cache, use_cache=True)
     return cache, queries
 
 
@@ -287,7 +294,7 @@ def _read(model, input_ids, advance) -> tuple[DynamicCache, dict[int, torch.Tens
 
 
 class ContextLayer(DynamicLayer):
-    """One layer: the context, which stays, and the questions' part, which grows and is reset."""
+    """One layer of the cache: the context, which stays, and the part of the questions, which grows and is reset."""
 
     def __init__(self, layer: LayerContext, cache: ContextCache, threshold, parent_threshold):
         super().__init__()
@@ -297,13 +304,12 @@ class ContextLayer(DynamicLayer):
 
     def update(self, key_states, value_states, *args, **kwargs):
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        keys.headstart_context = self  # headstart's attention finds it there
-        return keys, values
+        return ContextKeys(keys, self), values
 
     def attend(self, config, q, k, v, scale: float | None, kv_start: torch.Tensor | None):
-        """q [B, Hq, Nq, D] over the context, by lookup, and over the question's k and v [B, Hkv, Nk, D], causally: out
-        [B, Hq, Nq, D], and the index of what was attended of the context."""
-        self.cache.read(config)
+        """Attends the context by lookup, and the question's k and v [B, Hkv, Nk, D] causally, with q [B, Hq, Nq, D].
+        Returns the output [B, Hq, Nq, D], and the index of the attended part of the context."""
+        _expect_model(self.cache.context, config)
         nq, nk = q.shape[2], k.shape[2]
         own, own_lse = sparse_attention(q, k, v, full_index(nq, nk, q.device), scale=scale, kv_start=kv_start)
         index = _index(self, q, scale)
@@ -313,7 +319,7 @@ class ContextLayer(DynamicLayer):
 
 
 class ContextCache(Cache):
-    """A `Context` as transformers' cache: `Context.cache` makes it."""
+    """A `Context` as a transformers cache. `Context.cache` makes it."""
 
     def __init__(self, context, batch_size, sparsity, selection, mass, budget, hierarchical):
         op, has_parents = "Context.cache", context.layers[0].parent_scores is not None
@@ -321,9 +327,7 @@ class ContextCache(Cache):
         good = type(sparsity) in (int, float) and 0 <= sparsity < 1
         _checks.expect(good, op, "sparsity", "a number from 0 to less than 1", sparsity)
         _checks.expect(selection in SELECTIONS, op, "selection", f"one of {', '.join(SELECTIONS)}", selection)
-        _checks.expect(
-            budget in fixed_context.BUDGETS, op, "budget", f"one of {', '.join(fixed_context.BUDGETS)}", budget
-        )
+        _checks.expect(budget in BUDGETS, op, "budget", f"one of {', '.join(BUDGETS)}", budget)
         good = type(mass) in (int, float) and 0 < mass <= 1 if selection == "top_p" else mass is None
         wanted = "a share above 0 and up to 1" if selection == "top_p" else 'None, but for selection="top_p"'
         _checks.expect(good, op, "mass", wanted, mass)
@@ -332,14 +336,13 @@ class ContextCache(Cache):
         self.context, self.questions, self.sparsity, self.selection = context, batch_size, sparsity, selection
         self.mass, self.hierarchical = mass, hierarchical
         self.dense = sparsity == 0 or context.layers[0].keys.numel() < BREAK_EVEN
-        self._unread: int | None = None
         super().__init__(layers=[ContextLayer(*each) for each in self._layers(budget)])
 
     def _layers(self, budget: str):
         layers = self.context.layers
         if self.selection == "top_k":
             budget = "equal"
-        limits = fixed_context.limits(layers, self.sparsity, budget, self.hierarchical)
+        limits = thresholds(layers, self.sparsity, budget, self.hierarchical)
         for layer, (own, parents) in zip(layers, limits, strict=True):
             own = torch.zeros_like(own) if self.selection == "top_k" else own.exp().contiguous()
             yield layer, self, own, None if parents is None else parents.exp().contiguous()
@@ -351,40 +354,17 @@ class ContextCache(Cache):
                 f"ContextCache: expected a batch of {self.questions}, as Context.cache was told, or a multiple of it "
                 f"(beams), got {rows}"
             )
-        if self._unread is not None and self._unread != layer_idx:
-            raise RuntimeError(
-                f"ContextCache: layer {self._unread} did not attend the context: the model's attention is not "
-                "headstart's. Call headstart.patch(model), then cache.reset(), and ask again"
-            )
-        self._unread = layer_idx
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def reset(self) -> None:
-        """Forgets the question; the context stays."""
-        self._unread = None
-        super().reset()
 
-    def read(self, config) -> None:
-        """A layer of a model with this config attends the context."""
-        self._unread = None
-        _expect_model(self, config)
-
-
-@functools.lru_cache(maxsize=64)
-def _expect_model_once(cache_id: int, config_id: int, mine: tuple, theirs: tuple) -> None:
-    if mine != theirs:
-        raise ValueError(
-            f"ContextCache: expected the model that the context was built with, {dict(mine)}, got {dict(theirs)}"
-        )
-
-
-def _expect_model(cache: ContextCache, config) -> None:
+def _expect_model(context: Context, config) -> None:
     theirs = fingerprint(config)
-    mine = {name: cache.context.model.get(name) for name in theirs}
-    _expect_model_once(id(cache), id(config), tuple(mine.items()), tuple(theirs.items()))
+    mine = {name: context.model.get(name) for name in theirs}
+    if mine != theirs:
+        raise ValueError(f"ContextCache: expected the model that the context was built with, {mine}, got {theirs}")
 
 
-# --- what is attended ------------------------------------------------------------------------------------------------
+# --- the attended part ------------------------------------------------------------------------------------------------
 
 
 def _index(layer: ContextLayer, q: torch.Tensor, scale: float | None) -> BlockIndex:

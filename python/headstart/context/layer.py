@@ -1,15 +1,15 @@
-"""What is computed ahead of time of the keys and values that many questions share: their order, and thresholds.
+"""One layer of a fixed context: the order of its keys and values, and thresholds, computed ahead of time.
 
-A layer's keys are stored so that what is attended together lies together:
+Keys that are attended together are stored together:
 
     [ keys of cluster 0 | keys of cluster 1 | ... | keys of cluster C - 1 ][ kept: the first and the last keys ]
       0 ............................................................... M   M ............................. N
 
-M is a multiple of 64, so the kept keys, which every query attends, are whole blocks of a `BlockIndex`, and the
-clusters that a query needs are its columns. Queries of the context's end, the observation window, tell how scores are
-distributed, and so which threshold leaves out which share of the keys: a table of quantiles, from which any sparsity
-can be asked for later. They tell as well how wrong each head's output is at which share, and so where keys are needed:
-a head that looks for one certain key, which its cluster's mean hides, keeps more of them.
+Every query attends the kept keys. M is a multiple of 64, so they are whole blocks of a `BlockIndex`; the clusters that
+a query needs are its columns. The queries at the end of the context, the observation window, show how scores are
+distributed. A table of their quantiles tells which threshold leaves out which share of the keys, so any sparsity can be
+chosen later. The same queries show how large the error of each head is at each share, and so which heads need more
+keys. For example, a head that looks for one key, which the mean of its cluster hides, keeps more of them.
 
 Source: Squeezed Attention (Hooper et al., 2024, arXiv 2411.09688), section 3; shares by measured error are our own.
 """
@@ -30,16 +30,16 @@ from ..reference.centroid_lookup import log_scores, select
 
 BLOCK = 64
 SINK = 4  # first keys, always kept
-WINDOW = 100  # last keys, always kept at least, and the queries that calibrate
-LEVELS = 257  # of a quantile table, from no sparsity to all of it
+WINDOW = 100  # last keys, always kept; their queries calibrate
+LEVELS = 257  # of a quantile table, from sparsity 0 to 1
 LARGEST_CLUSTER = 4  # times the mean size; larger ones are split
 BUDGETS = ("measured", "equal", "global")
-# Shares of the clustered keys that a head may leave out, at which `LayerContext.errors` are measured.
+# `LayerContext.errors` are measured with these shares of the clustered keys left out.
 SHARES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
-ERROR_ELEMENTS = 2**23  # attention weights that errors are measured with, a head
-# Sparsities at which scores under kept parents were calibrated.
+ERROR_ELEMENTS = 2**23  # for each head, errors are measured with at most so many attention weights
+# The scores of the children of kept parents are calibrated at these sparsities.
 PARENT_GRID = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
-# Parents keep this many times the keys that their children shall keep.
+# Parents keep this many times as many keys as their children are to keep.
 PARENT_ROOM = 2.0
 
 
@@ -48,15 +48,16 @@ class LayerContext:
     """A fixed context in one layer.
 
     - ``keys``, ``values`` [Hkv, N, D], in the order drawn above;
-    - ``clusters``: of the first M keys;
-    - ``queries`` [Hq, W, D]: of the observation window;
-    - ``scores`` float32 [Hkv, LEVELS]: entry i is the ln of the score that a share of i / (LEVELS - 1) of the clustered
-      keys does not exceed, for a query of the window and the best of a KV head's query heads;
-    - ``errors`` float32 [Hkv, len(SHARES)]: |o' - o|^2 / |o|^2 of the outputs o' with each of SHARES left out, in the
-      mean over the window's queries and a KV head's query heads; it does not fall;
-    - ``parent_scores``, with parents: the same as ``scores`` of the parents;
-    - ``child_scores`` float32 [len(PARENT_GRID), Hkv, LEVELS], with parents: of the clusters under the parents that are
-      kept at each sparsity of PARENT_GRID.
+    - ``clusters``: the clusters of the first M keys;
+    - ``queries`` [Hq, W, D]: the queries of the observation window;
+    - ``scores`` float32 [Hkv, LEVELS]: quantiles of the ln of the scores. A share of i / (LEVELS - 1) of the clustered
+      keys has at most the score of entry i, over the queries of the window; of the query heads that share a KV head,
+      the best score counts;
+    - ``errors`` float32 [Hkv, len(SHARES)]: |o' - o|^2 / |o|^2, where the output o' leaves out each of SHARES. It is a
+      mean over the queries of the window and the query heads of a KV head, and never falls from one share to the next;
+    - ``parent_scores``: like ``scores``, for the parents; None without parents;
+    - ``child_scores`` float32 [len(PARENT_GRID), Hkv, LEVELS]: like ``scores``, for the clusters whose parents are kept
+      at each sparsity of PARENT_GRID; None without parents.
     """
 
     keys: torch.Tensor
@@ -70,19 +71,19 @@ class LayerContext:
 
     @property
     def clustered(self) -> int:
-        """M."""
+        """M, the number of clustered keys."""
         return self.clusters.order.shape[1]
 
     @functools.cached_property
     def flat_clusters(self) -> KeyClusters:
-        """Without their parents."""
+        """The clusters without their parents."""
         return replace(self.clusters, parent_centroids=None, parent_offsets=None)
 
 
 def arrange(
     k: torch.Tensor, v: torch.Tensor, queries: torch.Tensor, clusters: float, parents: float | None, seed: int
 ) -> LayerContext:
-    """A layer's context of k and v [Hkv, N, D] and the window's queries [Hq, W, D].
+    """Makes the context of a layer from k and v [Hkv, N, D] and the window's queries [Hq, W, D].
 
     `clusters` and `parents` are shares of the clustered keys.
     """
@@ -90,9 +91,9 @@ def arrange(
     first, last = clustered_range(n)
     m = last - first
     count = max(1, round(m * clusters))
-    limits = {"parents": None if parents is None else max(1, min(count, round(m * parents)))}
+    options = {"parents": None if parents is None else max(1, min(count, round(m * parents)))}
     largest = LARGEST_CLUSTER * math.ceil(m / count)
-    found = KeyClusters.build(k[:, first:last], count, seed=seed, max_size=largest, **limits)
+    found = KeyClusters.build(k[:, first:last], count, seed=seed, max_size=largest, **options)
 
     def ordered(x: torch.Tensor) -> torch.Tensor:
         return torch.cat([found.permute(x[:, first:last]), x[:, :first], x[:, last:]], 1)
@@ -101,7 +102,7 @@ def arrange(
 
 
 def clustered_range(n: int) -> tuple[int, int]:
-    """[first, last) of the context's keys that are clustered."""
+    """The range [first, last) of the context's keys that are clustered."""
     m = max((n - SINK - WINDOW) // BLOCK, 1) * BLOCK
     first = min(SINK, n - m)
     return first, first + m
@@ -118,12 +119,13 @@ def with_scores(keys, values, clusters: KeyClusters, queries) -> LayerContext:
         return layer
     parents = _parent_sizes(clusters)
     parent_scores = quantiles(_best_scores(queries, clusters.parent_centroids, parents), parents)
-    children = [_child_quantiles(clusters, queries, at(parent_scores, parent_share(share))) for share in PARENT_GRID]
+    limits = [interpolate(parent_scores, parent_share(share)) for share in PARENT_GRID]
+    children = [_child_quantiles(clusters, queries, limit) for limit in limits]
     return replace(layer, parent_scores=parent_scores, child_scores=torch.stack(children))
 
 
 def _parent_sizes(clusters: KeyClusters) -> torch.Tensor:
-    """In keys, int32 [Hkv, P]."""
+    """The number of keys of each parent, int32 [Hkv, P]."""
     return clusters.cluster_offsets.gather(1, clusters.parent_offsets.long()).diff(dim=-1)
 
 
@@ -135,25 +137,26 @@ def _logits(queries: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
 
 
 def _best_scores(queries, centroids, sizes) -> torch.Tensor:
-    """ln of the best score over the group, float32 [Hkv, W, C]; -inf where a cluster is empty."""
+    """The ln of the best score over the group, float32 [Hkv, W, C]; -inf for an empty cluster."""
     counted = torch.ones_like(sizes, dtype=torch.bool)[:, None, None]
     return log_scores(_logits(queries, centroids), sizes[:, None, None], counted[None]).amax(2)[0]
 
 
 def quantiles(scores: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """float32 [Hkv, LEVELS] of scores [Hkv, W, C], in which cluster j counts as sizes[j] keys."""
+    """Quantiles float32 [Hkv, LEVELS] of scores [Hkv, W, C]. Cluster j counts as sizes[j] keys."""
     flat, order = scores.flatten(1).sort(dim=-1)
     weight = sizes[:, None].expand(scores.shape).flatten(1).gather(1, order).double()
     below = weight.cumsum(1) / weight.sum(1, keepdim=True)
     levels = torch.linspace(0, 1, LEVELS, dtype=torch.float64, device=scores.device).expand(len(scores), -1)
-    at = torch.searchsorted(below, levels.contiguous()).clamp(max=flat.shape[1] - 1)
-    # An empty cluster has no keys and a score of -inf: the least finite score stands in for it.
+    places = torch.searchsorted(below, levels.contiguous()).clamp(max=flat.shape[1] - 1)
+    # An empty cluster has no keys and a score of -inf. The least finite score replaces it.
     least = flat.masked_fill(flat == -math.inf, 0).amin(1, keepdim=True)
-    return torch.maximum(flat.gather(1, at), least)
+    return torch.maximum(flat.gather(1, places), least)
 
 
 def _errors(keys, values, clusters: KeyClusters, queries, best_scores, scores) -> torch.Tensor:
-    """`LayerContext.errors`. A query sees the window's keys before it; of long contexts, some queries do."""
+    """Computes `LayerContext.errors`. A query sees no later key of the window. For a long context, some queries
+    suffice."""
     heads, group = len(keys), len(queries) // len(keys)
     m, n, w = clusters.order.shape[1], keys.shape[1], queries.shape[1]
     step = math.ceil(group * w * n / ERROR_ELEMENTS)
@@ -167,7 +170,7 @@ def _errors(keys, values, clusters: KeyClusters, queries, best_scores, scores) -
         v = F.pad(values[h].float(), (0, 1), value=1.0)  # the ones add up the weights
         ends = clusters.cluster_offsets[h].tolist()
         parts = torch.stack([p[..., a:b] @ v[a:b] for a, b in itertools.pairwise(ends)])  # [C, W, G, D + 1]
-        kept = torch.stack([best > at(scores[h : h + 1], share) for share in SHARES], 1)  # [W, shares, C]
+        kept = torch.stack([best > interpolate(scores[h : h + 1], share) for share in SHARES], 1)  # [W, shares, C]
         outs = kept.float() @ parts.flatten(2).transpose(0, 1) + (p[..., m:] @ v[m:]).flatten(1)[:, None]
         sums, weights = outs.unflatten(-1, q.shape[1:2] + v.shape[-1:]).split([v.shape[-1] - 1, 1], -1)
         out = sums / weights.clamp(min=1e-20)
@@ -177,8 +180,8 @@ def _errors(keys, values, clusters: KeyClusters, queries, best_scores, scores) -
 
 
 def _child_quantiles(clusters: KeyClusters, queries: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
-    """Of the clusters below the parents whose ln score exceeds `limit` [Hkv], with their own sum, as the lookup
-    computes them; clusters of other parents score less than any."""
+    """Quantiles of the clusters whose parents' ln score exceeds `limit` [Hkv]. As in the lookup, the sum of the scores
+    is over these clusters only. Clusters of other parents score lower than all of them."""
     sizes, children = clusters.cluster_offsets.diff(dim=-1), clusters.parent_offsets.diff(dim=-1).long()
     every = torch.ones(1, len(sizes), 1, children.shape[1], dtype=torch.bool, device=sizes.device)
     kept, _ = select(
@@ -193,15 +196,16 @@ def _child_quantiles(clusters: KeyClusters, queries: torch.Tensor, limit: torch.
 # --- thresholds ------------------------------------------------------------------------------------------------------
 
 
-def limits(
+def thresholds(
     layers: Sequence[LayerContext], sparsity: float, budget: str, hierarchical: bool
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """What the ln of a score has to exceed so that a share of `sparsity` of all clustered keys is left out: float32
-    [Hkv] of the clusters, and of the parents if `hierarchical`, of every layer.
+    """Thresholds that leave out a share of `sparsity` of all clustered keys. The ln of a score must exceed them. Every
+    layer has two: float32 [Hkv] for the clusters, and float32 [Hkv] for the parents, or None if not `hierarchical`.
 
     Args:
-        budget: "measured": every head leaves out the share that `head_shares` gives it; "equal": all the same;
-            "global": one threshold serves all heads and layers, and heads whose attention is spread keep more.
+        budget: "measured": every head leaves out the share that `head_shares` gives it; "equal": all heads leave out
+            the same share; "global": all heads and layers have one threshold, and heads with widely spread attention
+            keep more.
     """
     if budget == "measured":
         shares = head_shares([layer.errors for layer in layers], sparsity)
@@ -214,19 +218,19 @@ def limits(
     if budget == "global":
         pooled = torch.cat([table.flatten() for table in tables]).sort().values
         tables = [pooled.expand(len(table), -1) for table in tables]
-    own = [at(table, share) for table, share in zip(tables, shares, strict=True)]
+    own = [interpolate(table, share) for table, share in zip(tables, shares, strict=True)]
     parents = [None] * len(layers)
     if hierarchical:
-        parents = [at(la.parent_scores, parent_share(share)) for la, share in zip(layers, shares, strict=True)]
+        parents = [interpolate(la.parent_scores, parent_share(share)) for la, share in zip(layers, shares, strict=True)]
     return list(zip(own, parents, strict=True))
 
 
 def head_shares(errors: Sequence[torch.Tensor], sparsity: float) -> list[torch.Tensor]:
-    """The share of its keys that every head leaves out, float32 [Hkv] of every layer, `sparsity` in the mean, so that
-    the sum of the errors, [Hkv, len(SHARES)] of every layer, is least.
+    """The share of the keys that every head leaves out, float32 [Hkv] for every layer. Its mean is `sparsity`, and the
+    sum of the errors, [Hkv, len(SHARES)] for every layer, is least.
 
-    At a price, every head takes the share that is cheapest for it; the price is found by bisection, and what lies
-    between the last two answers is shared out evenly.
+    At a given price for a key, every head takes the share with the least total of error and price. Bisection finds the
+    price. The answers at the last two prices are mixed so that the mean is `sparsity`.
     """
     table = torch.cat(list(errors))
     shares = torch.tensor(SHARES, device=table.device)
@@ -244,9 +248,9 @@ def head_shares(errors: Sequence[torch.Tensor], sparsity: float) -> list[torch.T
     return list(mixed.split([len(x) for x in errors]))
 
 
-def at(table: torch.Tensor, share: torch.Tensor | float) -> torch.Tensor:
-    """Row h of table [H, n], values at n levels from 0 to 1, at level share[h]: float32 [H]; -inf at level 0, where
-    nothing is left out."""
+def interpolate(table: torch.Tensor, share: torch.Tensor | float) -> torch.Tensor:
+    """Interpolates a table [H, n] of values at n levels from 0 to 1: row h at level share[h], float32 [H]. At level 0,
+    where nothing is left out, the result is -inf."""
     share = torch.as_tensor(share, dtype=table.dtype, device=table.device).expand(len(table))
     place = share * (table.shape[1] - 1)
     low = place.long().clamp(max=table.shape[1] - 2)
@@ -255,12 +259,12 @@ def at(table: torch.Tensor, share: torch.Tensor | float) -> torch.Tensor:
 
 
 def parent_share(share: torch.Tensor | float) -> torch.Tensor:
-    """Of the parents' keys, where the clusters below shall leave out `share` of them."""
+    """The share of the keys that parents leave out, if their children are to leave out `share`."""
     return (1 - PARENT_ROOM * (1 - torch.as_tensor(share))).clamp(min=0)
 
 
 def _child_tables(child_scores: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
-    """[Hkv, LEVELS]: every head's between the two sparsities of PARENT_GRID that enclose its share."""
+    """The tables [Hkv, LEVELS] of all heads, each interpolated between the two sparsities around the head's share."""
     grid = torch.tensor(PARENT_GRID, dtype=share.dtype, device=share.device)
     above = torch.searchsorted(grid, share).clamp(1, len(grid) - 1)
     weight = (share - grid[above - 1]) / (grid[above] - grid[above - 1])
@@ -273,16 +277,17 @@ def _child_tables(child_scores: torch.Tensor, share: torch.Tensor) -> torch.Tens
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding: pair i of a key at position p is turned by p · inv_freq[i].
+    """Rotary position embedding: pair i of a key at position p is rotated by the angle p · inv_freq[i].
 
-    ``interleaved``: pair i is values 2i and 2i + 1, else values i and len(inv_freq) + i. Values past the pairs stay.
+    If ``interleaved``, pair i is the values 2i and 2i + 1; otherwise it is the values i and len(inv_freq) + i. Values
+    after the pairs stay the same.
     """
 
     inv_freq: tuple[float, ...]
     interleaved: bool
 
     def shift(self, x: torch.Tensor, by: int) -> torch.Tensor:
-        """Keys or centroids [..., D] as they would be `by` positions later; computed in float64, rounded once."""
+        """Keys or centroids [..., D] moved by `by` positions. The result is computed in float64 and rounded once."""
         pairs = len(self.inv_freq)
         angle = by * torch.tensor(self.inv_freq, dtype=torch.float64, device=x.device)
         cos, sin = angle.cos(), angle.sin()
@@ -293,10 +298,10 @@ class Rope:
         return torch.cat([turned.to(x.dtype), x[..., 2 * pairs :]], -1)
 
 
-def join(chunks: Sequence[LayerContext], rope: Rope) -> LayerContext:
-    """One layer's chunks, each of which ends where the next begins; the last stays where it is.
+def concat_layers(chunks: Sequence[LayerContext], rope: Rope) -> LayerContext:
+    """One layer of several contexts, one after another. The last one keeps its positions.
 
-    What is kept of every chunk stays kept, and clusters stay as they are; the thresholds are those of the last window.
+    The kept keys of every chunk stay kept, and the clusters stay the same. The thresholds are those of the last window.
     """
     lengths = [chunk.keys.shape[1] for chunk in chunks]
     shifts = [-sum(lengths[i + 1 :]) for i in range(len(chunks))]
@@ -324,7 +329,7 @@ def join(chunks: Sequence[LayerContext], rope: Rope) -> LayerContext:
     clusters = KeyClusters(
         torch.cat(shifted(lambda chunk: chunk.clusters.centroids), 1),
         offsets(lambda clusters: clusters.cluster_offsets),
-        torch.cat([chunk.clusters.order + at for chunk, at in zip(chunks, before, strict=True)], 1),
+        torch.cat([chunk.clusters.order + first for chunk, first in zip(chunks, before, strict=True)], 1),
         **parents,
     )
     keys, values = in_order(shifted(lambda chunk: chunk.keys)), in_order([chunk.values for chunk in chunks])

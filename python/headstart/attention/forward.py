@@ -1,41 +1,44 @@
 """The attention function that transformers calls, under the name "headstart".
 
-The mask that comes with it (`mask.py`) says what a query may see. Causality, a sliding window, left padding and packed
-sequences run headstart's operators: the plan's sparse pattern where the whole past is visible, the window's own blocks
-where a window cuts it, and each packed sequence by itself. Keys from a `ContextCache` bring a fixed context along,
-which attends for them (`context.py`). Whatever else a layer needs runs the attention that the model had before, with
-the mask that that attention wants.
+The mask (`mask.py`) says what a query may see. headstart's operators handle causality, a sliding window, left padding
+and packed sequences. If a query sees the whole past, the plan's sparse pattern runs. If a window hides a part of it,
+the blocks of the window run. Packed sequences run one by one. The keys of a `ContextCache` are `ContextKeys`: they
+bring a fixed context, which does the attention itself (`context/context.py`). In all other cases the attention that the
+model had before runs, with the mask that it expects.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import _library
-from ..offline.prefill_plan import PrefillPlan, full_index, window_index
 from ..ops._checks import FLOAT_DTYPES
-from ..ops.sparse_attention import BlockIndex, sparse_attention
-from . import cost
+from ..ops.sparse_attention import sparse_attention
+from . import cost, recording
+from .index import full_index, window_index
 from .mask import DeferredMask, headstart_mask
+from .plan import PrefillPlan
 
 NAME = "headstart"
 
-# A chunk of fewer queries than one block of rows, decoding above all, is always exact.
+# Fewer queries than one block of rows, as in decoding, are always exact.
 FEW_QUERIES = 64
-# On a device whose costs are not known, a shorter prompt is taken to gain too little to pay for finding what is sparse.
+# For a device whose costs are not known: a shorter prompt is read exactly, because building an index would not pay.
 SHORT_PROMPT = 1024
 
-# Arguments that say nothing about which keys a query attends beyond what the mask says.
+# Arguments that do not change which keys a query attends.
 _HARMLESS = frozenset(
     {
         "cache_position",
@@ -51,25 +54,41 @@ _HARMLESS = frozenset(
         "use_cache",
     }
 )
-# Arguments that repeat what the mask says, and must agree with it.
+# Arguments that repeat what the mask says. They must agree with it.
 _REPEATED = frozenset({"cu_seq_lens_k", "cu_seq_lens_q", "sliding_window"})
 
 
 @dataclass
 class Attachment:
-    """What `patch` hangs on an attention module."""
+    """What `patch` stores on an attention module."""
 
     plan: PrefillPlan
     own: str | None  # the attention implementation that the model had
-    said: set[str] = field(default_factory=set)  # reasons for running it that were told; shared by a model's layers
-    paths: dict[tuple, str] = field(default_factory=dict, repr=False)  # what `choose_path` chose for a shape
+    warned: set[str] = field(default_factory=set)  # the reasons that a warning has named; one set for a model's layers
+    paths: dict[tuple, str] = field(default_factory=dict, repr=False)  # the choices of `choose_path`, by shape
 
 
-patched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+_patched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+_patched_lock = threading.Lock()  # models are patched, and their layers go away, while other threads look
 
 
 def attachment(module: torch.nn.Module) -> Attachment | None:
     return vars(module).get("_headstart")
+
+
+def set_attachment(module: torch.nn.Module, attached: Attachment | None) -> None:
+    with _patched_lock:
+        _patched.discard(module)
+        vars(module).pop("_headstart", None)
+        if attached is not None:
+            module._headstart = attached
+            _patched.add(module)
+
+
+def attachment_for(config) -> Attachment | None:
+    """The attachment of some layer that has this very config object: models may share one."""
+    with _patched_lock:
+        return next((attachment(module) for module in _patched if module.config is config), None)
 
 
 def choose_path(
@@ -82,18 +101,21 @@ def choose_path(
     has_kernel: bool,
     window: int | None = None,
 ) -> str:
-    """How a layer's call runs: "sparse", "dense" (every block, by our kernel), "window" (the blocks of a sliding window
-    that cuts some keys off, by our kernel), or "own", of which the cost is known if it is "sdpa".
+    """How a layer's call runs: "sparse", "dense" (headstart's kernel on every block), "window" (headstart's kernel on
+    the blocks of a sliding window that hides some keys), or "own" (the model's own attention, whose cost is known for
+    SDPA).
 
-    The one place for the promise that a patched model is never slower than it was. On a CPU the costs that
-    `headstart tune` fitted decide, by lengths to within a sixteenth, so that a decision is kept while a cache grows.
+    This function keeps the promise that a patched model is never slower than before. On a CPU it compares the costs
+    that `headstart tune` fitted. It rounds lengths down, by less than a sixteenth, so a choice is kept while a cache
+    grows.
     """
+    forced = _forced.get()
     if window is not None and window < call.nk:
-        return "window" if _forced in ("sparse", "dense") or (has_kernel and _forced is None) else "own"
+        return "window" if forced in ("sparse", "dense") or (has_kernel and forced is None) else "own"
     may_be_sparse = call.nq >= FEW_QUERIES
-    if _forced is not None:
-        exact = "dense" if _forced == "sparse" else _forced
-        return "sparse" if _forced == "sparse" and may_be_sparse and not _is_dense(here, layer, call) else exact
+    if forced is not None:
+        exact = "dense" if forced == "sparse" else forced
+        return "sparse" if forced == "sparse" and may_be_sparse and not _is_dense(here, layer, call) else exact
     if not has_kernel:
         return "own"
     if device != "cpu":
@@ -117,26 +139,51 @@ def _is_dense(here: Attachment, layer: int, call: cost.Call) -> bool:
 
 
 PATHS = ("sparse", "dense", "own")
-_forced: str | None = None
+_forced: ContextVar[str | None] = ContextVar("headstart_forced_path", default=None)
 
 
 @contextmanager
 def force_path(path: str) -> Iterator[None]:
-    """Every call takes this path, whatever it costs; with "sparse", calls that are never sparse are dense. A sliding
-    window that cuts keys off is attended as such, unless the path is "own"."""
-    global _forced
+    """All calls of this thread take this path, whatever it costs. With "sparse", calls that are never sparse are dense.
+    A sliding window that hides keys is still respected; with "own", the model's own attention does so."""
     if path not in PATHS:
         raise ValueError(f"force_path: path: expected one of {', '.join(PATHS)}, got {path!r}")
-    before, _forced = _forced, path
+    token = _forced.set(path)
     try:
         yield
     finally:
-        _forced = before
+        _forced.reset(token)
 
 
 def splitting_pays(sequences: int, batch: int, tokens: int) -> bool:
-    """Whether packed sequences are attended one by one: a call for each is taken to cost as much as 64 × 64 pairs."""
+    """Whether packed sequences are attended one by one. A call is assumed to cost as much as 64 × 64 pairs."""
     return sequences * FEW_QUERIES**2 <= batch * tokens**2
+
+
+class ContextKeys(torch.Tensor):
+    """The keys of a question, together with a fixed context. A `ContextCache` gives them to the attention of a layer.
+
+    ``own`` are the keys as a plain tensor. ``context`` attends for them. Only headstart's attention can use these keys.
+    Any other operation would leave the context out, so it is an error.
+    """
+
+    @staticmethod
+    def __new__(cls, own: torch.Tensor, context):
+        keys = torch.Tensor._make_wrapper_subclass(cls, own.shape, dtype=own.dtype, device=own.device)
+        keys.own, keys.context = own, context
+        return keys
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise RuntimeError(
+            f"ContextCache: {function} would leave the fixed context out: the model's attention is not headstart's. "
+            "Call headstart.patch(model), then cache.reset(), and ask again"
+        )
+
+    def __repr__(self):
+        return f"ContextKeys({list(self.shape)}, {self.context!r})"
 
 
 # --- the attention -------------------------------------------------------------------------------------------------
@@ -153,10 +200,11 @@ def headstart_attention(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """q [B, Hq, Nq, D], k and v [B, Hkv, Nk, D] to [B, Nq, Hq, D], and the weights, which only eager attention has."""
+    """From q [B, Hq, Nq, D] and k, v [B, Hkv, Nk, D] to the output [B, Nq, Hq, D] and the attention weights. Only the
+    model's own eager attention has weights; otherwise they are None."""
     here = attachment(module)
-    for count, queries in _query_recordings:
-        queries[module.layer_idx] = query[:, :, -count:].clone()
+    if not torch.compiler.is_compiling():
+        recording.add_queries(module, query)
 
     def run_own():
         given = kwargs if is_causal is None else kwargs | {"is_causal": is_causal}
@@ -164,17 +212,17 @@ def headstart_attention(
 
     if here is None:
         return run_own()
-    reason = _unsupported(here.own, module, query, key, value, attention_mask, dropout, is_causal, kwargs)
-    context = getattr(key, "headstart_context", None)
-    if context is not None:
+    keys = key.own if isinstance(key, ContextKeys) else key
+    reason = _unsupported(here.own, module, query, keys, value, attention_mask, dropout, is_causal, kwargs)
+    if isinstance(key, ContextKeys):
         if reason is not None:
             raise ValueError(f"ContextCache: no attention for layer {module.layer_idx} because of {reason}")
-        out, index = context.attend(module.config, query, key, value, scaling, attention_mask.kv_start)
-        for entries in _recordings:
-            entries.append(Recorded(module.layer_idx, index, query.shape[2], context.tokens, "context"))
+        context = key.context
+        out, index = context.attend(module.config, query, keys, value, scaling, attention_mask.kv_start)
+        recording.add(module.layer_idx, index, query.shape[2], context.tokens, "context")
         return out.transpose(1, 2).contiguous(), None
     if reason is not None:
-        _say_once(here, module, reason)
+        _warn_once(here, module, reason)
         return run_own()
 
     def path_of(call: cost.Call, own: str | None) -> str:
@@ -189,7 +237,7 @@ def headstart_attention(
         )
 
     (batch, heads, nq, head_dim), nk, sequences = query.shape, attention_mask.num_keys, attention_mask.sequences
-    # As transformers' SDPA does: no mask where causality is that of a whole prompt, or one query sees all keys.
+    # As in transformers' SDPA: a whole prompt, or one query that sees all keys, needs no mask.
     plain = attention_mask.kv_start is None and key.shape[2] == nk and nq in (1, nk)
     masked_keys = 0 if plain else key.shape[2]
     call = cost.Call(batch, heads, key.shape[1], nq, nk, head_dim, query.dtype, masked_keys)
@@ -200,7 +248,7 @@ def headstart_attention(
         out = _attend(here, module, path, query, key[:, :, :nk], value[:, :, :nk], attention_mask, scaling)
         return out.transpose(1, 2).contiguous(), None
 
-    # The model's own attention would take all of them at once, under a mask of all pairs.
+    # The model's own attention would read them all at once, with a mask of all pairs.
     alone = call._replace(batch=1, masked_keys=0)
     paths = [path_of(alone._replace(nq=end - begin, nk=end - begin), None) for _, begin, end in sequences]
     if "own" in paths or not splitting_pays(len(sequences), batch, nq):
@@ -213,7 +261,7 @@ def headstart_attention(
 
 
 def _attend(here: Attachment, module, path: str, q, k, v, mask: DeferredMask, scale: float | None) -> torch.Tensor:
-    """q [B, Hq, Nq, D] over all of k and v [B, Hkv, Nk, D] that the mask lets it see."""
+    """The output of q [B, Hq, Nq, D] over those of k and v [B, Hkv, Nk, D] that the mask shows."""
     nq, nk = q.shape[2], k.shape[2]
     window = mask.window if path == "window" else None
     if path == "dense":
@@ -222,19 +270,18 @@ def _attend(here: Attachment, module, path: str, q, k, v, mask: DeferredMask, sc
         index = window_index(nq, nk, window, q.device)
     else:
         index = here.plan.index(module.layer_idx, q, k, kv_start=mask.kv_start, scale=scale)
-    for entries in _recordings:
-        entries.append(Recorded(module.layer_idx, index, nq, nk, path, window))
+    recording.add(module.layer_idx, index, nq, nk, path, window)
     return sparse_attention(q, k, v, index, scale=scale, kv_start=mask.kv_start, window=window)[0]
 
 
 def _unsupported(own, module, query, key, value, mask, dropout, is_causal, kwargs) -> str | None:
-    """Why a layer must run the model's own attention, or None."""
+    """The reason why a layer must run the model's own attention, or None."""
     given = {name: value for name, value in kwargs.items() if value is not None and value is not False}
     unknown = given.keys() - _HARMLESS - _REPEATED
     if unknown:
         return f"{', '.join(sorted(unknown))}, which headstart does not support"
     if not isinstance(mask, DeferredMask):
-        return "no mask that says it is causal" if mask is None else "a custom or materialised mask"
+        return "a missing mask, which would say that it is causal" if mask is None else "a custom or materialised mask"
     if mask.unknown is not None:
         return mask.unknown
     contradiction = _contradiction(mask, given, own)
@@ -256,8 +303,8 @@ def _unsupported(own, module, query, key, value, mask, dropout, is_causal, kwarg
 
 
 def _contradiction(mask: DeferredMask, given: dict[str, Any], own: str | None) -> str | None:
-    """An argument that says otherwise than the mask which keys a query attends; which of the two to follow is for the
-    model's own attention to know (eager and SDPA follow the mask, flash attention the arguments)."""
+    """An argument that contradicts the mask, or None. The model's own attention decides which of the two counts: eager
+    and SDPA follow the mask, flash attention follows the arguments."""
     window = given.get("sliding_window")
     if window is not None and window < mask.num_keys and window != mask.window:
         return "a sliding window that the mask does not have"
@@ -274,22 +321,21 @@ def _contradiction(mask: DeferredMask, given: dict[str, Any], own: str | None) -
     return None
 
 
-def _say_once(here: Attachment, module: torch.nn.Module, reason: str) -> None:
-    if reason not in here.said and not torch.compiler.is_compiling():
-        here.said.add(reason)
+def _warn_once(here: Attachment, module: torch.nn.Module, reason: str) -> None:
+    if reason not in here.warned and not torch.compiler.is_compiling():
+        here.warned.add(reason)
         warnings.warn(
             f"headstart: the model's own attention ({here.own or 'eager'}) runs from layer {module.layer_idx} "
-            f"({type(module).__name__}) because of {reason}. This is said once.",
+            f"({type(module).__name__}) because of {reason}. This warning appears once.",
             RuntimeWarning,
             stacklevel=3,
         )
 
 
 def _own_attention(module, query, key, value, mask, **kwargs):
-    here = attachment(module)
-    if here is None:  # a model that was not patched, but shares its config with one that was
-        here = next(attachment(m) for m in patched if m.config is module.config)
-    own = here.own or "eager"
+    # A model that is not patched may share its config with one that is. Another thread may have unpatched it just now.
+    here = attachment(module) or attachment_for(module.config)
+    own = (module.config._attn_implementation if here is None else here.own) or "eager"
     if isinstance(mask, DeferredMask):
         mask = mask.wanted_by(own)
     elif own == "eager" and isinstance(mask, torch.Tensor) and mask.dtype == torch.bool:
@@ -300,7 +346,7 @@ def _own_attention(module, query, key, value, mask, **kwargs):
 
 
 def modeling_attribute(module: torch.nn.Module, name: str) -> Any:
-    """A name in the file where a module's class, or a class that it extends, is defined; None if there is none."""
+    """The value of a name in the file that defines a module's class, or a base class of it; None if no file has it."""
     files = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
     return next((getattr(file, name) for file in files if hasattr(file, name)), None)
 
@@ -308,42 +354,3 @@ def modeling_attribute(module: torch.nn.Module, name: str) -> Any:
 def register() -> None:
     AttentionInterface.register(NAME, headstart_attention)
     AttentionMaskInterface.register(NAME, headstart_mask)
-
-
-# --- what was attended ---------------------------------------------------------------------------------------------
-
-
-class Recorded(NamedTuple):
-    layer: int
-    index: BlockIndex
-    nq: int
-    nk: int
-    path: str
-    window: int | None = None
-
-
-_recordings: list[list[Recorded]] = []
-_query_recordings: list[tuple[int, dict[int, torch.Tensor]]] = []
-
-
-@contextmanager
-def record() -> Iterator[list[Recorded]]:
-    """Collects the index of every layer that headstart's attention runs, in order."""
-    entries: list[Recorded] = []
-    _recordings.append(entries)
-    try:
-        yield entries
-    finally:
-        _recordings.remove(entries)
-
-
-@contextmanager
-def record_queries(count: int) -> Iterator[dict[int, torch.Tensor]]:
-    """Collects the last `count` queries [B, Hq, count, D] of every layer that a forward runs."""
-    queries: dict[int, torch.Tensor] = {}
-    entry = (count, queries)
-    _query_recordings.append(entry)
-    try:
-        yield queries
-    finally:
-        _query_recordings[:] = [other for other in _query_recordings if other is not entry]

@@ -1,7 +1,7 @@
-"""The artifact of a fixed context: a folder of context.safetensors and context.json.
+"""The folder of a fixed context: context.safetensors and context.json.
 
-The tensors of layer i are named ``layers.i.<field>``; they are mapped when they are loaded, not copied. The JSON has
-the fingerprint of the model and of the tokens, the rotary embedding, and a CRC-32 of every tensor.
+The tensors of layer i have names ``layers.i.<field>``. They are mapped when they are loaded, not copied. The JSON file
+has the fingerprint of the model and of the tokens, the rotary embedding, and a CRC-32 of every tensor.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .._files import write_whole_folder
-from ..offline.fixed_context import BLOCK, LEVELS, PARENT_GRID, SHARES, LayerContext, Rope
 from ..ops.centroid_lookup import KeyClusters
+from .layer import BLOCK, LEVELS, PARENT_GRID, SHARES, LayerContext, Rope
 
 FORMAT = "headstart.context"
 VERSION = 2
@@ -32,7 +32,7 @@ PARENT_SCORES = ("parent_scores", "child_scores")
 
 
 def save(folder: str | os.PathLike, layers: Sequence[LayerContext], rope: Rope | None, **description) -> None:
-    """`description` is what `Context` says of the model, the tokens and the settings."""
+    """`description` has the other fields of `Context`: the model, the tokens and the settings."""
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / DESCRIPTION).exists())):
         raise ValueError(f"Context.save: folder: expected a new folder, an empty one or a context's, got {folder}")
@@ -65,7 +65,7 @@ def _checksum(x: torch.Tensor) -> int:
 
 
 def load(folder: str | os.PathLike, *, verify: bool) -> dict[str, Any]:
-    """What `save` was given."""
+    """The arguments that `save` got."""
     folder = Path(folder)
     for name in (DESCRIPTION, TENSORS):
         if not (folder / name).is_file():

@@ -1,17 +1,18 @@
-"""The offline pattern search: which pattern every attention head should use in prefill, measured on real texts.
+"""The pattern search: measures on real texts which pattern each attention head should use to read prompts.
 
-The model reads windows of the texts once, with dense attention. In every layer, while its queries, keys and values are
-there, every candidate computes the layer's attention, and two things are kept of each head and candidate:
+The model reads windows of the texts once, with dense attention. In every layer, each candidate pattern computes the
+attention of the layer's queries, keys and values. Two numbers are kept for each head and candidate:
 
 - its *error*: how much the pattern changes what the head adds to the residual stream,
   ``mean over tokens of |(out_pattern - out_dense) W_o|² / |residual stream|²`` (square root in the plan);
-- its *cost*, in units of this machine's dense attention: the density, plus what building the index takes.
+- its *cost*, in units of this machine's dense attention: the density, plus the time to build the index.
 
-Errors of different heads are taken as independent, so a plan's squared error is the sum of its heads', and the best
-plan for a budget is found by one Lagrange multiplier: every head takes the candidate that minimises
-``error² + multiplier · cost``.
+The errors of different heads are assumed to be independent, so the squared error of a plan is the sum over its heads.
+One Lagrange multiplier gives the best plan for a budget: every head takes the candidate with the least ``error² +
+multiplier · cost``.
 
-MInference 1.0 (arXiv 2407.02490, section 3.2 and algorithm 4) searches one prompt, heads apart, at one fixed cost.
+MInference 1.0 (arXiv 2407.02490, section 3.2 and algorithm 4) searches on one prompt, each head by itself, at one fixed
+cost.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,25 +32,27 @@ import torch
 from .._environment import environment
 from .._files import write_whole
 from ..ops.sparse_attention import sparse_attention
-from .prefill_plan import HeadPattern, PrefillPlan, fingerprint, full_index, pattern_index, window_index
+from .index import full_index, pattern_index, window_index
+from .patterns import HeadPattern
+from .plan import PrefillPlan, fingerprint
 
 FORMAT = "headstart.prefill_search"
 VERSION = 1
 NAME = "headstart_search"
 
-# The share of dense attention that the budgets of the candidates without a threshold aim at.
+# Candidates without a threshold get budgets for about these shares of dense attention.
 SHARES = (0.05, 0.1, 0.2, 0.35)
 THRESHOLDS = (0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.985)
-# Costs are rounded to this share of dense attention, so that the noise of a timing does not choose the plan.
+# Costs are rounded to this share of dense attention, so that noise in the timings does not choose the plan.
 COST_STEP = 0.005
-# Sums of many numbers may pass a budget by this.
+# The rounding of long sums may exceed a budget by this factor.
 ROUNDING = 1 + 1e-9
 
 
 def candidates(tokens: int) -> list[HeadPattern]:
-    """Dense, adaptive at several thresholds, and A-shape, vertical-slash and block top-k matched in cost: their
-    budgets attend about `SHARES` of the pairs of a text of `tokens` tokens."""
-    keys = tokens / 2  # that a query sees on average
+    """Dense, adaptive with several thresholds, and A-shape, vertical-slash and block top-k with budgets for about
+    `SHARES` of the pairs of a text of `tokens` tokens."""
+    keys = tokens / 2  # what a query sees on average
     found = [HeadPattern.of("dense")]
     found += [HeadPattern.of("adaptive", threshold=threshold) for threshold in THRESHOLDS]
     for share in SHARES:
@@ -66,7 +68,7 @@ def candidates(tokens: int) -> list[HeadPattern]:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of one layer in one window: per candidate and head."""
+    """The measurements of one layer in one window, by candidate and head."""
 
     error: torch.Tensor  # squared, float64 [candidates, heads]
     density: torch.Tensor  # float64 [candidates, heads]
@@ -87,33 +89,35 @@ def search_prefill_plan(
     measurements: str | os.PathLike | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> PrefillPlan:
-    """Measures every candidate pattern of every head on windows of some texts and returns the best plan for a budget.
+    """Measures every candidate pattern of every head on windows of some texts, and returns the best plan for a budget.
 
-    Exactly one budget is given. With `max_error` E the plan is the cheapest whose error is at most E, where a plan's
-    error is the relative change that sparsity makes to the residual stream, root mean square over layers::
+    Give exactly one budget. With `max_error` E, the plan is the cheapest one whose error is at most E. The error of a
+    plan is the relative change of the residual stream, as root mean square over the layers::
 
         error² = 1/L · sum over layers, heads of  mean over tokens |(out_pattern - out_dense) W_o|² / |residual|²
 
-    With `density` d it is the most accurate plan that computes at most the share d of the attention.
+    With `density` d, the plan is the most accurate one that computes at most the share d of the attention. The model is
+    not changed.
 
     Args:
-        model: a model of transformers whose attention goes through AttentionInterface, not patched.
-        texts: int64 [n] token ids by name.
-        tokens: how many a window holds, up to the shortest text's length.
-        windows: how many of each text, drawn at random for `seed`, one in each of as many equal parts of the text.
-        patterns: the candidates; `candidates(tokens)` if None. Dense should be among them, or budgets may be missed.
-        measurements: a file that keeps what was measured, layer by layer. A search that is interrupted goes on from
-            there, and another budget for the same search takes no new measurement.
+        model: a transformers model whose attention goes through AttentionInterface.
+        texts: token ids, int64 [n], by name.
+        tokens: the length of a window, at most that of the shortest text.
+        windows: the number of windows of each text. The text is cut into as many equal parts, and `seed` chooses the
+            place of one window in each part.
+        patterns: the candidates; `candidates(tokens)` if None. Without dense among them, a budget may be out of reach.
+        measurements: a file that keeps the measurements, layer by layer. An interrupted search continues from it, and
+            another budget for the same search needs no new measurement.
         advance: called after every layer of every window, `windows · len(texts) · layers` times.
 
-    Layers with a sliding window shorter than `tokens` have their pattern already and are left out of the plan.
+    A sliding window shorter than `tokens` is a pattern already, so layers that have one are left out of the plan.
 
     Returns:
         A `PrefillPlan` tied to the model, with every head's error and density, and `provenance`.
 
     Raises:
-        ValueError: naming a budget out of range or not to be met, a text too short, or a file of measurements that is
-            damaged or belongs to another search.
+        ValueError: if a budget is out of range or cannot be met, a text is too short, or the file of measurements is
+            damaged or belongs to another search. The error names it.
     """
     op = "search_prefill_plan"
     if (max_error is None) == (density is None):
@@ -179,8 +183,8 @@ def choose(
     max_error: float | None = None,
     density: float | None = None,
 ) -> torch.Tensor:
-    """The candidate of every head, int64 [layers, heads], from squared errors, costs and densities
-    [layers, candidates, heads]: the cheapest for an error, or the most accurate for a density."""
+    """Chooses the candidate of every head, int64 [layers, heads]: the cheapest ones within an error, or the most
+    accurate ones within a density. Squared errors, costs and densities are [layers, candidates, heads]."""
 
     def pick(multiplier: float) -> torch.Tensor:
         return (error + multiplier * (cost if density is None else share)).argmin(1)
@@ -221,7 +225,11 @@ def choose(
 
 
 def _measure_window(model, ids, window, patterns, record, advance) -> None:
-    decoder = model.base_model
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    from .view import view_of
+
+    decoder = view_of(model.base_model)
     layers = {}  # attention modules by layer index, with the module whose input is the residual stream
     names = dict(decoder.named_modules())
     for name, module in names.items():
@@ -256,13 +264,16 @@ def _measure_window(model, ids, window, patterns, record, advance) -> None:
         advance()
         return dense.transpose(1, 2).contiguous(), None
 
-    hooks = [parent.register_forward_pre_hook(remember, with_kwargs=True) for _, parent in layers.values()]
-    try:
-        with torch.inference_mode(), _attention_function(model, attend):
-            decoder(ids[None].to(model.device), use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    AttentionInterface.register(NAME, _run_search)
+    AttentionMaskInterface.register(NAME, lambda *_, **__: None)  # one sequence, causal
+    decoder.config.get_text_config()._attn_implementation = {"": NAME}
+    for module, parent in layers.values():
+        module._headstart_search = attend
+        parent.register_forward_pre_hook(remember, with_kwargs=True)
+    with torch.inference_mode():
+        decoder(ids[None].to(model.device), use_cache=False)
+    missing = [layer for layer in wanted if not record.has(window, layer)]
+    _expect(not missing, "model", "attention that goes through AttentionInterface in every layer", f"{missing} without")
 
 
 def _measure_layer(module, query, key, value, scaling, dense, stream, patterns) -> Measured:
@@ -287,7 +298,7 @@ def _measure_layer(module, query, key, value, scaling, dense, stream, patterns) 
 
 
 def _output_projection(module: torch.nn.Module, heads: int, head_dim: int) -> torch.Tensor:
-    """W_oᵀ W_o of every head, float32 [heads, D, D]: |x W_o|² = x (W_oᵀ W_o) xᵀ. The identity where there is none."""
+    """W_oᵀ W_o of every head, float32 [heads, D, D], since |x W_o|² = x (W_oᵀ W_o) xᵀ. Without W_o, the identity."""
     for name in ("o_proj", "out_proj", "dense", "c_proj", "wo"):
         weight = getattr(getattr(module, name, None), "weight", None)
         if weight is not None and weight.shape[1] == heads * head_dim:
@@ -296,27 +307,17 @@ def _output_projection(module: torch.nn.Module, heads: int, head_dim: int) -> to
     return torch.eye(head_dim, device=next(module.parameters()).device).expand(heads, -1, -1)
 
 
-@contextmanager
-def _attention_function(model, function) -> Iterator[None]:
-    """Runs a model's attention through `function`, without a mask: one sequence, causal."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register(NAME, function)
-    AttentionMaskInterface.register(NAME, lambda *_, **__: None)
-    config = model.config.get_text_config()
-    own = config._attn_implementation
-    config._attn_implementation = {"": NAME}
-    try:
-        yield
-    finally:
-        config._attn_implementation = {"": own}
+def _run_search(module: torch.nn.Module, *args, **kwargs):
+    """The attention that transformers calls under NAME. `_measure_window` stores the function on modules of its
+    view."""
+    return module._headstart_search(module, *args, **kwargs)
 
 
 # --- what was measured ---------------------------------------------------------------------------------------------
 
 
 class _Record:
-    """Measurements by window and layer, on disk after every layer where there is a path."""
+    """Measurements by window and layer. If there is a path, each layer is written to it."""
 
     def __init__(self, path: Path | None, identity: dict[str, Any]):
         self.path, self.identity = path, identity
@@ -359,18 +360,18 @@ class _Record:
         write_whole(self.path, lambda partial: partial.write_text(content, encoding="utf-8"))
 
     def totals(self, patterns: Sequence[HeadPattern]) -> tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The layers, and means over the windows of squared error, density and cost, float64 [layers, candidates,
-        heads]."""
+        """The layers, and the means over all windows of squared error, density and cost, each float64 [layers,
+        candidates, heads]."""
         searched = sorted(next(iter(self.measured.values())))
         windows = [[x for _, x in sorted(layers.items())] for layers in self.measured.values()]
         error, share, index_seconds, seconds = (
             torch.stack([torch.stack([getattr(x, name) for x in layers]) for layers in windows]).mean(0)
             for name in ("error", "density", "index_seconds", "seconds")
         )
-        # Seconds of one head's dense attention, from all attention that was timed.
+        # The seconds of one head's dense attention, estimated from all timings.
         dense_seconds = seconds.sum() / share.sum()
         overhead = index_seconds.median(0).values / share.shape[2] / dense_seconds
-        for c, pattern in enumerate(patterns):  # indices that need no queries are built once for all layers
+        for c, pattern in enumerate(patterns):  # these indices do not depend on the queries, so all layers share them
             if pattern.name in ("dense", "a_shape"):
                 overhead[c] = 0.0
         overhead = (overhead / COST_STEP).round() * COST_STEP
@@ -397,7 +398,7 @@ def _digest(ids: torch.Tensor) -> str:
 
 
 def _digest_of_weights(model: torch.nn.Module) -> str:
-    """Of a few numbers of every parameter: enough to tell one checkpoint from another."""
+    """A digest of a few numbers of every parameter, enough to distinguish checkpoints."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         few = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu()

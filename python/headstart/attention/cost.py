@@ -1,13 +1,14 @@
-"""What a layer's attention is predicted to cost on this CPU, and so which path is the fastest.
+"""Predicts how long a layer's attention takes on this CPU, and which path is the fastest.
 
-Three ways to attend: the model's own SDPA, headstart's kernel over every block, and headstart's kernel over the blocks
-of an index that has to be built first. Each is a sum of a few non-negative terms,
+There are three paths: the model's own SDPA, headstart's kernel on all blocks, and headstart's kernel on the blocks of
+an index, which must be built first. The time of each is a sum of a few non-negative terms,
 
     seconds = fixed + pair · heads · pairs + pair_dim · heads · pairs · head_dim + key_dim · kv_heads · keys · head_dim
 
-whose coefficients `headstart tune` (tune.py) fits to timings of the machine and writes to a file. Without a file of
-this machine, coefficients come from `default_costs/`: the same measurement, of another machine. Nothing is measured
-here, and a file that cannot be used is a warning, never an error: a forward may be what reads it.
+`headstart tune` (`tune.py`) fits the coefficients to timings of the machine, and writes them to a file. If this machine
+has no file, the coefficients come from `default_costs/`, which another machine measured in the same way. This module
+measures nothing. A file that cannot be used is a warning and never an error, because a forward may be the first to read
+it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ import torch
 
 from .. import _library
 from .._environment import cpu_model
-from ..offline.density import density
-from ..offline.prefill_plan import HeadPattern, PrefillPlan
+from .density import density
+from .patterns import HeadPattern
+from .plan import PrefillPlan
 
 FORMAT = "headstart.tune"
 VERSION = 1
@@ -35,9 +37,10 @@ ENVIRONMENT_VARIABLE = "HEADSTART_TUNE"
 DEFAULTS = Path(__file__).parent / "default_costs"
 DEFAULT_THREADS = 2
 
-# A sparse index loses a little of the attention, so it has to be this much faster than the fastest exact path.
+# A sparse index loses a little of the attention. It must be this much faster than the fastest exact path.
 SPARSE_MARGIN = 0.25
-# The query rows that share keys up to which the CPU kernel reads keys in place: kFewRows of sparse_attention_decode.h.
+# With up to so many query rows for the same keys, the CPU kernel reads keys in place (kFewRows in
+# sparse_attention_decode.h).
 FEW_ROWS = 16
 
 
@@ -51,19 +54,19 @@ class Call(NamedTuple):
     nk: int
     head_dim: int
     dtype: torch.dtype
-    masked_keys: int = 0  # how many keys SDPA computes under a mask that names every pair; 0 if it needs none
+    masked_keys: int = 0  # the keys that SDPA computes if it needs a mask of all pairs; 0 if it needs none
 
     @property
     def pairs(self) -> float:
-        """(query, key) pairs that causality leaves to one head."""
+        """The (query, key) pairs of one head that causality allows."""
         return self.nq * (self.nk - (self.nq - 1) / 2)
 
 
-# --- terms: what a kind of work is counted in ------------------------------------------------------------------------
+# --- terms: the amounts that make up a kind of work ------------------------------------------------------------------
 
 
 def sdpa_terms(call: Call) -> tuple[str, dict[str, float]]:
-    """With a mask SDPA computes every pair, and the keys are repeated for each query head."""
+    """With a mask, SDPA computes all pairs. The keys are repeated for each query head."""
     rows, keys = call.batch * call.heads, call.masked_keys or call.nk
     if call.nq == 1:
         return "sdpa_decode", {"fixed": 1, "key_dim": rows * keys * call.head_dim}
@@ -78,7 +81,7 @@ def sdpa_terms(call: Call) -> tuple[str, dict[str, float]]:
 
 
 def kernel_terms(call: Call, share: float = 1.0, columns: float = 0) -> tuple[str, dict[str, float]]:
-    """headstart's kernel on that share of the pairs; single keys are gathered, so many in all heads together."""
+    """headstart's kernel on a share of the pairs. `columns` is the number of single keys, over all heads."""
     rows, pairs = call.batch * call.heads, call.pairs * share
     key_dim = call.batch * call.kv_heads * call.nk * call.head_dim
     if share == 1 and call.nq * (call.heads // call.kv_heads) <= FEW_ROWS:
@@ -100,7 +103,7 @@ def index_terms(pattern: HeadPattern, call: Call) -> tuple[str, dict[str, float]
     linear = rows * (call.nq + call.nk) * call.head_dim
     blocks = rows * call.pairs / 64**2
     if pattern.name in ("dense", "a_shape"):
-        return "a_shape", {"fixed": 1}  # of the length alone, so it is kept from layer to layer
+        return "a_shape", {"fixed": 1}  # depends only on the length, so all layers share it
     if pattern.name == "adaptive":
         products = rows * call.pairs * (1 / params["stride"] + params["samples"] / 64) * call.head_dim
         return "adaptive", {"fixed": 1, "linear": linear, "products": products, "blocks": blocks}
@@ -111,7 +114,7 @@ def index_terms(pattern: HeadPattern, call: Call) -> tuple[str, dict[str, float]
 
 
 def stitch_terms(call: Call) -> tuple[str, dict[str, float]]:
-    """Heads of several families in one layer: their queries and keys are copied apart, their indices put together."""
+    """Heads of several families in one layer: their queries and keys are copied, and their indices are combined."""
     rows = call.batch * call.heads
     linear = rows * (call.nq + call.nk) * call.head_dim
     return "stitch", {"fixed": 1, "linear": linear, "blocks": rows * call.pairs / 64**2}
@@ -140,16 +143,16 @@ Coefficients = Mapping[str, Mapping[str, Mapping[str, float]]]  # dtype, kind, t
 
 @dataclass(frozen=True, eq=False)
 class Costs:
-    """Coefficients in seconds by dtype, kind of work and term, and how well they fit what was timed."""
+    """Coefficients in seconds by dtype, kind of work and term, and how well they fit the timings."""
 
     machine: Mapping[str, Any]
     coefficients: Coefficients
     residuals: Mapping[str, Mapping[str, Mapping[str, float]]]
     date: str
-    source: str  # where they come from, in words
+    source: str  # says where they come from
 
     def seconds(self, dtype: torch.dtype, kind: str, terms: Mapping[str, float]) -> float:
-        """Of a dtype that was not timed, headstart's own work is taken to cost what it does in bfloat16."""
+        """For a dtype that was not timed, headstart's own work is assumed to take as long as in bfloat16."""
         by_kind = self.coefficients.get(dtype_name(dtype))
         if by_kind is None:
             if kind.startswith("sdpa"):
@@ -165,7 +168,7 @@ class Costs:
         return self.seconds(call.dtype, *kernel_terms(call))
 
     def sparse(self, call: Call, plan: PrefillPlan, layer: int) -> float:
-        """Index and attention of a layer, with the density that its patterns are estimated to have."""
+        """Seconds for the index and the attention of a layer, at the estimated density of its patterns."""
         patterns = plan.heads(layer, call.heads)
         tokens = (plan.provenance or {}).get("tokens")
         tokens = tokens if type(tokens) is int and tokens > 0 else None
@@ -190,8 +193,8 @@ class Costs:
         """ "sparse", "dense" or "own".
 
         Args:
-            own: the attention implementation that the model had; only "sdpa" is one whose cost is known.
-            sparse: whether a sparse path may be taken at all.
+            own: the attention implementation of the model before; only the cost of "sdpa" is known.
+            sparse: whether the sparse path is allowed.
         """
         dense = self.dense(call)
         theirs = self.sdpa(call) if own == "sdpa" else math.inf
@@ -206,7 +209,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _density(pattern: HeadPattern, nq: int, nk: int, tokens: int | None, measured: float | None) -> float:
-    """`measured` is the pattern's own density, which takes no part when patterns are compared."""
+    """`measured` is the density of the pattern. It is an argument because patterns that differ in it compare equal."""
     return density(pattern, nq, nk, tokens)
 
 
@@ -214,18 +217,18 @@ def _density(pattern: HeadPattern, nq: int, nk: int, tokens: int | None, measure
 
 
 def tune_path() -> Path:
-    """Where `headstart tune` writes: HEADSTART_TUNE, or tune.json in headstart's folder of the user's cache."""
+    """The file of `headstart tune`: HEADSTART_TUNE, or tune.json in headstart's folder of the user's cache."""
     named = os.environ.get(ENVIRONMENT_VARIABLE)
     if named:
         return Path(named).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME") or ""
-    # The specification of base directories has a relative path ignored.
+    # The XDG base directory specification says that a relative path is ignored.
     folder = Path(cache) if os.path.isabs(cache) else Path(os.path.expanduser("~")) / ".cache"
     return folder / "headstart" / "tune.json"
 
 
 def machine_key() -> dict[str, Any]:
-    """What a measurement is valid for."""
+    """The machine and the software for which a measurement is valid."""
     return {
         "cpu": cpu_model(),
         "tier": _library.cpu_tier(),
@@ -242,7 +245,7 @@ def to_json(costs: Costs) -> str:
 
 
 def read(path: Path) -> Costs:
-    """Reads what `to_json` gave; a damaged file is a ValueError that names the file and the field."""
+    """Reads what `to_json` made. A damaged file is a ValueError that names the file and the field."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -272,7 +275,7 @@ def read(path: Path) -> Costs:
 
 
 def load(path: Path, machine: Mapping[str, Any]) -> Costs:
-    """`read`, and a ValueError if the file was measured on another machine, or with other software."""
+    """Like `read`; also a ValueError if the file is from another machine or from other software."""
     costs = read(path)
     for name, here in machine.items():
         if costs.machine.get(name) != here:
@@ -282,8 +285,8 @@ def load(path: Path, machine: Mapping[str, Any]) -> Costs:
 
 @functools.cache
 def defaults(tier: str | None, threads: int) -> Costs:
-    """Measured with two threads on an AVX-512 machine, in the nearest tier that it has. All but the fixed terms are
-    taken to shrink with the number of threads."""
+    """The default coefficients of a tier, measured with two threads on an AVX-512 machine. All terms but the fixed ones
+    are assumed to shrink with the number of threads."""
     name = next((name for name in ("avx512", "avx2") if (tier or "").startswith(name)), "generic")
     costs = read(DEFAULTS / f"{name}.json")
     scale = DEFAULT_THREADS / threads
@@ -301,8 +304,8 @@ _in_use: dict[tuple, Costs] = {}
 
 
 def in_use() -> Costs:
-    """The coefficients that decide: of the file where it is this machine's, else the defaults. A file that cannot be
-    used is told of once."""
+    """The coefficients in use: those of the file if it is from this machine, otherwise the defaults. A warning says
+    once why a file cannot be used."""
     path, threads, tier = tune_path(), torch.get_num_threads(), _library.cpu_tier()
     key = (path, threads, tier)
     if key not in _in_use:
@@ -323,7 +326,7 @@ def in_use() -> Costs:
 
 
 def forget() -> None:
-    """Makes `in_use` read the file again."""
+    """The next `in_use` reads the file again."""
     _in_use.clear()
 
 
@@ -331,7 +334,7 @@ def forget() -> None:
 
 
 def crossovers(costs: Costs, call: Call, plan: PrefillPlan, layer: int = 0) -> Iterator[tuple[int, str]]:
-    """(length, path) where the path of a whole prompt changes, over lengths up to 131,072."""
+    """The lengths, up to 131,072, at which a whole prompt takes another path: (length, path)."""
     before = None
     for eighths in range(8 * 4, 8 * 17 + 1):
         n = round(2 ** (eighths / 8))

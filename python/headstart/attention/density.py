@@ -1,26 +1,26 @@
-"""How much of the attention a pattern computes at a length, before any query is seen.
+"""Estimates how much of the attention a pattern computes at a length, before any query is known.
 
-The patterns with a budget follow from it. Adaptive takes what it needs, so its curve is one that was measured; where a
-search has measured a head's own density, the curve is moved so that it passes through that point.
+For patterns with a budget, the budget gives the answer. Adaptive takes as much as it needs, so its curve was measured.
+If a search has measured the density of a head, the curve is shifted so that it passes through that point.
 """
 
 from __future__ import annotations
 
-from .prefill_plan import HeadPattern
+from .patterns import HeadPattern
 
 BLOCK = 64
 # Adaptive's curve, fitted to SmolLM2-135M from 128 to 8,192 tokens (docs/measurements/attention.md has both):
 # density = (1 + (tokens - FORCED) / (HALF · (0.07 / (1 - threshold)) ** STEEPNESS)) ** -DECAY
 FORCED, HALF, STEEPNESS, DECAY = 192, 680, 0.94, 0.6
-# Of a search that does not say how many tokens it read.
+# Assumed for a search that does not say how many tokens it read.
 SEARCH_TOKENS = 4096
 
 
 def density(pattern: HeadPattern, nq: int, nk: int, tokens: int | None = None) -> float:
-    """The share of the (query, key) pairs that causality lets nq queries, the last of nk, attend.
+    """Which share of the visible (query, key) pairs is computed for nq queries, the last of nk tokens.
 
     Args:
-        pattern: of one head; its measured `density`, if it has one, was measured on a prompt of `tokens` tokens.
+        pattern: of one head. If it has a measured `density`, a prompt of `tokens` tokens gave it.
     """
     everything = _visible(nk) - _visible(nk - nq)
     return (_attended(pattern, nk, nk, tokens) - _attended(pattern, nk - nq, nk, tokens)) / everything
@@ -31,10 +31,10 @@ def _visible(n: int) -> float:
 
 
 def _attended(pattern: HeadPattern, n: int, nk: int, tokens: int | None) -> float:
-    """Attended pairs of the first n queries of a call with nk keys."""
+    """The number of attended pairs of the first n queries, in a call with nk keys."""
     share = _estimate(pattern, n, nk)
     if pattern.density is not None and 0 < share < 1:
-        # What is missed is scaled by how the estimate is off where it was measured: in odds, so that all stay shares.
+        # Scales the odds of a missed pair by the error of the estimate at the measured length. Odds keep it a share.
         tokens = tokens or SEARCH_TOKENS
         estimated = _odds(_estimate(pattern, tokens, tokens))
         if estimated > 0:
@@ -43,7 +43,7 @@ def _attended(pattern: HeadPattern, n: int, nk: int, tokens: int | None) -> floa
 
 
 def _odds(share: float) -> float:
-    """Of being missed."""
+    """The odds that a pair is missed."""
     return (1 - share) / max(share, 1e-6)
 
 
@@ -58,7 +58,7 @@ def _estimate(pattern: HeadPattern, n: int, nk: int) -> float:
     if pattern.name == "a_shape":
         local = -(-(params["local"] - 1) // BLOCK) + 1 if params["local"] else 0
         return _window_share(n, -(-params["sink"] // BLOCK) + local)
-    # The nearest bands are always taken; the others, and the columns, are taken as spread evenly over what is left.
+    # The nearest bands are always taken. The other bands and the columns are assumed to be spread evenly over the rest.
     near, blocks = max(-(-params["local"] // BLOCK), 1), -(-nk // BLOCK)
     bands = min(1.0, max(-(-params["slash_size"] // BLOCK) - near, 0) / max(blocks - near, 1))
     columns = min(1.0, params["vertical_size"] / nk)
@@ -67,7 +67,7 @@ def _estimate(pattern: HeadPattern, n: int, nk: int) -> float:
 
 
 def _window_share(n: int, blocks: int) -> float:
-    """Of rows that take so many blocks each, one of them the diagonal, which is half visible."""
+    """The share if each row takes this many blocks. One of them is on the diagonal, and half visible."""
     keys = min(max(blocks * BLOCK - BLOCK / 2, 0), n)
     return (_visible(keys) + (n - keys) * keys) / _visible(n)
 

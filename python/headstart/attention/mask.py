@@ -1,8 +1,8 @@
-"""What a mask of transformers lets a query attend, read from how it was made instead of from its Nq × Nk values.
+"""Reads from a mask of transformers what a query may attend, without building its Nq × Nk values.
 
-transformers makes one mask a forward and kind of layer, from a function of (batch, head, query, key) that is put
-together from a few known parts. Ours, a `DeferredMask`, stands for the 4-D mask, knows which parts it has, and is
-built only where somebody needs it. A part that is not known makes the whole mask unknown.
+For each forward and kind of layer, transformers makes one mask from a function of (batch, head, query, key). The
+function consists of a few known parts. A `DeferredMask` stands for the 4-D mask and knows its parts. Its values are
+built only if somebody needs them. If a part is not known, the whole mask is unknown.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 
 
 def _known_parts() -> dict[Any, str]:
-    """The code of each function that transformers makes masks of, where it does what we take it to do, to its name.
+    """The names of the functions from which transformers makes masks, by their code objects.
 
-    Functions made by one `def` share their code, and keep what they were made with in their closures.
+    Functions from one `def` share their code, and keep their arguments in their closures. Each function is tried on an
+    example first; one that computes something else is left out.
     """
     q, k = torch.arange(6)[:, None], torch.arange(6)
     batch = head = torch.zeros(1, 1, dtype=torch.long)
-    of = torch.tensor([[0, 0, 1, 1, 1, 2]])
+    sequence = torch.tensor([[0, 0, 1, 1, 1, 2]])
     restarting = torch.tensor([[0, 1, 0, 1, 2, 0]])
     causal = causal_mask_function
     examples = {
         "and_masks": ((causal, lambda b, h, i, j: j > 2), (k <= q) & (k > 2)),
         "sliding_window_overlay": ((3,), k > q - 3),
-        "packed_sequence_mask_function": ((of,), of.mT == of),
+        "packed_sequence_mask_function": ((sequence,), sequence.mT == sequence),
         "remap_positions_for_packed_sequence": ((causal, restarting), restarting <= restarting.mT),
     }
     parts = {}
@@ -39,7 +40,7 @@ def _known_parts() -> dict[Any, str]:
             function = getattr(masking_utils, name)(*arguments)
             if torch.equal(function(batch, head, q, k), expected):
                 parts[function.__code__] = name
-        except Exception:  # another version's function of that name, or none: masks that it makes are unknown
+        except Exception:  # another version of transformers has no such function: its masks are unknown
             continue
     return parts
 
@@ -48,15 +49,15 @@ _PARTS = _known_parts()
 
 
 class _Rule(NamedTuple):
-    """The conjunction of causality (always) with these."""
+    """A query attends a key if causality and all of these allow it."""
 
     window: int | None = None
-    packed: torch.Tensor | None = None  # [B or 1, N]: which sequence a token is of
-    positions: torch.Tensor | None = None  # [B or 1, N]: positions within the sequences, which the others are about
+    packed: torch.Tensor | None = None  # [B or 1, N]: the sequence of each token
+    positions: torch.Tensor | None = None  # [B or 1, N]: positions within the sequences; causality and window use them
 
 
 def _rule(function) -> _Rule | None:
-    """A mask function as a rule, or None where it is another."""
+    """The rule of a mask function, or None if it has an unknown part."""
     parts: list[tuple[str, Any]] = []
     if not _take_apart(function, parts) or ("causal", None) not in parts:
         return None
@@ -73,21 +74,21 @@ def _take_apart(function, parts: list[tuple[str, Any]]) -> bool:
         parts.append(("causal", None))
         return True
     code = getattr(function, "__code__", None)
-    made_with = dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()))) if code else {}
+    arguments = dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()))) if code else {}
     match _PARTS.get(code):
         case "and_masks":
-            return all(_take_apart(each, parts) for each in made_with["mask_functions"])
+            return all(_take_apart(each, parts) for each in arguments["mask_functions"])
         case "sliding_window_overlay":
-            parts.append(("window", made_with["sliding_window"]))
+            parts.append(("window", arguments["sliding_window"]))
         case "packed_sequence_mask_function":
-            parts.append(("packed", made_with["packed_sequence_mask"]))
+            parts.append(("packed", arguments["packed_sequence_mask"]))
         case "remap_positions_for_packed_sequence":
             inner: list[tuple[str, Any]] = []
-            known = _take_apart(made_with["mask_function"], inner) and {name for name, _ in inner} <= {
+            known = _take_apart(arguments["mask_function"], inner) and {name for name, _ in inner} <= {
                 "causal",
                 "window",
             }
-            parts += [("positions", made_with["position_ids"]), *inner]
+            parts += [("positions", arguments["position_ids"]), *inner]
             return known
         case _:
             return False
@@ -97,8 +98,8 @@ def _take_apart(function, parts: list[tuple[str, Any]]) -> bool:
 # --- the mask --------------------------------------------------------------------------------------------------------
 
 
-class Sequence(NamedTuple):
-    """Tokens [begin, end) of one row of a batch."""
+class PackedSequence(NamedTuple):
+    """A sequence that fills the tokens [begin, end) of one row of a batch."""
 
     row: int
     begin: int
@@ -106,13 +107,15 @@ class Sequence(NamedTuple):
 
 
 class DeferredMask(torch.Tensor):
-    """A boolean mask [B, 1, Nq, Nk] that is built on first use by any torch operation.
+    """A boolean mask [B, 1, Nq, Nk] that is built when a torch operation first uses it.
 
-    ``unknown`` is None where the mask is what the other attributes say, else what it is besides. Queries stand
-    at the last of the first ``num_keys`` keys (a static cache has room for more) and see no key after their own;
-    ``window`` is how many keys up to their own they see, None for all; ``kv_start`` int32 [B] is the first real key
-    of each row, None where all are real; ``sequences`` are those packed in the batch, each attended on its own,
-    None where a row is one.
+    - ``unknown``: None if the other attributes describe the mask completely; otherwise the reason why they do not.
+    - ``num_keys``: the keys that are filled; a static cache has room for more. The queries are the last of these keys,
+      and see no key after their own.
+    - ``window``: how many keys, up to its own, a query sees; None for all.
+    - ``kv_start``: int32 [B], the first real key of each row; None if all are real.
+    - ``sequences``: the sequences that are packed in the batch, each of which sees only itself; None if each row is
+      one.
     """
 
     @staticmethod
@@ -138,7 +141,7 @@ class DeferredMask(torch.Tensor):
         return self.built["dense"]
 
     def wanted_by(self, implementation: str | None) -> Any:
-        """What transformers would have handed to an attention implementation."""
+        """The mask that transformers would have given to an attention implementation."""
         implementation = implementation or "eager"
         if implementation not in self.built:
             known = implementation in ALL_MASK_ATTENTION_FUNCTIONS
@@ -147,21 +150,21 @@ class DeferredMask(torch.Tensor):
         return self.built[implementation]
 
     def splits_at(self, cu_seq_lens: Any) -> bool:
-        """Whether the mask keeps the sequences apart that cumulative lengths over the flattened batch tell of."""
+        """Whether the mask separates the same sequences as these cumulative lengths over the flattened batch."""
         batch, _, nq, nk = self.shape
         if not isinstance(cu_seq_lens, torch.Tensor) or self.kv_start is not None or not nq == nk == self.num_keys:
             return False
-        rows = self.sequences or [Sequence(row, 0, nq) for row in range(batch)]
-        limits = [*(each.row * nq + each.begin for each in rows), batch * nq]
-        return self._once(cu_seq_lens, lambda: sorted(set(cu_seq_lens.flatten().tolist())) == limits)
+        rows = self.sequences or [PackedSequence(row, 0, nq) for row in range(batch)]
+        ends = [*(each.row * nq + each.begin for each in rows), batch * nq]
+        return self._once(cu_seq_lens, lambda: sorted(set(cu_seq_lens.flatten().tolist())) == ends)
 
     def is_consecutive(self, position_ids: torch.Tensor) -> bool:
         return self._once(position_ids, lambda: bool((position_ids.diff(dim=-1) == 1).all()))
 
     def _once(self, tensor: torch.Tensor, look) -> bool:
-        """`look` at an argument that comes with the mask: once, and not in every layer."""
+        """The result of `look` for an argument that comes with the mask; later layers get the same result."""
         if id(tensor) not in self.looked_at:
-            self.looked_at[id(tensor)] = (look(), tensor)  # kept, so that its id is not another's
+            self.looked_at[id(tensor)] = (look(), tensor)  # keeps the tensor, so no other tensor gets its id
         return self.looked_at[id(tensor)][0]
 
     def _analyse(self) -> str | None:
@@ -198,8 +201,8 @@ class DeferredMask(torch.Tensor):
         return f"DeferredMask({list(self.shape)}, {known if self.unknown is None else self.unknown})"
 
 
-def _sequences(batch: int, tokens: int, rule: _Rule) -> list[Sequence] | None:
-    """The sequences packed in a batch; None where a sequence is in pieces, or its positions leave some out."""
+def _sequences(batch: int, tokens: int, rule: _Rule) -> list[PackedSequence] | None:
+    """The sequences that are packed in a batch; None if a sequence is in pieces, or if its positions have gaps."""
     step = rule.packed.expand(batch, tokens).diff(dim=-1)
     follows = step >= 0
     if rule.positions is not None:
@@ -208,7 +211,7 @@ def _sequences(batch: int, tokens: int, rule: _Rule) -> list[Sequence] | None:
         return None
     begins = torch.nn.functional.pad(step > 0, (1, 0), value=True).nonzero().tolist()
     ends = [*begins[1:], [batch, 0]]
-    return [Sequence(row, begin, end or tokens) for (row, begin), (_, end) in zip(begins, ends)]
+    return [PackedSequence(row, begin, end or tokens) for (row, begin), (_, end) in zip(begins, ends)]
 
 
 def _dense_mask(arguments: dict[str, Any]) -> torch.Tensor:
@@ -239,8 +242,8 @@ def headstart_mask(
         device=device,
         **kwargs,
     )
-    # A compiled graph cannot look at the padding, so it gets the mask itself, and the model's own attention.
+    # A compiled graph cannot look at the padding. It gets the mask itself, and runs the model's own attention.
     if torch.compiler.is_compiling():
         return _dense_mask(arguments)
-    # A static cache's offset is a tensor that it counts up, in place, before the mask is built.
+    # The offset of a static cache is a tensor, which the cache increases in place before the mask is built.
     return DeferredMask(arguments | {"q_offset": int(q_offset), "kv_offset": int(kv_offset)})

@@ -1,0 +1,1 @@
+"""The commands behind `headstart`, one file each."""
