@@ -87,6 +87,14 @@ __device__ __forceinline__ void load_if(bool wanted, uint4& to, const uint4* fro
       : "l"(from), "r"(static_cast<int>(wanted)));
 }
 
+// (x & mask) | bits in one instruction. Written with operators, it became two where mask and bits are constants: an
+// instruction holds one constant, and the compiler splits the expression before it looks for a register.
+__device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(x), "r"(mask), "r"(bits));
+  return result;
+}
+
 // Byte i of the result is the one that nibble i of the selector names, 0 to 3 of a, 4 to 7 of b.
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t result;

@@ -346,6 +346,8 @@ inline void load_if(bool wanted, uint4& to, const uint4* from) {
   if (wanted) to = __ldg(from);
 }
 
+inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+
 inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t result = 0;
   for (int i = 0; i < 4; ++i) {
