@@ -34,16 +34,44 @@ __device__ __forceinline__ uint32_t block_id() {
   return id;
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void* at) {
+// Of a byte of shared memory, as the instructions below take it.
+using SharedAddress = uint32_t;
+
+__device__ __forceinline__ SharedAddress shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
 
+// The lowest kBytes bytes of x.
+template <int kBytes>
+__device__ __forceinline__ void store_shared(SharedAddress at, uint32_t x) {
+  static_assert(kBytes == 1 || kBytes == 2 || kBytes == 4);
+  if constexpr (kBytes == 1) {
+    asm volatile("st.shared.b8 [%0], %1;" ::"r"(at), "r"(x) : "memory");
+  } else if constexpr (kBytes == 2) {
+    asm volatile("st.shared.b16 [%0], %1;" ::"r"(at), "h"(static_cast<uint16_t>(x)) : "memory");
+  } else {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
+  }
+}
+
+// The same address, but the compiler does not know how it was found: it stays in registers, and a loop does not find it
+// anew.
+template <typename T>
+__device__ __forceinline__ T* opaque(T* at) {
+  asm volatile("" : "+l"(at));
+  return at;
+}
+
 // Four 8 × 8 matrices of 16-bit elements; layouts/mma.h says who gives and gets what.
-__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
+}
+
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
+  load_matrices(to, shared_address(row));
 }
 
 // c += a · b
@@ -103,10 +131,13 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
 }
 
 // 16 bytes from global to shared memory; zeros, and nothing read, if not `valid`.
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(valid ? 16 : 0)
+__device__ __forceinline__ void copy_async(SharedAddress shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
+}
+
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+  copy_async(shared_address(shared), global, valid);
 }
 
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -362,6 +362,17 @@ inline uint32_t block_id() { return blockIdx.x; }
 
 inline unsigned char* shared_memory() { return lane_model::shared.data(); }
 
+using SharedAddress = unsigned char*;
+inline SharedAddress shared_address(void* at) { return static_cast<unsigned char*>(at); }
+template <int kBytes>
+void store_shared(SharedAddress at, uint32_t x) {
+  std::memcpy(at, &x, kBytes);
+}
+template <typename T>
+T* opaque(T* at) {
+  return at;
+}
+
 inline void load_matrices(uint32_t (&to)[4], const void* row) {
   struct Slot {
     uint32_t* to;
