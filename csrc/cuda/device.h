@@ -1,4 +1,4 @@
-// What kernels need beyond CUDA C++: the PTX instructions of tensor cores and asynchronous copies, and launching.
+// What kernels need beyond CUDA C++: the PTX instructions of tensor cores and asynchronous copies; launch.h starts them.
 //
 // With HEADSTART_LANE_MODEL these names, and those of CUDA that kernels use, come from tests/lane_model/lane_model.h,
 // which runs a kernel on a CPU, lane by lane.
@@ -18,6 +18,8 @@
 #include <cuda_fp16.h>
 
 #include <type_traits>
+
+#include "launch.h"
 
 namespace headstart {
 namespace cuda {
@@ -174,49 +176,6 @@ __device__ __forceinline__ uint32_t pair_from_floats(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
   }
   return result;
-}
-
-// --- host ---------------------------------------------------------------------------------------------------------
-
-inline const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
-
-// Null, or what CUDA says of the launch.
-template <typename... Args>
-const char* launch(void (*kernel)(Args...), int64_t blocks, int threads, int shared_bytes, CUstream_st* stream,
-                   const std::common_type_t<Args>&... args) {
-  constexpr int kAlwaysAllowed = 48 << 10;
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > kAlwaysAllowed) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  }
-  if (error == cudaSuccess) kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(args...);
-  const cudaError_t last = cudaGetLastError();
-  return message(error == cudaSuccess ? last : error);
-}
-
-inline const char* zero(void* at, int64_t bytes, CUstream_st* stream) {
-  return message(cudaMemsetAsync(at, 0, static_cast<size_t>(bytes), stream));
-}
-
-// Of the current device.
-inline int multiprocessors() {
-  int device = 0, count = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
-// Whether wgmma is there: in the current device, and in this library, which was built for sm_90a.
-inline bool has_warp_groups() {
-#ifdef HEADSTART_SM90A
-  int device = 0, major = 0, minor = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return major == 9 && minor == 0;
-#else
-  return false;
-#endif
 }
 
 }  // namespace cuda

@@ -196,10 +196,7 @@ void shuffle(const char* name, T& x, int offset) {
     T from[kLanes];
     for (int i = 0; i < kLanes; ++i) from[i] = *all[i];
     for (int i = 0; i < kLanes; ++i) {
-      const int other = name[0] == 'x'   ? i ^ offset
-                        : name[0] == 'l' ? offset
-                        : name[0] == 'u' ? i - offset
-                                         : i + offset;
+      const int other = name[0] == 'x' ? i ^ offset : name[0] == 'u' ? i - offset : i + offset;
       *all[i] = from[other >= 0 && other < kLanes ? other : i];
     }
   });
@@ -243,8 +240,15 @@ T __shfl_up_sync(uint32_t, T x, int offset) {
 }
 template <typename T>
 T __shfl_sync(uint32_t, T x, int lane) {
-  lane_model::shuffle("lane", x, lane);
-  return x;
+  struct Slot {
+    T x;
+    int from;
+    T result;
+  } slot{x, lane % 32, x};
+  lane_model::meet("shfl", slot, [](Slot** all) {
+    for (int i = 0; i < 32; ++i) all[i]->result = all[all[i]->from]->x;
+  });
+  return slot.result;
 }
 inline uint32_t __ballot_sync(uint32_t, bool vote) {
   return lane_model::reduce("ballot", vote ? 1u << threadIdx.x % 32 : 0, [](uint32_t a, uint32_t b) { return a | b; });
