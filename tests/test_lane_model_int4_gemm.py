@@ -109,13 +109,15 @@ def test_zero_points_of_many_rows(kernel, dtype):
 
 
 @judge.by_dtype
-@pytest.mark.parametrize("n, k, group_size", [(40, 288, 32), (17, 33, -1), (5, 130, 64)])
+@pytest.mark.parametrize("n, k, group_size", [(40, 288, 32), (17, 33, -1), (5, 130, 64), (20, 1088, 96)])
 def test_dequantize(library, dtype, n, k, group_size):
     for symmetric, scale_dtype in ((False, torch.float16), (True, torch.bfloat16), (False, torch.float32)):
         *parts, w = judge.random_weight(n, k, group_size, symmetric, dtype=scale_dtype)
         out = torch.full((n * k + 64,), math.nan, dtype=dtype)
         x = torch.empty(0, k)
-        args = arguments(x, w.packed, w.scales, w.zeros, None, out[32:], group_size, n)
+        odd = torch.empty(w.packed.numel() + 1, dtype=torch.int32)[1:].copy_(w.packed.flatten())
+        packed = odd if symmetric else w.packed
+        args = arguments(x, packed, w.scales, w.zeros, None, out[32:], group_size, n)
         assert library.int4_dequantize(ctypes.byref(args)) is None
         assert out[:32].isnan().all() and out[-32:].isnan().all()
         assert torch.equal(out[32:-32].view(n, k), w.dequantize(dtype))

@@ -1,4 +1,4 @@
-// What kernels need beyond CUDA C++: the PTX instructions of tensor cores and asynchronous copies, and launching.
+// What kernels need beyond CUDA C++: the PTX instructions of tensor cores and asynchronous copies; launch.h starts them.
 //
 // With HEADSTART_LANE_MODEL these names, and those of CUDA that kernels use, come from tests/lane_model/lane_model.h,
 // which runs a kernel on a CPU, lane by lane.
@@ -19,6 +19,8 @@
 
 #include <type_traits>
 
+#include "launch.h"
+
 namespace headstart {
 namespace cuda {
 
@@ -34,16 +36,44 @@ __device__ __forceinline__ uint32_t block_id() {
   return id;
 }
 
-__device__ __forceinline__ uint32_t shared_address(const void* at) {
+// Of a byte of shared memory, as the instructions below take it.
+using SharedAddress = uint32_t;
+
+__device__ __forceinline__ SharedAddress shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
 
+// The lowest kBytes bytes of x.
+template <int kBytes>
+__device__ __forceinline__ void store_shared(SharedAddress at, uint32_t x) {
+  static_assert(kBytes == 1 || kBytes == 2 || kBytes == 4);
+  if constexpr (kBytes == 1) {
+    asm volatile("st.shared.b8 [%0], %1;" ::"r"(at), "r"(x) : "memory");
+  } else if constexpr (kBytes == 2) {
+    asm volatile("st.shared.b16 [%0], %1;" ::"r"(at), "h"(static_cast<uint16_t>(x)) : "memory");
+  } else {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(at), "r"(x) : "memory");
+  }
+}
+
+// The same address, but the compiler does not know how it was found: it stays in registers, and a loop does not find it
+// anew.
+template <typename T>
+__device__ __forceinline__ T* opaque(T* at) {
+  asm volatile("" : "+l"(at));
+  return at;
+}
+
 // Four 8 × 8 matrices of 16-bit elements; layouts/mma.h says who gives and gets what.
-__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
+}
+
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
+  load_matrices(to, shared_address(row));
 }
 
 // c += a · b
@@ -87,6 +117,14 @@ __device__ __forceinline__ void load_if(bool wanted, uint4& to, const uint4* fro
       : "l"(from), "r"(static_cast<int>(wanted)));
 }
 
+// (x & mask) | bits in one instruction. Written with operators, it became two where mask and bits are constants: an
+// instruction holds one constant, and the compiler splits the expression before it looks for a register.
+__device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(x), "r"(mask), "r"(bits));
+  return result;
+}
+
 // Byte i of the result is the one that nibble i of the selector names, 0 to 3 of a, 4 to 7 of b.
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t result;
@@ -95,10 +133,13 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32
 }
 
 // 16 bytes from global to shared memory; zeros, and nothing read, if not `valid`.
-__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-               "r"(valid ? 16 : 0)
+__device__ __forceinline__ void copy_async(SharedAddress shared, const void* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
+}
+
+__device__ __forceinline__ void copy_async(void* shared, const void* global, bool valid) {
+  copy_async(shared_address(shared), global, valid);
 }
 
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -135,49 +176,6 @@ __device__ __forceinline__ uint32_t pair_from_floats(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
   }
   return result;
-}
-
-// --- host ---------------------------------------------------------------------------------------------------------
-
-inline const char* message(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
-
-// Null, or what CUDA says of the launch.
-template <typename... Args>
-const char* launch(void (*kernel)(Args...), int64_t blocks, int threads, int shared_bytes, CUstream_st* stream,
-                   const std::common_type_t<Args>&... args) {
-  constexpr int kAlwaysAllowed = 48 << 10;
-  cudaError_t error = cudaSuccess;
-  if (shared_bytes > kAlwaysAllowed) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  }
-  if (error == cudaSuccess) kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, stream>>>(args...);
-  const cudaError_t last = cudaGetLastError();
-  return message(error == cudaSuccess ? last : error);
-}
-
-inline const char* zero(void* at, int64_t bytes, CUstream_st* stream) {
-  return message(cudaMemsetAsync(at, 0, static_cast<size_t>(bytes), stream));
-}
-
-// Of the current device.
-inline int multiprocessors() {
-  int device = 0, count = 1;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
-// Whether wgmma is there: in the current device, and in this library, which was built for sm_90a.
-inline bool has_warp_groups() {
-#ifdef HEADSTART_SM90A
-  int device = 0, major = 0, minor = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  return major == 9 && minor == 0;
-#else
-  return false;
-#endif
 }
 
 }  // namespace cuda

@@ -28,6 +28,7 @@ class Int4Block {
   static constexpr int kSums = kPanels * kRowTiles * 4;  // of a lane
 
  private:
+  using Bits = std::conditional_t<std::is_same_v<T, float>, uint32_t, uint16_t>;  // of an element of x
   static constexpr bool kTensorCores = !std::is_same_v<T, float>;
   static constexpr int kUnrolledSlabs = kSums > 32 && !kWarpGroups ? 1 : kSlabs;  // by the registers there are
   static constexpr int kUnit = mma::kUnitBytes / static_cast<int>(sizeof(T));     // elements of x
@@ -40,7 +41,7 @@ class Int4Block {
   static constexpr int kWordsAt = kTeams * kXTiles * kXTileBytes;
   static constexpr int kScalesAt = kWordsAt + kPanelSlabs * kSlabBytes;
   static constexpr int kZerosAt = kScalesAt + kPanelSlabs * kScaleBytes;
-  static constexpr int kAlignment = 8 * mma::kRowBytes;  // what the swizzle repeats after
+  static constexpr int kAlignment = (kWarpGroups ? 8 : 1) * mma::kRowBytes;  // wgmma swizzles by address
   static constexpr int kStageBytes = (kZerosAt + kPanelSlabs * int4::kPanel + kAlignment - 1) / kAlignment * kAlignment;
   static constexpr int kWordUnits = kPanelSlabs * kSlabUnits / kThreads;  // of a thread and stage
   static constexpr int kXUnits = kTeams * kXTiles * kRows * mma::kUnitsPerRow / kThreads;
@@ -66,15 +67,16 @@ class Int4Block {
     zero(sum_);
     zero(total_);
     find_sources(share);
-    for (int step = 0; step < kStages - 1; ++step) load(step, steps, share);
+    for (int step = 0; step < kStages - 1; ++step) load(step, steps, share, step * kStageBytes);
+    int at = 0, free_at = (kStages - 1) * kStageBytes;  // the stage to multiply, and the one that was before
     bool wide = false;
     int group_end = begin / plan_.group_slabs * plan_.group_slabs, part_end = begin + plan_.part_slabs;  // slabs
     for (int step = 0; step < steps; ++step) {
       copy_wait<kStages - 2>();
       if constexpr (kWarpGroups) fence_async_proxy();
       __syncthreads();
-      load(step + kStages - 1, steps, share);  // into the stage that everyone left before the barrier
-      const unsigned char* stage = stages() + step % kStages * kStageBytes;
+      load(step + kStages - 1, steps, share, free_at);  // everyone left that stage before the barrier
+      const unsigned char* stage = stages() + at;
       const int first = begin + step * kSlabs;
 #pragma unroll(kUnrolledSlabs)
       for (int s = 0; s < kSlabs; ++s) {
@@ -100,6 +102,8 @@ class Int4Block {
         }
       }
       finish_products();  // the next barrier gives the stage away
+      free_at = at;
+      at = at + kStageBytes < kStages * kStageBytes ? at + kStageBytes : 0;
     }
     copy_wait<0>();
     if constexpr (kTeams > 1) {
@@ -166,18 +170,19 @@ class Int4Block {
     const unsigned char* from;  // of the group
     int begin;                  // its first slab, counted from the first stage on
     int slab, left;             // the unit's in a stage; up to which slab it is copied
+    int step;                   // bytes from group to group
   };
 
   // `count` elements, zeros behind them, as 16 bytes of shared memory.
-  template <typename Element>
-  static __device__ __forceinline__ void load_unit(unsigned char* to, const unsigned char* from, int count,
-                                                   bool vectors) {
-    if (vectors) {
+  template <typename Element, bool kVectors>
+  static __device__ __forceinline__ void load_unit(SharedAddress to, const unsigned char* from, int count) {
+    constexpr int kBytes = static_cast<int>(sizeof(Element));
+    if constexpr (kVectors) {
       copy_async(to, from, count > 0);
     } else {
 #pragma unroll 1
-      for (int i = 0; i < mma::kUnitBytes / static_cast<int>(sizeof(Element)); ++i) {
-        reinterpret_cast<Element*>(to)[i] = i < count ? reinterpret_cast<const Element*>(from)[i] : Element{};
+      for (int i = 0; i < mma::kUnitBytes / kBytes; ++i) {
+        store_shared<kBytes>(to + i * kBytes, i < count ? reinterpret_cast<const Element*>(from)[i] : Element{});
       }
     }
   }
@@ -195,6 +200,7 @@ class Int4Block {
       words_[j].from = reinterpret_cast<const unsigned char*>(
           args_.packed + int4::slab_word(panel, begin + s, args_.k) + i % kSlabUnits * 4);
       words_[j].left = panel < panels ? min(share, slabs - begin) - s : 0;
+      words_[j].from = opaque(words_[j].from);
     }
     const int line = thread / mma::kUnitsPerRow, tile = line / kRows;  // the first of the thread's units of x
     const int64_t row = here.first_row + line % kRows;
@@ -202,6 +208,7 @@ class Int4Block {
                       (tile % kXTiles * mma::kUnitsPerRow + thread % mma::kUnitsPerRow) * kUnit;
     x_.from = reinterpret_cast<const unsigned char*>(static_cast<const T*>(args_.x) + row * args_.x_row + k);
     x_.left = static_cast<int>(args_.k - k);
+    x_.from = opaque(x_.from);
     x_rows_ = static_cast<int>(args_.m - row < kRows ? args_.m - row : kRows);
     const int unit = thread % (kScaleUnits + 1), at = thread / (kScaleUnits + 1);
     const int64_t panel = here.first_panel + at / kSlabs % kColumnPanels;
@@ -212,48 +219,63 @@ class Int4Block {
     group_.slab = at % kSlabs;
     group_.left = wanted && panel < panels ? min(share, slabs - begin) : 0;
     group_.begin = group * plan_.group_slabs - begin;
+    group_.step = int4::kPanel * (zeros ? 1 : plan_.scale_bytes);  // 16 scales of b bytes are b units
     group_.from = (zeros ? args_.zeros : static_cast<const unsigned char*>(args_.scales) + unit * mma::kUnitBytes) +
-                  (panel * plan_.groups + group) * group_step(zeros);
+                  (panel * plan_.groups + group) * group_.step;
+    group_.from = opaque(group_.from);
+    const SharedAddress stage = shared_address(stages());
+    words_to_ = stage + kWordsAt + thread * mma::kUnitBytes;
+    x_to_ = stage + mma::unit_offset(line, thread % mma::kUnitsPerRow);  // line by line, tile by tile, team by team
+    group_to_ = stage + (zeros ? kZerosAt + at * int4::kPanel : kScalesAt + at * kScaleBytes + unit * mma::kUnitBytes);
   }
 
-  // From group to group, bytes: 16 scales of b bytes are b units.
-  __device__ __forceinline__ int group_step(bool zeros) const { return int4::kPanel * (zeros ? 1 : plan_.scale_bytes); }
-
-  __device__ __forceinline__ void load(int step, int steps, int share) {
+  // Copies the stage of a step to `at`, counted from the first stage on.
+  __device__ __forceinline__ void load(int step, int steps, int share, int at) {
     if (step < steps) {
-      unsigned char* stage = stages() + step % kStages * kStageBytes;
-      const int thread = static_cast<int>(threadIdx.x), slabs = step * kSlabs;
-#pragma unroll
-      for (int j = 0; j < kWordUnits; ++j) {
-        load_unit<uint32_t>(stage + kWordsAt + (thread + j * kThreads) * mma::kUnitBytes,
-                            words_[j].from + static_cast<int64_t>(slabs) * kSlabBytes, slabs < words_[j].left ? 4 : 0,
-                            plan_.weight_vectors);
+      const int slabs = step * kSlabs;
+      if (plan_.weight_vectors) {
+        load_weight<true>(slabs, at);
+      } else {
+        load_weight<false>(slabs, at);
       }
-#pragma unroll
-      for (int j = 0; j < kXUnits; ++j) {
-        // Units of a thread stand whole rows of units apart: by these rows, tiles and teams, known when compiling.
-        constexpr int kLines = kThreads / mma::kUnitsPerRow;
-        const int rows = j * kLines % kRows, tiles = j * kLines / kRows, teams = tiles / kXTiles;
-        const int depth =
-            slabs * int4::kSlab + teams * share * int4::kSlab + tiles % kXTiles * mma::kUnitsPerRow * kUnit;
-        const int64_t ahead = rows * args_.x_row + depth;
-        const int i = thread + j * kThreads;
-        load_unit<T>(stage + i / (mma::kUnitsPerRow * kRows) * kXTileBytes +
-                         mma::unit_offset(i / mma::kUnitsPerRow % kRows, i % mma::kUnitsPerRow),
-                     x_.from + ahead * static_cast<int>(sizeof(T)), rows < x_rows_ ? min(x_.left - depth, kUnit) : 0,
-                     plan_.x_vectors);
-      }
-      const int slab = slabs + group_.slab, at = thread / (kScaleUnits + 1), unit = thread % (kScaleUnits + 1);
-      for (; slab > 0 && group_.begin < slab; group_.begin += plan_.group_slabs) {
-        group_.from += group_step(unit == kScaleUnits);
-      }
-      if ((slab == 0 || slab == group_.begin) && slab < group_.left) {
-        unsigned char* to = unit == kScaleUnits ? stage + kZerosAt + at * int4::kPanel
-                                                : stage + kScalesAt + at * kScaleBytes + unit * mma::kUnitBytes;
-        load_unit<uint8_t>(to, group_.from, mma::kUnitBytes, plan_.weight_vectors);
+      if (plan_.x_vectors) {
+        load_x<true>(slabs, share, at);
+      } else {
+        load_x<false>(slabs, share, at);
       }
     }
     copy_commit();  // possibly empty, so that the count of groups tells the stage
+  }
+
+  template <bool kVectors>
+  __device__ __forceinline__ void load_weight(int slabs, int at) {
+#pragma unroll
+    for (int j = 0; j < kWordUnits; ++j) {
+      load_unit<uint32_t, kVectors>(words_to_ + at + j * kThreads * mma::kUnitBytes,
+                                    words_[j].from + static_cast<int64_t>(slabs) * kSlabBytes,
+                                    slabs < words_[j].left ? 4 : 0);
+    }
+    const int slab = slabs + group_.slab;
+    if (slab >= group_.left) return;
+    for (; slab > 0 && group_.begin < slab; group_.begin += plan_.group_slabs) group_.from += group_.step;
+    if (slab == 0 || slab == group_.begin) {
+      load_unit<uint8_t, kVectors>(group_to_ + at, group_.from, mma::kUnitBytes);
+    }
+  }
+
+  template <bool kVectors>
+  __device__ __forceinline__ void load_x(int slabs, int share, int at) const {
+#pragma unroll
+    for (int j = 0; j < kXUnits; ++j) {
+      // Units of a thread stand whole rows of units apart: by these rows, tiles and teams, known when compiling.
+      constexpr int kLines = kThreads / mma::kUnitsPerRow;
+      static_assert(kLines % mma::kColumns == 0, "they are swizzled alike");
+      const int rows = j * kLines % kRows, tiles = j * kLines / kRows, teams = tiles / kXTiles;
+      const int depth = slabs * int4::kSlab + teams * share * int4::kSlab + tiles % kXTiles * mma::kUnitsPerRow * kUnit;
+      const int64_t ahead = rows * args_.x_row + depth;
+      load_unit<Bits, kVectors>(x_to_ + at + j * kLines * mma::kRowBytes, x_.from + ahead * static_cast<int>(sizeof(T)),
+                                rows < x_rows_ ? min(x_.left - depth, kUnit) : 0);
+    }
   }
 
   // --- multiplying ---
@@ -434,8 +456,9 @@ class Int4Block {
   Source words_[kWordUnits], x_;  // x_: of the thread's first unit
   int x_rows_;                    // that are there, from its row on
   GroupSource group_;
-  float sum_[kPanels][kRowTiles][4];    // of the group so far
-  float total_[kPanels][kRowTiles][4];  // of the part; 2c + i: column 2g + c of the panel, row 2t + i of the tile
+  SharedAddress words_to_, x_to_, group_to_;  // where the thread's first units go in the first stage
+  float sum_[kPanels][kRowTiles][4];          // of the group so far
+  float total_[kPanels][kRowTiles][4];        // of the part; 2c + i: column 2g + c of the panel, row 2t + i of the tile
   float scale_[kPanels][2];
   Codes<T> codes_[kPanels][2];
 };

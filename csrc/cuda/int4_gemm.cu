@@ -2,8 +2,12 @@
 //
 //   add_parts     [4][M][N] float32 to [M][N]: part 0 + part 1 + part 2 + part 3, the bias, one rounding. 18 bytes an
 //                 output read and written, mostly in L2.
-//   dequantize    a thread a column of a slab: four words, 32 weights, 64 bytes side by side (float32: 128). 2.5 bytes
-//                 a weight.
+//   dequantize    a warp two slabs of a panel: 512 bytes of words in one load of 16 bytes a lane. Shuffles then bring
+//                 each lane the words of 16 neighbouring bytes of a column, and a store of the warp fills 128 bytes of
+//                 four columns. 2.5 bytes a weight (float32: 4.5).
+//
+//                 lane 16 s + 4 t + j loads word t of slab s, columns 4 j .. 4 j + 3
+//                 lane  8 j + u       stores unit u of 128 bytes of column 4 j + q, for q = 0 .. 3
 
 #include "int4_block.h"
 
@@ -13,6 +17,8 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kWarpSlabs = 2;  // that a warp dequantises
+static_assert(kWarpSlabs * int4::kPanel == 32, "a lane a column and slab");
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) add_parts_kernel(const Int4GemmArgs args, const float* parts) {
@@ -27,39 +33,63 @@ __global__ void __launch_bounds__(kThreads) add_parts_kernel(const Int4GemmArgs 
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    dequantize_kernel(const Int4GemmArgs args, int64_t group_slabs, bool vectors) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, slabs = int4::slabs(args.k);
-  const int64_t column = i / (slabs * int4::kPanel) * int4::kPanel + i % int4::kPanel;
-  const int64_t slab = i / int4::kPanel % slabs, groups = (slabs + group_slabs - 1) / group_slabs;
-  if (column >= args.n) return;
-  const int64_t group = int4::scale_index(column, slab / group_slabs, groups);
-  const float scale = load_scale(args.scales, group, args.scale_dtype);
-  Codes<float> codes;
-  codes.set(args.zeros == nullptr ? kSymmetricZero : args.zeros[group]);
-  T* to = static_cast<T*>(args.out) + column * args.k + slab * int4::kSlab;
-  const int64_t left = args.k - slab * int4::kSlab;
-  uint32_t words[int4::kWordsPerColumn];
-#pragma unroll
-  for (int t = 0; t < int4::kWordsPerColumn; ++t) {
-    words[t] =
-        args.packed[int4::slab_word(column / int4::kPanel, slab, args.k) + t * int4::kPanel + column % int4::kPanel];
-  }
-  constexpr int kUnit = mma::kUnitBytes / static_cast<int>(sizeof(T));
-#pragma unroll
-  for (int first = 0; first < int4::kSlab; first += kUnit) {
-    if (first >= left) break;
-    alignas(mma::kUnitBytes) T unit[kUnit];
-#pragma unroll
-    for (int i = 0; i < kUnit; ++i) {
-      const int k = first + i;
-      unit[i] = from_float<T>(codes.code(words[k % 8 / 2], k / 8, k % 2) * scale);
-    }
-    if (vectors) {
-      *reinterpret_cast<uint4*>(to + first) = *reinterpret_cast<const uint4*>(unit);
+    dequantize_kernel(const Int4GemmArgs args, int64_t group_slabs, bool word_vectors, bool vectors) {
+  constexpr int kUnit = mma::kUnitBytes / static_cast<int>(sizeof(T)), kSlabUnits = int4::kSlab / kUnit;
+  constexpr int kStoreSlabs = mma::kUnitsPerRow / kSlabUnits;  // in 128 bytes of a column
+  const int64_t warp = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32, slabs = int4::slabs(args.k);
+  const int64_t pairs = (slabs + kWarpSlabs - 1) / kWarpSlabs, groups = (slabs + group_slabs - 1) / group_slabs;
+  const int64_t panel = warp / pairs, first = warp % pairs * kWarpSlabs;
+  if (panel >= int4::panels(args.n)) return;
+
+  // A lane loads four words of its half's slab, the scale and the zero point of one of its columns.
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int64_t slab = first + lane / int4::kPanel;
+  uint32_t words[4] = {};
+  float scale = 0.0f;
+  Codes<float> codes{};
+  if (slab < slabs) {
+    const uint32_t* from = args.packed + int4::slab_word(panel, first, args.k) + lane * 4;
+    if (word_vectors) {
+      const uint4 four = *reinterpret_cast<const uint4*>(from);
+      words[0] = four.x, words[1] = four.y, words[2] = four.z, words[3] = four.w;
     } else {
 #pragma unroll
-      for (int i = 0; i < kUnit; ++i) {
-        if (first + i < left) to[first + i] = unit[i];
+      for (int q = 0; q < 4; ++q) words[q] = from[q];
+    }
+    const int64_t group = int4::scale_index(panel * int4::kPanel + lane % int4::kPanel, slab / group_slabs, groups);
+    scale = load_scale(args.scales, group, args.scale_dtype);
+    codes.set(args.zeros == nullptr ? kSymmetricZero : args.zeros[group]);
+  }
+
+  const int k = lane % kSlabUnits * kUnit;  // of the lane's unit, in its slab
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+#pragma unroll
+    for (int s = 0; s < kWarpSlabs; s += kStoreSlabs) {
+      const int own = s + lane % mma::kUnitsPerRow / kSlabUnits,
+                holder = own * int4::kPanel;  // its slab, who loaded it
+      const int column = lane / mma::kUnitsPerRow * 4 + q;
+      const float unit_scale = __shfl_sync(kWholeWarp, scale, holder + column);
+      const Codes<float> unit_codes{__shfl_sync(kWholeWarp, codes.offset, holder + column)};
+      alignas(mma::kUnitBytes) T unit[kUnit];
+#pragma unroll
+      for (int i = 0; i < kUnit; i += 2) {
+        const uint32_t word = __shfl_sync(kWholeWarp, words[q], holder + (k + i) % 8 / 2 * 4 + column / 4) >> k / 8 * 4;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          unit[i + half] = from_float<T>(unit_codes.code(word, 0, half) * unit_scale);
+        }
+      }
+      const int64_t row = panel * int4::kPanel + column, at = (first + own) * int4::kSlab + k, left = args.k - at;
+      if (row >= args.n || left <= 0) continue;
+      T* to = static_cast<T*>(args.out) + row * args.k + at;
+      if (vectors) {
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(unit);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kUnit; ++i) {
+          if (i < left) to[i] = unit[i];
+        }
       }
     }
   }
@@ -72,11 +102,12 @@ const char* add_parts(const Int4GemmArgs& args, const float* parts, CUstream_st*
 
 template <typename T>
 const char* dequantize(const Int4GemmArgs& args, CUstream_st* stream) {
-  const int64_t slabs = int4::slabs(args.k), size = int4::panels(args.n) * slabs * int4::kPanel;
+  const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % mma::kUnitBytes == 0; };
+  const int64_t slabs = int4::slabs(args.k), warps = int4::panels(args.n) * ((slabs + kWarpSlabs - 1) / kWarpSlabs);
   const int64_t group_slabs = args.group_size < 0 ? slabs : args.group_size / int4::kSlab;
-  const bool vectors = args.k * sizeof(T) % mma::kUnitBytes == 0 && reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
-  return launch(dequantize_kernel<T>, (size + kThreads - 1) / kThreads, kThreads, 0, stream, args, group_slabs,
-                vectors);
+  const bool vectors = args.k * sizeof(T) % mma::kUnitBytes == 0 && aligned(args.out);
+  return launch(dequantize_kernel<T>, (warps * 32 + kThreads - 1) / kThreads, kThreads, 0, stream, args, group_slabs,
+                aligned(args.packed), vectors);
 }
 
 }  // namespace

@@ -65,10 +65,10 @@ struct Codes<Float16> {
   __device__ __forceinline__ void pairs(uint32_t (&to)[4], uint32_t word) const {
     constexpr uint32_t kUpper = int4::kPairMask << 4;
     const uint32_t upper = word >> 8;
-    to[0] = multiply_add_pair<Float16>((word & int4::kPairMask) | kMagic, kOne, low);
-    to[1] = multiply_add_pair<Float16>((word & kUpper) | kMagic, kSixteenth, high);
-    to[2] = multiply_add_pair<Float16>((upper & int4::kPairMask) | kMagic, kOne, low);
-    to[3] = multiply_add_pair<Float16>((upper & kUpper) | kMagic, kSixteenth, high);
+    to[0] = multiply_add_pair<Float16>(and_or(word, int4::kPairMask, kMagic), kOne, low);
+    to[1] = multiply_add_pair<Float16>(and_or(word, kUpper, kMagic), kSixteenth, high);
+    to[2] = multiply_add_pair<Float16>(and_or(upper, int4::kPairMask, kMagic), kOne, low);
+    to[3] = multiply_add_pair<Float16>(and_or(upper, kUpper, kMagic), kSixteenth, high);
   }
 };
 
@@ -91,7 +91,7 @@ struct Codes<BFloat16> {
   __device__ __forceinline__ void pairs(uint32_t (&to)[4], uint32_t word) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      to[i] = multiply_add_pair<BFloat16>((word >> 4 * i & int4::kPairMask) | kMagic, kOne, low);
+      to[i] = multiply_add_pair<BFloat16>(and_or(word >> 4 * i, int4::kPairMask, kMagic), kOne, low);
       if constexpr (kWide) to[i] = multiply_add_pair<BFloat16>(to[i], kOne, rest);
     }
   }
@@ -105,7 +105,7 @@ struct Codes<float> {
   __device__ __forceinline__ void set(int zero) { offset = static_cast<float>((1 << 23) + zero); }
   __device__ __forceinline__ bool wide() const { return false; }
   __device__ __forceinline__ float code(uint32_t word, int pair, int half) const {
-    return __uint_as_float((word >> (4 * pair + 16 * half) & 15u) | 0x4B000000u) - offset;
+    return __uint_as_float(and_or(word >> (4 * pair + 16 * half), 15u, 0x4B000000u)) - offset;
   }
 };
 

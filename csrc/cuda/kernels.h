@@ -1,7 +1,7 @@
 // What the CUDA kernel families are, seen from outside: raw pointers, strides in elements, a stream.
 //
 // Kernel files know no framework; csrc/torch/ checks the tensors and fills the arguments. A launcher returns null, or
-// what CUDA says of the launch.
+// what failed (launch.h).
 #pragma once
 
 #include <cstdint>

@@ -22,6 +22,7 @@
 #include <cuda_fp16.h>
 
 #include "kernels.h"
+#include "launch.h"
 
 namespace headstart {
 namespace cuda {
@@ -80,15 +81,13 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const MergeAttentionArg
 }
 
 template <typename T, int kVec>
-const char* launch(const MergeAttentionArgs& args, CUstream_st* stream) {
+const char* merge(const MergeAttentionArgs& args, CUstream_st* stream) {
   const int64_t parts = args.head_dim / kVec, planes = args.batch * args.heads;
   const unsigned x = static_cast<unsigned>(parts < 1 ? 1 : parts < kThreads ? parts : kThreads);
   const unsigned y = kThreads / x;
   const dim3 grid(static_cast<unsigned>((args.tokens + y - 1) / y),
                   static_cast<unsigned>(planes < kMaxGridY ? planes : kMaxGridY));
-  merge_kernel<T, kVec><<<grid, dim3(x, y), 0, stream>>>(args, planes);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return launch(merge_kernel<T, kVec>, grid, dim3(x, y), 0, stream, args, planes);
 }
 
 // Two dimensions become one where every tensor steps evenly across their border, or where one of them is a single step.
@@ -132,7 +131,7 @@ const char* dispatch(const MergeAttentionArgs& args, CUstream_st* stream) {
   };
   const bool vectors = args.head_dim % kVec == 0 && aligned(args.out_a) && aligned(args.out_b) &&
                        reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
-  return vectors ? launch<T, kVec>(args, stream) : launch<T, 1>(args, stream);
+  return vectors ? merge<T, kVec>(args, stream) : merge<T, 1>(args, stream);
 }
 
 }  // namespace

@@ -32,7 +32,7 @@ CUstream_st* current_stream(const Tensor& x) {
 }
 
 void expect_launched(const char* op, const char* error) {
-  if (error != nullptr) throw std::runtime_error(std::string(op) + ": the CUDA launch failed: " + error);
+  if (error != nullptr) throw std::runtime_error(std::string(op) + ": " + error);
 }
 
 // Calls launcher(args, workspace, stream) on q's device and its current stream.

@@ -196,10 +196,7 @@ void shuffle(const char* name, T& x, int offset) {
     T from[kLanes];
     for (int i = 0; i < kLanes; ++i) from[i] = *all[i];
     for (int i = 0; i < kLanes; ++i) {
-      const int other = name[0] == 'x'   ? i ^ offset
-                        : name[0] == 'l' ? offset
-                        : name[0] == 'u' ? i - offset
-                                         : i + offset;
+      const int other = name[0] == 'x' ? i ^ offset : name[0] == 'u' ? i - offset : i + offset;
       *all[i] = from[other >= 0 && other < kLanes ? other : i];
     }
   });
@@ -243,8 +240,15 @@ T __shfl_up_sync(uint32_t, T x, int offset) {
 }
 template <typename T>
 T __shfl_sync(uint32_t, T x, int lane) {
-  lane_model::shuffle("lane", x, lane);
-  return x;
+  struct Slot {
+    T x;
+    int from;
+    T result;
+  } slot{x, lane % 32, x};
+  lane_model::meet("shfl", slot, [](Slot** all) {
+    for (int i = 0; i < 32; ++i) all[i]->result = all[all[i]->from]->x;
+  });
+  return slot.result;
 }
 inline uint32_t __ballot_sync(uint32_t, bool vote) {
   return lane_model::reduce("ballot", vote ? 1u << threadIdx.x % 32 : 0, [](uint32_t a, uint32_t b) { return a | b; });
@@ -346,6 +350,8 @@ inline void load_if(bool wanted, uint4& to, const uint4* from) {
   if (wanted) to = __ldg(from);
 }
 
+inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+
 inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t result = 0;
   for (int i = 0; i < 4; ++i) {
@@ -359,6 +365,17 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 inline uint32_t block_id() { return blockIdx.x; }
 
 inline unsigned char* shared_memory() { return lane_model::shared.data(); }
+
+using SharedAddress = unsigned char*;
+inline SharedAddress shared_address(void* at) { return static_cast<unsigned char*>(at); }
+template <int kBytes>
+void store_shared(SharedAddress at, uint32_t x) {
+  std::memcpy(at, &x, kBytes);
+}
+template <typename T>
+T* opaque(T* at) {
+  return at;
+}
 
 inline void load_matrices(uint32_t (&to)[4], const void* row) {
   struct Slot {

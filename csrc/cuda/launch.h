@@ -1,0 +1,97 @@
+// Starting kernels, what CUDA says of it, and what the device is.
+//
+// CUDA keeps the last error of a thread until someone asks for it. An error that is there before a launch is not the
+// launch's: an earlier call failed, and nobody asked. It is reported as such, and the kernel is not started.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <type_traits>
+
+namespace headstart {
+namespace cuda {
+
+// What failed, in words that stay until the thread's next failure. CUDA forgets the error, so no later call reports it.
+template <typename... Values>
+const char* failure(cudaError_t error, const char* format, Values... values) {
+  thread_local char text[320];
+  const int said = std::snprintf(text, sizeof text, format, values...);
+  std::snprintf(text + said, sizeof text - said, ": %s (%s)", cudaGetErrorString(error), cudaGetErrorName(error));
+  cudaGetLastError();
+  return text;
+}
+
+inline const char* earlier_failure(cudaError_t error) {
+  return failure(error, "%s", "nothing was started, because an earlier CUDA call or kernel had failed");
+}
+
+// Makes a call of CUDA. Null if it succeeds; else what failed: something before it, or the call itself, described by
+// `format` and its values. Waits for nothing.
+template <typename Call, typename... Values>
+const char* checked(const Call& call, const char* format, Values... values) {
+  const cudaError_t earlier = cudaPeekAtLastError();
+  if (earlier != cudaSuccess) return earlier_failure(earlier);
+  const cudaError_t error = call();
+  if (error == cudaSuccess) return nullptr;
+  cudaGetLastError();
+  // The error of a kernel that ran stays, even when someone asked for it. Ours did not run yet.
+  return cudaPeekAtLastError() != cudaSuccess ? earlier_failure(error) : failure(error, format, values...);
+}
+
+template <typename... Args>
+const char* launch(void (*kernel)(Args...), dim3 grid, dim3 block, int shared_bytes, CUstream_st* stream,
+                   const std::common_type_t<Args>&... args) {
+  constexpr int kAlwaysAllowed = 48 << 10;
+  const auto function = reinterpret_cast<const void*>(kernel);
+  const auto start = [&] {
+    if (shared_bytes > kAlwaysAllowed) {
+      const cudaError_t error =
+          cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+      if (error != cudaSuccess) return error;
+    }
+    const void* values[] = {&args...};
+    return cudaLaunchKernel(function, grid, block, const_cast<void**>(values), static_cast<size_t>(shared_bytes),
+                            stream);
+  };
+  return checked(start, "no kernel was started with %u x %u blocks of %u x %u threads and %d bytes of shared memory",
+                 grid.x, grid.y, block.x, block.y, shared_bytes);
+}
+
+template <typename... Args>
+const char* launch(void (*kernel)(Args...), int64_t blocks, int threads, int shared_bytes, CUstream_st* stream,
+                   const std::common_type_t<Args>&... args) {
+  const auto x = static_cast<unsigned>(std::min<int64_t>(blocks, UINT32_MAX));  // CUDA says no to so many
+  return launch(kernel, dim3(x), dim3(static_cast<unsigned>(threads)), shared_bytes, stream, args...);
+}
+
+inline const char* zero(void* at, int64_t bytes, CUstream_st* stream) {
+  const auto set = [&] { return cudaMemsetAsync(at, 0, static_cast<size_t>(bytes), stream); };
+  return checked(set, "%lld bytes were not set to zero", static_cast<long long>(bytes));
+}
+
+// Of the current device.
+inline int multiprocessors() {
+  int device = 0, count = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+// Whether wgmma is there: in the current device, and in this library, which was built for sm_90a.
+inline bool has_warp_groups() {
+#ifdef HEADSTART_SM90A
+  int device = 0, major = 0, minor = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  return major == 9 && minor == 0;
+#else
+  return false;
+#endif
+}
+
+}  // namespace cuda
+}  // namespace headstart
