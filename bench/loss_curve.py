@@ -22,7 +22,7 @@ from headstart._environment import environment
 from headstart.demo import mean_loss
 from headstart.demo import model as smollm2
 from headstart.engine.attention import force_path, record
-from headstart.engine.load import SMOLLM2, load_model
+from headstart.model.load import SMOLLM2, load_model
 from headstart.offline.prefill_plan import PrefillPlan
 from headstart.offline.prefill_search import search_prefill_plan
 from headstart.texts import sample_texts, token_ids

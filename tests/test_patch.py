@@ -12,7 +12,8 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from headstart.engine import PrefillPlan, attention, linear, patch, unpatch  # noqa: E402
-from headstart.engine.int4_linear import Int4Linear, quantize_linears  # noqa: E402
+from headstart.weights.int4_linear import Int4Linear  # noqa: E402
+from headstart.weights.int4_quantize import quantize_linears  # noqa: E402
 from models import EVERYTHING, left_padded, logits, make, tokens  # noqa: E402
 
 

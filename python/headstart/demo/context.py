@@ -53,7 +53,7 @@ def run(
     from .. import engine, reporting
     from ..engine.attention import record
     from ..engine.context import DEFAULT_SPARSITY, Context
-    from ..engine.load import SMOLLM2, load_model
+    from ..model.load import SMOLLM2, load_model
 
     sparsity = DEFAULT_SPARSITY if sparsity is None else sparsity
     if type(tokens) is not int or not 64 <= tokens <= 8192 - CONTINUATION - 64:

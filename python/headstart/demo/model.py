@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..engine.load import SMOLLM2, load_model
+from ..model.load import SMOLLM2, load_model
 from ..offline.prefill_plan import PrefillPlan
 from ..texts import sample_texts, token_ids
 

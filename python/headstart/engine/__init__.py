@@ -1,9 +1,6 @@
 """The engine: headstart's operators under an existing Hugging Face model."""
 
 from ..offline.prefill_plan import HeadPattern, PrefillPlan
-from .bitmap_linear import BitmapLinear
-from .int4_linear import Int4Linear
-from .load import load
 from .patch import patch, unpatch
 
-__all__ = ["BitmapLinear", "HeadPattern", "Int4Linear", "PrefillPlan", "load", "patch", "unpatch"]
+__all__ = ["HeadPattern", "PrefillPlan", "patch", "unpatch"]

@@ -17,7 +17,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from .int4_linear import Int4Linear
+from ..weights.int4_linear import Int4Linear
 
 MODES = ("auto", "fp32", "int8", "model")
 

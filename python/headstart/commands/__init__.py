@@ -1,0 +1,1 @@
+"""The commands of `headstart` that Python can call too: one file each."""
