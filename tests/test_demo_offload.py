@@ -13,8 +13,8 @@ for package in ("transformers", "accelerate", "rich", "matplotlib", "headstart._
 from headstart import cli  # noqa: E402
 from headstart.demo import offload  # noqa: E402
 from headstart.demo import offload_models as models  # noqa: E402
-from headstart.engine.bitmap_linear import BitmapLinear  # noqa: E402
-from headstart.engine.load import load  # noqa: E402
+from headstart.model.load import load  # noqa: E402
+from headstart.weights.bitmap_linear import BitmapLinear  # noqa: E402
 
 LAYERS = 5
 TINY = dict(

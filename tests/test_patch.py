@@ -14,7 +14,8 @@ transformers = pytest.importorskip("transformers")
 from headstart.attention.forward import force_path  # noqa: E402
 from headstart.attention.recording import record  # noqa: E402
 from headstart.engine import PrefillPlan, linear, patch, unpatch  # noqa: E402
-from headstart.engine.int4_linear import Int4Linear, quantize_linears  # noqa: E402
+from headstart.weights.int4_linear import Int4Linear  # noqa: E402
+from headstart.weights.int4_quantize import quantize_linears  # noqa: E402
 from models import EVERYTHING, left_padded, logits, make, tokens  # noqa: E402
 
 

@@ -103,7 +103,7 @@ def search(
     seed: Annotated[int, typer.Option(help="Seed of the windows' places.")] = 0,
 ) -> None:
     """Find the best sparse pattern of every attention head, and write the plan. An interrupted search goes on."""
-    from headstart.search import run
+    from headstart.commands.search import search as run
 
     budget = {"max_error": max_error, "density": density}
     run(model, output, texts=text or (), tokens=tokens, windows=windows, seed=seed, **budget)
@@ -139,7 +139,7 @@ def quantize(
     ] = None,
 ) -> None:
     """Write a model whose linear layers have 4 bits, for from_pretrained and headstart.load. Uses no texts."""
-    from headstart.quantize import run
+    from headstart.commands.quantize import quantize as run
 
     run(model, output, group_size=group_size, symmetric=symmetric, dtype=dtype, exclude=exclude or ())
 
@@ -160,7 +160,7 @@ def prune(
     windows: Annotated[int, typer.Option(help="Windows that wanda reads, of all texts together.")] = 8,
 ) -> None:
     """Write a model with zeros in its linear layers, as bitmaps; tell the loss before and after."""
-    from headstart.prune import run
+    from headstart.commands.prune import prune as run
 
     options = {"values": values, "group_size": group_size, "tokens": tokens, "windows": windows}
     run(model, output, sparsity=sparsity, method=method, texts=text or (), **options)

@@ -51,7 +51,7 @@ def run(
     from .. import engine, reporting
     from ..attention.recording import record
     from ..context.context import DEFAULT_SPARSITY, Context
-    from ..engine.load import SMOLLM2, load_model
+    from ..model.load import SMOLLM2, load_model
 
     sparsity = DEFAULT_SPARSITY if sparsity is None else sparsity
     if type(tokens) is not int or not 64 <= tokens <= 8192 - CONTINUATION - 64:

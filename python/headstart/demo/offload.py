@@ -95,8 +95,8 @@ def compare(
     folders: dict[str, Path], ids: torch.Tensor, budget: int | None, tokens: int, report: Path, progress
 ) -> dict:
     """Runs all models, the first of which is the one that the others were made of."""
-    from ..engine.load import load
     from ..engine.stream import stream_of
+    from ..model.load import load
 
     dense, dense_file = next((name, weights_file(folder)) for name, folder in folders.items())
     budget = int(SHARE * dense_file.stat().st_size) if budget is None else budget
@@ -220,7 +220,7 @@ def weights_file(folder: Path) -> Path:
 def disk_offloaded(folder: Path, away: str):
     import accelerate
 
-    from ..engine.load import load
+    from ..model.load import load
 
     return accelerate.disk_offload(load(folder), away, execution_device=torch.device("cpu"))
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 import copy
 import functools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .._files import write_whole_folder
 from .._quiet import no_progress_bars
-from ..engine import artifact
-from ..engine.bitmap_linear import BitmapLinear
-from ..engine.load import SMOLLM2, load_model
-from ..engine.quantizer import TENSORS, HeadstartConfig
-from ..offline.prune import prune_weight
+from ..model.load import SMOLLM2, find, load_model
+from ..ops.bitmap import BitmapWeight
 from ..texts import token_ids
+from ..weights.bitmap_linear import BitmapLinear
+from ..weights.convert import Original, convert
+from ..weights.prune import prune_weight
 
 DENSE = "bfloat16"
 VALUES = {"bitmap 50 %": "same", "int8 + bitmap": "int8", "int4 + bitmap": "int4"}
@@ -86,48 +86,53 @@ def write_all(model: nn.Module, folders: dict[str, Path], advance: Callable[[], 
 
     What the layers share is pruned and packed once. `advance` is called for every layer of every model.
     """
-    layers = artifact.decoder_layers(model)
-    tied = model.all_tied_weights_keys
-    names = [name for name in model.state_dict() if name not in tied]
-    groups, skeleton = artifact.group_by_layer(model, names), artifact.skeleton_of(model)
-    state = {name: x.clone() for name, x in model.state_dict().items() if name not in tied}  # none shared
+    from ..weights.names import decoder_layers
+
+    original = Original.of_model(model)
+    state = {name: model.get_parameter_or_buffer(name).clone() for name in original.names}  # none shared
     with no_progress_bars():
         write_whole_folder(folders[DENSE], functools.partial(model.save_pretrained, state_dict=state))
     del state
 
-    linears = {
+    layers = {
         layer: {f"{layer}.{part}": m for part, m in model.get_submodule(layer).named_modules() if type(m) is nn.Linear}
-        for layer in layers
+        for layer in decoder_layers(model)
     }
     pruned: dict[nn.Parameter, nn.Parameter] = {}
-    for layer in layers:
-        for linear in linears[layer].values():
+    for linears in layers.values():
+        for linear in linears.values():
             if linear.weight not in pruned:
                 pruned[linear.weight] = nn.Parameter(prune_weight(linear.weight.detach(), 0.5), requires_grad=False)
             linear.weight = pruned[linear.weight]
         advance()
     pruned.clear()
-
-    def bitmaps(values: str, options: dict[str, dict]) -> Iterator[dict[str, torch.Tensor]]:
-        packed: dict[nn.Parameter, BitmapLinear] = {}
-        yield {name: model.get_parameter(name) for name in groups[0]}
-        for layer, group in zip(layers, groups[1:], strict=True):
-            rest = set(group) - {f"{name}.weight" for name in linears[layer]}
-            tensors = {name: model.get_parameter(name) for name in rest}
-            for name, linear in linears[layer].items():
-                if linear.weight not in packed:
-                    packed[linear.weight] = BitmapLinear.from_linear(linear, values)
-                options[name] = packed[linear.weight].options()
-                tensors |= {f"{name}.{key}": x for key, x in packed[linear.weight].state_dict().items()}
-            yield tensors
-            advance()
-
-    possible = names + [f"{name}.{key}" for layer in layers for name in linears[layer] for key in TENSORS["bitmap"]]
+    names = [name for linears in layers.values() for name in linears]
     for kind, values in VALUES.items():
-        options: dict[str, dict] = {}
-        groups_of = bitmaps(values, options)
-        describe = lambda options=options: HeadstartConfig.describing("bitmap", options)  # noqa: E731
-        artifact.write(folders[kind], skeleton, possible, groups_of, describe, dtype=model.dtype)
+        convert(original, Bitmaps(names, values, advance), folders[kind])
+
+
+class Bitmaps:
+    """A `Transform`: pruned linear layers as bitmaps. What layers share is packed once."""
+
+    kind = BitmapLinear
+
+    def __init__(self, layers: Collection[str], values: str, advance: Callable[[], None]):
+        self.layers, self._values, self._advance = set(layers), values, advance
+        self._packed: dict[int, BitmapLinear] = {}  # by the address of the weight
+
+    def __call__(self, layer: str | None, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for name, x in tensors.items():
+            linear = name.removesuffix(".weight")
+            if linear not in self.layers:
+                result[name] = x
+                continue
+            if x.data_ptr() not in self._packed:
+                self._packed[x.data_ptr()] = BitmapLinear.from_weight(BitmapWeight.compress(x, self._values))
+            result[linear] = self._packed[x.data_ptr()]
+        if layer is not None:
+            self._advance()
+        return result
 
 
 def prompt(size: str) -> tuple[torch.Tensor, object]:
@@ -136,8 +141,6 @@ def prompt(size: str) -> tuple[torch.Tensor, object]:
         return torch.arange(1, PROMPT + 1)[None], None
     import transformers
 
-    from ..engine.load import find
-
-    folder, names = find(SMOLLM2, "demo")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **names)
+    folder, gguf = find(SMOLLM2, "demo")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
     return token_ids(tokenizer)[None, :PROMPT], tokenizer

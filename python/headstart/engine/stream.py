@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .packed_linear import PackedLinear
+from ..weights.packed_linear import packed_layers
 from .stream_plan import Part, Plan
 
 DEPTH = 3  # buffers of the ring
@@ -80,9 +80,8 @@ class WeightStream:
 
     def _check(self, index: int) -> None:
         part = self.parts[index]
-        for name, module in self.layers[index].named_modules():
-            if isinstance(module, PackedLinear):
-                module.check(f"{part.extents[0][0]}: {part.name}.{name}")
+        for name, layer in packed_layers(self.layers[index]).items():
+            layer.check(f"{part.extents[0][0]}: {part.name}.{name}")
         self._checked.add(index)
 
     def start(self) -> None:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._checkpoint_files import PAGE, Stored
+from ..weights.files import PAGE, Stored
 
 GAP = 128 << 10  # bytes between two tensors that are rather read than skipped
 MIN_DEPTH = 2  # a layer in use, and one being read

@@ -40,7 +40,7 @@ def run(
 
     Args:
         plan: a file of `PrefillPlan.save`.
-        model: what `engine.load.load_model` takes; reads a text to measure every head. Needed if there is no plan.
+        model: what `model.load.load_model` takes; reads a text to measure every head. Needed if there is no plan.
         text: a UTF-8 file; Python's own help texts if None.
         tokens: how many of the text the model reads; 4,096 if None, or as many as there are.
         prefill: without a plan, the pattern of all heads: "adaptive" if None.
@@ -116,7 +116,7 @@ def _shape(plan: PrefillPlan, path) -> tuple[int, int]:
 def _load(model, words: str | None, text, tokens, plan: PrefillPlan, path):
     """The model, int64 [1, tokens] of the text, and the model's (layers, heads); all checked against each other."""
     from ..attention.forward import FEW_QUERIES
-    from ..engine.load import load_model
+    from ..model.load import load_model
     from ..texts import token_ids
 
     reader, tokenizer = load_model(model)

@@ -21,6 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..ops.bitmap import BitmapWeight
+from .bitmap_linear import BitmapLinear
+from .names import decoder_layers
+
 METHODS = ("magnitude", "wanda")
 # What makes the tensor that a layer then computes with: of the layer's name, and its pruned weight [N, K].
 Pack = Callable[[str, torch.Tensor], torch.Tensor]
@@ -127,6 +131,84 @@ def prune_layers(
             change = Change(run.loss(before), run.loss(run.hidden))
             if losses is not None:
                 losses[name] = change
+
+
+class Prune:
+    """A `Transform` (`convert.py`): decoder layers with zeros in their linear layers, as bitmaps.
+
+    It prunes the model that it was given, layer by layer as `convert` asks for them, and lets go of each layer when the
+    next is asked for. A layer whose bitmap would take more bytes than its weight stays a plain, pruned one.
+
+    Args:
+        model, sparsity, method, samples, held_out: see `prune_layers`.
+        values, group_size: see `BitmapWeight.compress`.
+    """
+
+    kind = BitmapLinear
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        sparsity: float,
+        method: str,
+        values: str = "same",
+        group_size: int = 128,
+        samples: Sequence[torch.Tensor] = (),
+        held_out: Mapping[str, torch.Tensor] | None = None,
+    ):
+        names = decoder_layers(model)
+        inside = tuple(f"{name}." for name in names)
+        self.layers = {
+            name: m.weight.numel()
+            for name, m in model.named_modules()
+            if type(m) is nn.Linear and name.startswith(inside)
+        }
+        self.method, self.count = method, sum(self.layers.values())
+        texts = len(held_out or {}) + (len(samples) if method == "wanda" else 0)
+        self.steps = 2 * len(names) * texts  # how often `advance` is called
+        self.advance: Callable[[], None] = lambda: None
+        self.losses: dict[str, Change] = {}  # filled after the last layer
+        self.plain: list[str] = []  # the layers whose bitmap would be larger
+        self._stored = 0
+        self._values, self._group_size = values, group_size
+        self._packed: dict[str, Any] = {}  # of the present layer
+        self._last = names[-1]
+        options = {"sparsity": sparsity, "method": method, "samples": samples, "held_out": held_out}
+        self._pruning = prune_layers(
+            model, names, pack=self._pack, losses=self.losses, advance=lambda: self.advance(), **options
+        )
+
+    @property
+    def density(self) -> float:
+        """The share of the pruned layers' weights that are stored."""
+        return self._stored / self.count
+
+    def __call__(self, layer: str | None, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        if layer is None:
+            return dict(tensors)
+        self._packed = {}
+        done = next(self._pruning)
+        assert done == layer, (done, layer)
+        rest = {name: x for name, x in tensors.items() if name.removesuffix(".weight") not in self.layers}
+        packed, self._packed = self._packed, {}
+        if layer == self._last:
+            next(self._pruning, None)  # measures the losses
+        return rest | packed
+
+    def _pack(self, name: str, w: torch.Tensor) -> torch.Tensor:
+        try:
+            weight = BitmapWeight.compress(w, self._values, self._group_size)
+        except ValueError as error:
+            raise ValueError(f"{name}.weight: {error}") from None
+        if weight.nbytes >= w.nbytes:
+            self.plain.append(name)
+            self._stored += w.numel()
+            self._packed[f"{name}.weight"] = w
+            return w
+        self._packed[name] = BitmapLinear.from_weight(weight)
+        self._stored += self._packed[name].nnz
+        return weight.decompress()
 
 
 def check_sparsity(op: str, sparsity: float) -> None:

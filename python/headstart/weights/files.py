@@ -77,14 +77,14 @@ class CheckpointFiles:
             return {single[0]: []}
         raise FileNotFoundError(f"{self.folder}: expected {FILE} or {INDEX}, got neither")
 
-    def __deepcopy__(self, memo) -> CheckpointFiles:
-        return self  # transformers copies configs, and what hangs on them
-
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
     def names(self) -> list[str]:
         return sorted(self._files)
+
+    def paths(self) -> list[Path]:
+        return sorted({path for path, _ in self._files.values()})
 
     def path(self, name: str) -> Path:
         return self._files[name][0]

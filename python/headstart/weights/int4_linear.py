@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..offline.int4_quantize import choose_layers
 from ..ops.int4_gemm import Int4Weight, _int4_gemm
-from .packed_linear import PackedLinear, frozen
+from .packed_linear import Option, PackedLinear, frozen
 
 PANEL, SLAB = 16, 32  # of the packed layout (csrc/layouts/int4.h)
 
@@ -40,6 +38,15 @@ class Int4Linear(PackedLinear):
     """
 
     WEIGHTS = "int4"
+    TENSORS = ("packed", "scales", "zeros", "permutation")
+    OPTIONS = {
+        "group_size": Option(
+            lambda x: type(x) is int and (x == -1 or (x > 0 and x % 32 == 0)), "a multiple of 32, or -1", 128
+        ),
+        "symmetric": Option.flag(),
+        "act_order": Option.flag(),
+        "scale_dtype": Option.of_floats("bfloat16"),
+    }
 
     def __init__(
         self,
@@ -108,34 +115,19 @@ class Int4Linear(PackedLinear):
 
     def check(self, where: str) -> None:
         """Every other bit pattern is a weight."""
-
-        def expect(good: bool, field: str, expected: str) -> None:
-            if not good:
-                raise ValueError(f"{where}: {field}: expected {expected}; the data are damaged")
-
-        expect(bool(torch.isfinite(self.scales).all()), "scales", "finite scales")
-        if self.zeros is not None:
-            expect(bool((self.zeros <= 15).all()), "zeros", "zero points 0 to 15")
-        if self.permutation is not None:
+        wrong = None
+        if not torch.isfinite(self.scales).all():
+            wrong = "scales: expected finite scales"
+        elif self.zeros is not None and (self.zeros > 15).any():
+            wrong = "zeros: expected zero points 0 to 15"
+        elif self.permutation is not None:
             columns = torch.arange(self.in_features, device=self.permutation.device)
-            whole = torch.equal(self.permutation.long().sort().values, columns)
-            expect(whole, "permutation", "every column once")
+            if not torch.equal(self.permutation.long().sort().values, columns):
+                wrong = "permutation: expected every column once"
+        if wrong is not None:
+            raise ValueError(f"{where}: {wrong}; the data are damaged")
 
     def extra_repr(self) -> str:
         features = f"in_features={self.in_features}, out_features={self.out_features}"
         kind = f"symmetric={self.zeros is None}, act_order={self.permutation is not None}"
         return f"{features}, bias={self.bias is not None}, group_size={self.group_size}, {kind}"
-
-
-def quantize_linears(
-    model: nn.Module, group_size: int = 128, symmetric: bool = False, exclude: Collection[str] = ()
-) -> nn.Module:
-    """Puts an `Int4Linear` in the place of every linear layer that `choose_layers` names; returns the model.
-
-    Rounds to nearest, as `headstart quantize` does; see `Int4Weight.quantize` for the arguments.
-    """
-    for name in choose_layers(model, exclude):
-        linear = model.get_submodule(name)
-        weight = Int4Weight.quantize(linear.weight.detach(), group_size, symmetric)
-        model.set_submodule(name, Int4Linear.from_weight(weight, linear.bias))
-    return model

@@ -1,8 +1,9 @@
 """compressed-tensors' "sparse-bitmask" checkpoints, which that library itself no longer reads: opened and written.
 
 A module is compressed if the files have its tensors, ``<module>.bitmask`` and its like, or ``<module>.weight.bitmask``
-in older ones. Linear layers become `BitmapLinear`; what the model has no untied linear layer for (an embedding, a norm,
-experts that transformers fuses), and a weight whose bitmap takes more bytes than itself, is decompressed as it is read.
+in older ones. Linear layers become `BitmapLinear`. What the model has no untied linear layer for (an embedding, a norm,
+experts that transformers fuses) is decompressed as it is read. So is a weight whose bitmap takes more bytes than the
+weight itself.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +19,33 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from .._checkpoint_files import DTYPES, FILE, CheckpointFiles
-from .._files import write_whole_folder
-from ..ops.bitmap import BitmapWeight
-from .bitmap_linear import BitmapLinear
-from .int4_checkpoint import matches, read_bias
-from .quantizer import FLOATS, Waiting, submodule, tied_weights
+from ..._expect import checker
+from ..._files import write_whole_folder
+from ...ops.bitmap import BitmapWeight
+from ..bitmap_linear import BitmapLinear
+from ..files import DTYPES, FILE, CheckpointFiles
+from ..names import renamer, submodule, tied_weights
+from ..packed_linear import FLOATS, packed_layers
+from .compressed_tensors import matches
+from .source import Checkpoint, Source, read_bias
 
 FORMAT = "sparse-bitmask"
 FIELDS = ("compressed", "bitmask", "shape", "row_offsets")
 
 
-def is_sparse_bitmask(quantization: Mapping[str, Any]) -> bool:
-    """Whether a config's ``quantization_config`` says that a folder is of this kind."""
-    sparsity = quantization.get("sparsity_config")
-    return isinstance(sparsity, Mapping) and sparsity.get("format") == FORMAT
+class SparseBitmask(Source):
+    """Values, bitmasks and row offsets are kept bit for bit."""
 
+    weights = BitmapLinear.WEIGHTS
+    MARKS = {"bitmask": "compressed-tensors' sparse-bitmask, or of headstart"}
 
-class BitmapCheckpoint:
-    """A folder's compressed layers, as the quantiser's source (`quantizer.py`).
-
-    Args:
-        folder: of safetensors files.
-        quantization: the ``quantization_config`` of its config.json.
-
-    Raises:
-        ValueError or FileNotFoundError: naming the file and the field or tensor.
-    """
-
-    def __init__(self, folder: str | Path, quantization: Mapping[str, Any]):
-        self._config = Path(folder) / "config.json"
+    def __init__(self, checkpoint: Checkpoint):
+        super().__init__(checkpoint)
+        expect, settings = checker(checkpoint.where), checkpoint.quantization
         for field in ("config_groups", "kv_cache_scheme", "transform_config"):
             what = "none: quantised weights under a bitmask are not read"
-            self._expect(not quantization.get(field), field, what, quantization.get(field))
-        sparsity = quantization["sparsity_config"]
-        ignore, targets = (sparsity.get(key) or [] for key in ("ignore", "targets"))
-        self.files = CheckpointFiles(folder)
+            expect(not settings.get(field), field, what, settings.get(field))
+        self.files = CheckpointFiles(checkpoint.folder)
         self._prefix: dict[str, str] = {}  # of the compressed modules' tensors
         for name in self.files.names():
             prefix, _, field = name.rpartition(".")
@@ -66,7 +58,9 @@ class BitmapCheckpoint:
                 )
             self._prefix[module] = prefix
         if not self._prefix:
-            raise ValueError(f"{folder}: expected bitmask tensors, as the config says {FORMAT!r}, got none")
+            raise ValueError(f"{checkpoint.folder}: expected bitmask tensors, as the config says {FORMAT!r}, got none")
+        sparsity = settings["sparsity_config"]
+        ignore, targets = (sparsity.get(key) or [] for key in ("ignore", "targets"))
         for module, prefix in self._prefix.items():
             for field in FIELDS:
                 if f"{prefix}.{field}" not in self.files:
@@ -75,42 +69,38 @@ class BitmapCheckpoint:
             if f"{module}.weight" in self.files:
                 raise ValueError(f"{self._where(module)}: weight: expected no such tensor beside bitmask, got one")
             named = not any(matches(module, pattern) for pattern in ignore if pattern != "Linear")
-            self._expect(named, "sparsity_config: ignore", f"no name of {module}, which is compressed", ignore)
-            # Classes other than Linear may be targets of what is no linear layer; they cannot be told from names.
+            expect(named, "sparsity_config: ignore", f"no name of {module}, which is compressed", ignore)
+            # A target may be the class of a module that is not linear. Names cannot tell classes.
             classes = not targets or any(not x.startswith("re:") and "." not in x for x in targets)
             named = classes or any(matches(module, pattern) for pattern in targets)
-            self._expect(named, "sparsity_config: targets", f"one that names {module}", targets)
+            expect(named, "sparsity_config: targets", f"one that names {module}", targets)
 
-    def _expect(self, good: bool, field: str, expected: str, got: object) -> None:
-        if not good:
-            raise ValueError(f"{self._config}: quantization_config: {field}: expected {expected}, got {got!r}")
+    @classmethod
+    def recognises(cls, checkpoint: Checkpoint) -> bool:
+        sparsity = checkpoint.quantization.get("sparsity_config")
+        return isinstance(sparsity, Mapping) and sparsity.get("format") == FORMAT
 
-    def _where(self, module: str) -> str:
-        return f"{self.files.path(f'{self._prefix[module]}.bitmask')}: {module}"
+    def names(self, skeleton: nn.Module) -> dict[str, str]:
+        found, rename, tied = {}, renamer(skeleton), tied_weights(skeleton)
+        for module in self._prefix:
+            name = rename(f"{module}.weight").removesuffix(".weight")
+            linear = isinstance(submodule(skeleton, name), nn.Linear) and f"{name}.weight" not in tied
+            if linear and self._shrinks(module):
+                found[name] = module
+        return found
 
-    def plain(self, model: nn.Module, rename: Callable[[str], str]) -> dict[str, Any]:
-        """What transformers loads: tensors unread, and compressed ones that it decompresses by reading them."""
-        layers = set(self.modules(model, rename).values())
+    def plain(self, names: Mapping[str, str]) -> dict[str, Any]:
+        layers = set(names.values())
         taken = {f"{prefix}.{field}" for prefix in self._prefix.values() for field in FIELDS}
         taken |= {f"{layer}.bias" for layer in layers}
         plain = {name: self.files.slice(name) for name in self.files.names() if name not in taken}
         return plain | {f"{name}.weight": _Dense(self, name) for name in self._prefix if name not in layers}
 
-    def modules(self, model: nn.Module, rename: Callable[[str], str]) -> dict[str, str]:
-        """The names of the compressed linear layers in the model and in the checkpoint."""
-        found, tied = {}, tied_weights(model)
-        for module in self._prefix:
-            name = rename(f"{module}.weight").removesuffix(".weight")
-            linear = isinstance(submodule(model, name), nn.Linear) and f"{name}.weight" not in tied
-            if linear and self._shrinks(module):
-                found[name] = module
-        return found
-
     def _shrinks(self, module: str) -> bool:
         parts = {field: self.files.slice(f"{self._prefix[module]}.{field}") for field in FIELDS}
         size = {key: math.prod(x.get_shape()) * DTYPES[x.get_dtype()].itemsize for key, x in parts.items()}
-        weights = math.prod(self.files.tensor(f"{self._prefix[module]}.shape").tolist())
-        dense = weights * DTYPES[parts["compressed"].get_dtype()].itemsize
+        weights = math.prod(self.shape(module))
+        dense = weights * DTYPES[self.dtype(module)].itemsize
         return size["compressed"] + size["bitmask"] + size["row_offsets"] < dense
 
     def weight(self, module: str) -> tuple[BitmapWeight, list[int]]:
@@ -129,44 +119,52 @@ class BitmapCheckpoint:
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"{self._where(module)}: {error}") from None
 
-    def read(self, name: str, layer: Waiting) -> tuple[BitmapWeight, torch.Tensor | None]:
-        """The weight and the bias of the layer of that name in the checkpoint; `layer` has the sizes that they have."""
+    def read(self, name: str, linear: nn.Linear) -> BitmapLinear:
         weight, shape = self.weight(name)
-        want = [layer.out_features, layer.in_features]
+        want = [linear.out_features, linear.in_features]
         if shape != want:
             raise ValueError(f"{self._where(name)}: shape: expected a weight of {want}, got one of {shape}")
         try:
-            bias = read_bias(self.files, name, layer)
+            bias = read_bias(self.files, name, linear)
         except ValueError as error:
             raise ValueError(f"{self._where(name)}: {error}") from None
-        return dataclasses.replace(weight, values=weight.values.to(layer.dtype)), bias
+        weight = dataclasses.replace(weight, values=weight.values.to(linear.weight.dtype))
+        layer = BitmapLinear.from_weight(weight, bias)
+        layer.check(self._where(name))
+        return layer
 
-    def __deepcopy__(self, memo) -> BitmapCheckpoint:
-        return self  # transformers copies configs, and what hangs on them
+    def shape(self, module: str) -> list[int]:
+        return self.files.tensor(f"{self._prefix[module]}.shape").tolist()
+
+    def dtype(self, module: str) -> str:
+        """As safetensors calls it."""
+        return self.files.slice(f"{self._prefix[module]}.compressed").get_dtype()
+
+    def _where(self, module: str) -> str:
+        return f"{self.files.path(f'{self._prefix[module]}.bitmask')}: {module}"
 
 
 class _Dense:
     """A compressed weight that is decompressed when transformers asks for its data."""
 
-    def __init__(self, checkpoint: BitmapCheckpoint, module: str):
-        self._checkpoint, self._module = checkpoint, module
+    def __init__(self, source: SparseBitmask, module: str):
+        self._source, self._module = source, module
 
     def get_dtype(self) -> str:
-        prefix = self._checkpoint._prefix[self._module]
-        return self._checkpoint.files.slice(f"{prefix}.compressed").get_dtype()
+        return self._source.dtype(self._module)
 
     def get_shape(self) -> list[int]:
-        return self._checkpoint.files.tensor(f"{self._checkpoint._prefix[self._module]}.shape").tolist()
+        return self._source.shape(self._module)
 
     def __getitem__(self, index) -> torch.Tensor:
-        weight, shape = self._checkpoint.weight(self._module)
+        weight, shape = self._source.weight(self._module)
         return weight.decompress().view(shape)[index]
 
 
 def save_compressed_tensors(model: nn.Module, folder: str | os.PathLike) -> None:
     """Writes a model's `BitmapLinear` layers as "sparse-bitmask", for compressed-tensors up to 0.14.0.1 and for
     `headstart.load`. Raises ValueError if a layer's values are quantised: the format has none."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, BitmapLinear)}
+    layers = {name: m for name, m in packed_layers(model).items() if isinstance(m, BitmapLinear)}
     if not layers:
         raise ValueError(f"save_compressed_tensors: model: expected BitmapLinear layers, got a {type(model).__name__}")
     tied = getattr(model, "all_tied_weights_keys", None) or {}

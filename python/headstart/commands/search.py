@@ -10,18 +10,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .attention.plan import PrefillPlan
-from .attention.search import search_prefill_plan
-from .engine.load import load_model
-from .texts import read_text, sample_texts, token_ids
+from ..attention.plan import PrefillPlan
+from ..attention.search import search_prefill_plan
+from ..model.load import load_model
+from ..texts import read_text, sample_texts, token_ids
 
 DEFAULT_TOKENS = 8192
 DEFAULT_DENSITY = 0.2
 
 
-def run(
-    model: str,
-    output: str | os.PathLike,
+def search(
+    model: str | os.PathLike,
+    out: str | os.PathLike,
     *,
     texts: Sequence[str | os.PathLike] = (),
     max_error: float | None = None,
@@ -30,11 +30,13 @@ def run(
     windows: int = 1,
     seed: int = 0,
 ) -> PrefillPlan:
-    """Searches and writes the plan to `output`, and what was measured to ``<output>.measurements.json``: a search that
-    was interrupted goes on from there, and another budget for the same search takes seconds.
+    """Searches for the best pattern of every attention head, and writes the plan to the file `out`.
+
+    What was measured goes to ``<out>.measurements.json``: a search that was interrupted goes on from there, and another
+    budget for the same search takes seconds.
 
     Args:
-        model: what `engine.load.load_model` takes.
+        model: what `model.load.load_model` takes.
         texts: UTF-8 files; Python's own sample texts if none.
         max_error, density: the budget, see `search_prefill_plan`; a density of 0.2 if neither is given.
         tokens: of a window; 8,192 if None, or as many as the model and every text have.
@@ -44,9 +46,9 @@ def run(
         raise ValueError(f"search: text: expected files of different names, got {', '.join(map(str, texts))}")
     if max_error is None and density is None:
         density = DEFAULT_DENSITY
-    output = Path(output)
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"search: output: expected a folder that exists, got {output.parent}")
+    out = Path(out)
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"search: output: expected a folder that exists, got {out.parent}")
     reader, tokenizer = load_model(model)
     if texts:
         ids = {name: token_ids(tokenizer, text) for name, text in words.items()}
@@ -59,7 +61,7 @@ def run(
         raise ValueError(
             f"search: tokens: expected at most {limit:,}, which the model and every text have, got {tokens:,}"
         )
-    kept = output.with_name(output.name + ".measurements.json")
+    kept = out.with_name(out.name + ".measurements.json")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -80,11 +82,11 @@ def run(
             measurements=kept,
             advance=lambda: progress.advance(task),
         )
-    plan.save(output)
+    plan.save(out)
     found = plan.provenance
     names = Counter(pattern.name for layer in plan.layers for pattern in layer.values())
     Console().print(
-        f"{output}: error {found['error']:.4f}, density {found['density']:.3f}; "
+        f"{out}: error {found['error']:.4f}, density {found['density']:.3f}; "
         f"heads: {', '.join(f'{count} {name}' for name, count in names.most_common())}. "
         f"Measurements are kept in {kept.name}: another budget takes seconds.",
         highlight=False,

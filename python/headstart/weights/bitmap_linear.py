@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..ops.bitmap import BitmapWeight, _bitmap_gemm
-from .packed_linear import PackedLinear, frozen
+from .packed_linear import Option, PackedLinear, frozen
 
 STORED = {"int8": torch.int8, "int4": torch.uint8}  # of quantised values; int4 is two a byte
 
@@ -37,6 +37,13 @@ class BitmapLinear(PackedLinear):
     """
 
     WEIGHTS = "bitmap"
+    TENSORS = ("values", "bitmask", "row_offsets", "scales")
+    OPTIONS = {
+        "values": Option.of_words("same", "int8", "int4"),
+        "group_size": Option(lambda x: type(x) is int and (x == -1 or x > 0), "a positive number, or -1", -1),
+        "scale_dtype": Option.of_floats("bfloat16"),
+        "nnz": Option(lambda x: type(x) is int and x >= 0, "a number of weights", own=True),
+    }
 
     def __init__(
         self,
@@ -77,7 +84,7 @@ class BitmapLinear(PackedLinear):
         nnz = int(weight.row_offsets[-1])
         layer = cls(k, n, nnz, values=values, group_size=weight.group_size, bias=False, device="meta")
         layer._check_bias(bias)
-        for name in ("values", "bitmask", "row_offsets", "scales"):
+        for name in cls.TENSORS:
             setattr(layer, name, frozen(getattr(weight, name)))
         layer.bias = frozen(bias)
         return layer
