@@ -10,8 +10,8 @@ for package in ("transformers", "gguf", "accelerate", "rich", "matplotlib", "llm
     if find_spec(package) is None:
         pytest.skip(f"{package} is not installed", allow_module_level=True)
 
-from headstart import demo  # noqa: E402
 from headstart.attention.forward import force_path  # noqa: E402
+from headstart.commands import demo  # noqa: E402
 
 
 @pytest.mark.slow
@@ -54,7 +54,7 @@ def content_of(*rows: tuple[str, float, float]) -> dict:
 def test_labels_in_the_picture_do_not_overlap():
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    from headstart.demo import report
+    from headstart.commands.demo import report
 
     rows = [
         (name, 1 + 0.01 * i, 2.2 + 0.0001 * i) for i, name in enumerate((demo.BASELINE, demo.LINEARS, *demo.PATTERNS))

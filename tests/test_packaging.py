@@ -65,9 +65,11 @@ def test_every_cpu_kernel_is_registered():
     assert _library.cpu.error is None
     prefix = f"{_library.NAMESPACE}::"
     defined = {n.removeprefix(prefix) for n in torch._C._dispatch_get_all_op_names() if n.startswith(prefix)}
-    # A reference that runs on a CPU is told as a missing library (_library.py), so every operator has a kernel there.
-    assert set(_library.cpu.operators()) == defined
-    assert {name: _library.served_by(name, "CPU") for name in defined} == dict.fromkeys(defined, "_cpu.so")
+    served = set(_library.cpu.operators())
+    assert defined - served == {"a_shape_index"}, (
+        "the other operators have CPU kernels; this one has nothing to compute"
+    )
+    assert {name: _library.served_by(name, "CPU") for name in served} == dict.fromkeys(served, "_cpu.so")
 
 
 def test_tiers_start_with_generic_and_can_be_set():
@@ -123,22 +125,9 @@ LAYERS = (
     ("ops",),
     ("attention",),
     ("weights",),
-    ("context",),
-    ("engine",),
+    ("context", "stream"),
     ("model",),
-    (
-        "",
-        "commands",
-        "reporting",
-        "demo",
-        "inspect",
-        "commands",
-        "texts",
-        "tune",
-        "doctor",
-        "cli",
-        "__main__",
-    ),
+    ("commands", "", "doctor", "cli", "__main__"),
 )
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 

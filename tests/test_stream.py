@@ -19,10 +19,10 @@ pytest.importorskip("headstart._stream", reason="the weight streamer is not buil
 
 import headstart  # noqa: E402
 import int4_formats  # noqa: E402
-from headstart.engine import stream_plan  # noqa: E402
-from headstart.engine.stream import stream_of  # noqa: E402
-from headstart.engine.stream_load import load_streamed  # noqa: E402
-from headstart.engine.stream_plan import Part, Tensor, parse_budget, plan, spread  # noqa: E402
+from headstart.stream import plan as stream_plan  # noqa: E402
+from headstart.stream.load import load_streamed  # noqa: E402
+from headstart.stream.plan import Part, Tensor, parse_budget, plan, spread  # noqa: E402
+from headstart.stream.ring import stream_of  # noqa: E402
 from headstart.weights.bitmap_linear import BitmapLinear  # noqa: E402
 from headstart.weights.convert import Original, convert  # noqa: E402
 from headstart.weights.files import stored_tensors  # noqa: E402
@@ -523,7 +523,7 @@ import sys, torch, transformers
 from pathlib import Path
 from transformers import LlamaForCausalLM
 import headstart
-from headstart.engine.stream import stream_of
+from headstart.stream.ring import stream_of
 
 def status(key):
     return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) * 1024

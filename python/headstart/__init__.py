@@ -7,8 +7,9 @@ Face model: `headstart.patch(model)`. `headstart doctor` tells what runs here an
 import importlib
 
 from . import _library
-from .engine import PrefillPlan, patch, unpatch
+from .attention.plan import PrefillPlan
 from .model.load import load
+from .model.patch import patch, unpatch
 from .ops.bitmap import BitmapWeight, bitmap_gemm
 from .ops.centroid_lookup import KeyClusters, centroid_lookup
 from .ops.int4_gemm import Int4Weight, int4_gemm

@@ -276,7 +276,9 @@ def _measure_window(model, ids, window, patterns, record, advance) -> None:
     with torch.inference_mode():
         decoder(ids[None].to(model.device), use_cache=False)
     missing = [layer for layer in wanted if not record.has(window, layer)]
-    expect(not missing, OP, "model", "attention that goes through AttentionInterface in every layer", f"{missing} without")
+    expect(
+        not missing, OP, "model", "attention that goes through AttentionInterface in every layer", f"{missing} without"
+    )
 
 
 def _measure_layer(module, query, key, value, scaling, dense, stream, patterns) -> Measured:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..context.context import Context
 from ..model.load import load_model
-from ..texts import read_text, token_ids
+from .texts import read_text, token_ids
 
 
 def build(

@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .._expect import expect
-from ..engine import linear
 from ..model.load import load_model
-from ..texts import read_text, sample_texts, token_ids
+from ..weights import upcast
 from ..weights.convert import Original, check_output, convert
 from ..weights.files import FILE
 from ..weights.prune import METHODS, Change, Prune, check_sparsity
+from .texts import read_text, sample_texts, token_ids
 
 OP = "prune"
 TOKENS, WINDOWS = 2048, 8
@@ -84,7 +84,7 @@ def prune(
     got = f"a {type(reader).__name__} without"
     expect(bool(transform.layers), OP, "model", "linear layers in its decoder layers", got)
     for module in reader.modules():
-        linear.attach(module, "auto")  # float32 products where this CPU is faster so
+        upcast.attach(module, "auto")  # float32 products where this CPU is faster so
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()) as bar:
         task = bar.add_task(f"pruning {len(transform.layers)} linear layers", total=transform.steps)
         transform.advance = lambda: bar.advance(task)

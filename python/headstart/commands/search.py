@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from ..attention.plan import PrefillPlan
 from ..attention.search import search_prefill_plan
 from ..model.load import load_model
-from ..texts import read_text, sample_texts, token_ids
+from .texts import read_text, sample_texts, token_ids
 
 DEFAULT_TOKENS = 8192
 DEFAULT_DENSITY = 0.2

@@ -29,21 +29,12 @@ from ..attention.forward import ContextKeys, attachment, modeling_attribute
 from ..attention.index import full_index
 from ..attention.plan import fingerprint, plan_of
 from ..attention.recording import record_queries
-from ..engine import linear
 from ..ops import _checks
 from ..ops.centroid_lookup import centroid_lookup, centroid_top_p
 from ..ops.sparse_attention import BlockIndex, merge_attention, sparse_attention
+from ..weights import upcast
 from . import file as context_file
-from .layer import (
-    BLOCK,
-    BUDGETS,
-    WINDOW,
-    LayerContext,
-    Rope,
-    arrange,
-    concat_layers,
-    thresholds,
-)
+from .layer import BLOCK, BUDGETS, WINDOW, LayerContext, Rope, arrange, concat_layers, thresholds
 
 DEFAULT_SPARSITY = 0.8
 SELECTIONS = ("threshold", "top_k", "top_p")
@@ -113,7 +104,7 @@ class Context:
         if not is_attached(reader):
             reader = unpatched_view(reader)
             attach(op, reader, plan_of(op, prefill))
-            linear.attach_all(reader, "auto")
+            upcast.attach_all(reader, "auto")
         cache, queries = _read(reader, input_ids.to(model.device), advance)
         layers = []
         for i, layer in enumerate(cache.layers):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from .._quiet import quiet
 
 SMOLLM2 = "smollm2"
 
@@ -36,7 +37,7 @@ def load(
         dtype: of what is not quantised; what the checkpoint has if None (bfloat16 for GGUF).
         memory_budget: the memory that weights may take, in bytes or as a text such as "2GiB" (1024 ** 3) or "500MB";
             all that they need if None. As many decoder layers as it allows stay in memory, and the others are read from
-            their files whenever a token needs them, ahead of time (`engine/stream.py`). The model computes the same; it
+            their files whenever a token needs them, ahead of time (`stream/ring.py`). The model computes the same; it
             cannot be saved, copied, moved or trained. Not for GGUF files, nor for packed checkpoints of other makers.
             On a GPU the budget is of its memory, and up to three layers more take host memory.
 
@@ -52,7 +53,7 @@ def load(
             if source.NOT_STREAMED is not None:
                 what, cure = source.NOT_STREAMED
                 raise ValueError(f"load: memory_budget: expected None for {what}, got {memory_budget!r}; {cure}")
-            from ..engine.stream_load import load_streamed
+            from ..stream.load import load_streamed
 
             return load_streamed(source, memory_budget, device=device, dtype=dtype).eval()
         return _fill(source, device, dtype).eval()

@@ -2,7 +2,7 @@
 
 ``from_pretrained`` calls `HeadstartQuantizer` at two points: before it fills a model, which then gets its packed
 layers, and after that, when their data are checked. Whoever fills a part of the model by himself (`model/load.py`,
-`engine/stream_load.py`) names that part with `leaving_out`.
+`stream/load.py`) names that part with `leaving_out`.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from ..weights.packed_linear import packed_layers
-from .stream_plan import Part, Plan
+from .plan import Part, Plan
 
 DEPTH = 3  # buffers of the ring
 DEVICE_SLOTS = 2  # a layer in use, and one being copied

@@ -12,12 +12,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from .._files import write_whole
-from ..attention.recording import attended_share
-from ..reporting import spread
+from ..._files import write_whole
+from ...attention.recording import attended_share
+from ..console import spread
 
 if TYPE_CHECKING:
-    from ..attention.recording import Recorded
+    from ...attention.recording import Recorded
     from . import Row
 
 HEADS_SHOWN = 3

@@ -1,7 +1,7 @@
 """`headstart demo offload`: a model in less memory than its weights take, read from storage for every token.
 
 A model in bfloat16, and the same one half pruned and stored as bitmaps, decode under one memory budget. Whatever the
-budget does not hold is streamed (`engine/stream.py`); the baseline is accelerate's ``disk_offload`` of the same model.
+budget does not hold is streamed (`stream/ring.py`); the baseline is accelerate's ``disk_offload`` of the same model.
 The models take turns, first with nothing of them in the page cache, then with everything. Each must give the logits
 that it gives when it is wholly in memory, bit by bit.
 """
@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 import torch
 
-from .._environment import environment
-from .._files import write_whole
+from ..._environment import environment
+from ..._files import write_whole
 
 SHARE = 0.3  # of the model's bytes: the default budget
 TOKENS = 4
@@ -61,8 +61,8 @@ def run(
         files: where the models are written, and stay; if None, a folder inside `report` that is removed at the end.
         seed: of random weights.
     """
-    from .. import reporting
-    from ..engine.stream_plan import parse_budget
+    from ...stream.plan import parse_budget
+    from .. import console
     from . import offload_models as models
     from .timeline import draw
 
@@ -73,7 +73,7 @@ def run(
     budget = None if budget is None else parse_budget(budget)
     report = Path(report)
     report.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack, reporting.progress() as progress:
+    with ExitStack() as stack, console.progress() as progress:
         if files is None:
             files = stack.enter_context(tempfile.TemporaryDirectory(dir=report, prefix="models-"))
         with progress.step(
@@ -95,8 +95,8 @@ def compare(
     folders: dict[str, Path], ids: torch.Tensor, budget: int | None, tokens: int, report: Path, progress
 ) -> dict:
     """Runs all models, the first of which is the one that the others were made of."""
-    from ..engine.stream import stream_of
-    from ..model.load import load
+    from ...model.load import load
+    from ...stream.ring import stream_of
 
     dense, dense_file = next((name, weights_file(folder)) for name, folder in folders.items())
     budget = int(SHARE * dense_file.stat().st_size) if budget is None else budget
@@ -220,7 +220,7 @@ def weights_file(folder: Path) -> Path:
 def disk_offloaded(folder: Path, away: str):
     import accelerate
 
-    from ..model.load import load
+    from ...model.load import load
 
     return accelerate.disk_offload(load(folder), away, execution_device=torch.device("cpu"))
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from .._environment import environment
-from .._files import write_whole
+from ..._environment import environment
+from ..._files import write_whole
 from ..texts import token_ids
 
 TOKENS = 7680
@@ -48,10 +48,11 @@ def run(
     """
     from transformers import DynamicCache
 
-    from .. import engine, reporting
-    from ..attention.recording import record
-    from ..context.context import DEFAULT_SPARSITY, Context
-    from ..model.load import SMOLLM2, load_model
+    from ...attention.recording import record
+    from ...context.context import DEFAULT_SPARSITY, Context
+    from ...model.load import SMOLLM2, load_model
+    from ...model.patch import patch, unpatch
+    from .. import console
 
     sparsity = DEFAULT_SPARSITY if sparsity is None else sparsity
     if type(tokens) is not int or not 64 <= tokens <= 8192 - CONTINUATION - 64:
@@ -59,7 +60,7 @@ def run(
     report = Path(report)
     report.mkdir(parents=True, exist_ok=True)
     rows = {}
-    with reporting.progress() as progress:
+    with console.progress() as progress:
         with progress.step("loading SmolLM2-135M", 1) as advance:
             model, tokenizer = load_model(SMOLLM2, dtype=torch.bfloat16)
             text = token_ids(tokenizer)[None]
@@ -80,7 +81,7 @@ def run(
         steps = len(questions) * ANSWER + CONTINUATION - 1
         with progress.step(BASELINE, steps) as advance:
             rows[BASELINE] = measure(model, lambda: copy.deepcopy(own), questions, following, advance)
-        engine.patch(model)
+        patch(model)
         with progress.step("reading, headstart", 2 * layers) as advance:
             start = time.perf_counter()
             context = Context.build(model, ids, seed=seed, advance=advance)
@@ -98,7 +99,7 @@ def run(
                 for position in range(0, CONTINUATION, CONTINUATION // SAMPLED):
                     model(following[:, position : position + 1], past_key_values=cache, logits_to_keep=1)
             rows[name]["keys"] = _keys_of_decoding(entries, context)
-        engine.unpatch(model)
+        unpatch(model)
     rows[BASELINE]["keys"] = 1.0
     content = {
         "tokens": tokens,

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .._files import write_whole_folder
-from .._quiet import no_progress_bars
-from ..model.load import SMOLLM2, find, load_model
-from ..ops.bitmap import BitmapWeight
+from ..._files import write_whole_folder
+from ..._quiet import no_progress_bars
+from ...model.load import SMOLLM2, find, load_model
+from ...ops.bitmap import BitmapWeight
+from ...weights.bitmap_linear import BitmapLinear
+from ...weights.convert import Original, convert
+from ...weights.prune import prune_weight
 from ..texts import token_ids
-from ..weights.bitmap_linear import BitmapLinear
-from ..weights.convert import Original, convert
-from ..weights.prune import prune_weight
 
 DENSE = "bfloat16"
 VALUES = {"bitmap 50 %": "same", "int8 + bitmap": "int8", "int4 + bitmap": "int4"}
@@ -86,7 +86,7 @@ def write_all(model: nn.Module, folders: dict[str, Path], advance: Callable[[], 
 
     What the layers share is pruned and packed once. `advance` is called for every layer of every model.
     """
-    from ..weights.names import decoder_layers
+    from ...weights.names import decoder_layers
 
     original = Original.of_model(model)
     state = {name: model.get_parameter_or_buffer(name).clone() for name in original.names}  # none shared

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from ..attention.plan import PrefillPlan, plan_of
-from . import linear as _linear
+from ..weights import upcast
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
@@ -43,19 +43,19 @@ def patch(model: Model, prefill: str | os.PathLike | PrefillPlan = "adaptive", l
     """
     attach = _attach()
     plan = plan_of("patch", prefill)
-    if linear not in _linear.MODES:
-        raise ValueError(f"patch: linear: expected one of {', '.join(_linear.MODES)}, got {linear!r}")
+    if linear not in upcast.MODES:
+        raise ValueError(f"patch: linear: expected one of {', '.join(upcast.MODES)}, got {linear!r}")
     attach.attach("patch", model, plan)
-    _linear.detach_all(model)
+    upcast.detach_all(model)
     if linear != "model":
-        _linear.attach_all(model, linear)
+        upcast.attach_all(model, linear)
     return model
 
 
 def unpatch(model: Model) -> Model:
     """Takes headstart out of a model: it is again exactly what it was before `patch`. Returns the model."""
     _attach().detach(model)
-    _linear.detach_all(model)
+    upcast.detach_all(model)
     return model
 
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..attention.patterns import MEASURED, HeadPattern
-from ..attention.plan import PrefillPlan
-from ..attention.recording import attended, visible_blocks
-from ..reporting import spread
+from ...attention.patterns import MEASURED, HeadPattern
+from ...attention.plan import PrefillPlan
+from ...attention.recording import attended, visible_blocks
+from ..console import spread
 
 if TYPE_CHECKING:
-    from ..attention.recording import Recorded
+    from ...attention.recording import Recorded
 
 # Past this many characters of attended blocks, a page keeps those of the chosen heads only.
 BLOCKS_LIMIT = 4_000_000

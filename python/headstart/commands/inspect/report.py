@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
 
-from .._files import write_whole
+from ..._files import write_whole
 from .data import unpack
 
 # The Okabe-Ito hues, which colour-blind readers can tell apart; a letter says it again where a grid has several.

@@ -1,4 +1,4 @@
-"""`headstart.tune.run()`: measures this machine for the engine's cost model, and shows what follows from it."""
+"""`headstart tune`: measures this machine for the cost model of attention, and shows what follows from it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .attention import cost, tune
-from .attention.patterns import PATTERNS
-from .attention.plan import PrefillPlan
+from ..attention import cost, tune
+from ..attention.patterns import PATTERNS
+from ..attention.plan import PrefillPlan
 
 SHOWN_LENGTHS = (128, 512, 1024, 4096)
 SHOWN_WORKS = ("SDPA", "dense", "sparse", "adaptive index")

