@@ -326,19 +326,19 @@ def test_linear_modes():
     assert upcast.upcast_pays(torch.bfloat16) in (True, False)
 
 
-def test_int8_mode_lets_int4_layers_round_their_activations():
+def test_int8_activations_let_int4_layers_round_theirs():
     model = quantize_linears(make(), group_size=32)
     layers = [module for module in model.modules() if isinstance(module, Int4Linear)]
     exact = logits(model, tokens())
     layers[0].int8_activations = True  # by hand: neither patch nor unpatch takes it back
-    patch(model, "dense", linear="int8")
+    patch(model, "dense", int8_activations=True)
     assert all(layer.int8_activations for layer in layers)
     rounded = logits(model, tokens())
     assert 0 < (rounded - exact).norm() <= 0.05 * exact.norm()
     by_hand = [True] + [False] * (len(layers) - 1)
     patch(model, "dense")
     assert [layer.int8_activations for layer in layers] == by_hand
-    unpatch(patch(model, linear="int8"))
+    unpatch(patch(model, int8_activations=True))
     assert [layer.int8_activations for layer in layers] == by_hand
 
 
@@ -363,7 +363,8 @@ def test_a_hook_put_over_a_patched_linear_survives_unpatch():
         ({"prefill": "spiral"}, ValueError, "patch: prefill: expected one of dense, .* got 'spiral'"),
         ({"prefill": 3}, ValueError, "patch: prefill: expected one of"),
         ({"prefill": "missing/plan.json"}, FileNotFoundError, "expected a file, got 'missing/plan.json'"),
-        ({"linear": "int3"}, ValueError, "patch: linear: expected one of auto, fp32, int8, model, got 'int3'"),
+        ({"linear": "int3"}, ValueError, "patch: linear: expected one of auto, fp32, model, got 'int3'"),
+        ({"int8_activations": 1}, ValueError, "patch: int8_activations: expected True or False, got 1"),
         ({"model": torch.nn.Linear(8, 8)}, ValueError, "patch: model: expected a transformers decoder"),
         ({"model": "name"}, ValueError, "patch: model: expected a transformers model, got str"),
     ],

@@ -19,7 +19,7 @@ from .weights import registration
 from .weights.bitmap_linear import BitmapLinear
 from .weights.int4_linear import Int4Linear
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 # What needs transformers or rich, by its module. It is imported when it is first asked for.

@@ -10,13 +10,21 @@ from typing import TypeVar
 
 import torch
 
+from .._expect import expect
 from ..attention.plan import PrefillPlan, plan_of
 from ..weights import upcast
+from ..weights.int4_linear import allow_int8_activations, forbid_int8_activations
 
 Model = TypeVar("Model", bound=torch.nn.Module)
 
 
-def patch(model: Model, prefill: str | os.PathLike | PrefillPlan = "adaptive", linear: str = "auto") -> Model:
+def patch(
+    model: Model,
+    prefill: str | os.PathLike | PrefillPlan = "adaptive",
+    *,
+    linear: str = "auto",
+    int8_activations: bool = False,
+) -> Model:
     """Makes a transformers model read long prompts with sparse attention, in place, and returns it.
 
     A prompt is read sparsely if this is predicted to be faster than the exact ways: headstart's dense kernel, and the
@@ -33,8 +41,9 @@ def patch(model: Model, prefill: str | os.PathLike | PrefillPlan = "adaptive", l
         prefill: "adaptive", "vertical_slash", "a_shape", "block_topk", "dense" (exact), a `PrefillPlan`, or the path of
             one.
         linear: how half-precision linear layers run in prefill on a CPU: "fp32" computes in float32 and rounds
-            once, "auto" does so where this CPU is measured to be faster that way, "model" leaves them alone. "int8"
-            is "auto", and lets `Int4Linear` round its activations to int8 (see `headstart.int4_gemm`).
+            once, "auto" does so where this CPU is measured to be faster that way, "model" leaves them alone.
+        int8_activations: let `Int4Linear` round its activations to int8, which is faster and less exact (see
+            `headstart.int4_gemm`).
 
     Raises:
         ValueError: for a model, a prefill or a linear that is none of these, or a plan for another model.
@@ -45,8 +54,11 @@ def patch(model: Model, prefill: str | os.PathLike | PrefillPlan = "adaptive", l
     plan = plan_of("patch", prefill)
     if linear not in upcast.MODES:
         raise ValueError(f"patch: linear: expected one of {', '.join(upcast.MODES)}, got {linear!r}")
+    expect(type(int8_activations) is bool, "patch", "int8_activations", "True or False", int8_activations)
     attach.attach("patch", model, plan)
-    upcast.detach_all(model)
+    _restore_linear_layers(model)
+    if int8_activations:
+        allow_int8_activations(model)
     if linear != "model":
         upcast.attach_all(model, linear)
     return model
@@ -55,8 +67,13 @@ def patch(model: Model, prefill: str | os.PathLike | PrefillPlan = "adaptive", l
 def unpatch(model: Model) -> Model:
     """Takes headstart out of a model: it is again exactly what it was before `patch`. Returns the model."""
     _attach().detach(model)
-    upcast.detach_all(model)
+    _restore_linear_layers(model)
     return model
+
+
+def _restore_linear_layers(model: torch.nn.Module) -> None:
+    upcast.detach_all(model)
+    forbid_int8_activations(model)
 
 
 def _attach():

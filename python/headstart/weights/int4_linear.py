@@ -22,8 +22,8 @@ class Int4Linear(PackedLinear):
     - ``permutation`` int32 [K], or None without act-order: the one tensor without an out dim;
     - ``bias`` [N] or None.
 
-    ``int8_activations`` is an attribute, False at first: see `headstart.int4_gemm`; ``headstart.patch(model,
-    linear="int8")`` sets it in all layers of a model.
+    ``int8_activations`` is an attribute, False at first: see `headstart.int4_gemm`. ``headstart.patch(model,
+    int8_activations=True)`` sets it in all layers of a model.
 
     ``to(dtype)`` casts the bias alone: the codes were chosen for the scales as they are, and the kernels take scales of
     any of the three dtypes beside activations of any.
@@ -131,3 +131,17 @@ class Int4Linear(PackedLinear):
         features = f"in_features={self.in_features}, out_features={self.out_features}"
         kind = f"symmetric={self.zeros is None}, act_order={self.permutation is not None}"
         return f"{features}, bias={self.bias is not None}, group_size={self.group_size}, {kind}"
+
+
+def allow_int8_activations(model: torch.nn.Module) -> None:
+    """Lets all layers of a model round their activations to int8, until `forbid_int8_activations`."""
+    for module in model.modules():
+        if isinstance(module, Int4Linear) and not module.int8_activations:
+            module.int8_activations = module._headstart_int8 = True
+
+
+def forbid_int8_activations(model: torch.nn.Module) -> None:
+    """Takes back what `allow_int8_activations` set; what a user set by hand stays."""
+    for module in model.modules():
+        if vars(module).pop("_headstart_int8", False):
+            module.int8_activations = False

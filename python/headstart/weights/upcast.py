@@ -20,9 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.modules import module as module_state
 
-from .int4_linear import Int4Linear
-
-MODES = ("auto", "fp32", "int8", "model")
+MODES = ("auto", "fp32", "model")
 
 # Fewer rows than this do not repay the conversion of the weight.
 MIN_ROWS = 64
@@ -62,12 +60,7 @@ def detach_all(model: torch.nn.Module) -> None:
 
 
 def attach(module: torch.nn.Module, mode: str) -> None:
-    """Gives a plain linear layer the forward below; a layer whose forward was replaced is left alone.
-
-    In mode "int8", an `Int4Linear` may round its activations.
-    """
-    if mode == "int8" and isinstance(module, Int4Linear) and not module.int8_activations:
-        module.int8_activations = module._headstart_int8 = True
+    """Gives a plain linear layer the forward below; a layer whose forward was replaced is left alone."""
     if type(module) is torch.nn.Linear and "forward" not in vars(module):
         module._headstart_linear = mode
         module.forward = functools.partial(_forward, module)
@@ -92,8 +85,6 @@ def attach_mlp(module: torch.nn.Module) -> None:
 def detach(module: torch.nn.Module) -> None:
     for name in ("_headstart_linear", "_headstart_mlp"):
         vars(module).pop(name, None)
-    if vars(module).pop("_headstart_int8", False):
-        module.int8_activations = False
     if _has_our_forward(module):  # a hook put over ours later stays, and finds no mode under it
         del module.forward
 

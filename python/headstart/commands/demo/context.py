@@ -37,24 +37,24 @@ BASELINE = "transformers + SDPA"
 def run(
     tokens: int = TOKENS,
     report: str | Path = "demo-report",
-    sparsity: float | None = None,
+    density: float | None = None,
     seed: int = 0,
 ) -> dict:
     """Runs the demo, prints its table, writes `report`/context.json, and returns what it holds.
 
     Args:
         tokens: of the context.
-        sparsity: as in `Context.cache`; its default if None.
+        density: as in `Context.cache`; its default if None.
     """
     from transformers import DynamicCache
 
     from ...attention.recording import record
-    from ...context.context import DEFAULT_SPARSITY, Context
+    from ...context.context import DEFAULT_DENSITY, Context
     from ...model.load import SMOLLM2, load_model
     from ...model.patch import patch, unpatch
     from .. import console
 
-    sparsity = DEFAULT_SPARSITY if sparsity is None else sparsity
+    density = DEFAULT_DENSITY if density is None else density
     if type(tokens) is not int or not 64 <= tokens <= 8192 - CONTINUATION - 64:
         raise ValueError(f"demo: tokens: expected an integer from 64 to {8192 - CONTINUATION - 64}, got {tokens!r}")
     report = Path(report)
@@ -86,8 +86,8 @@ def run(
             start = time.perf_counter()
             context = Context.build(model, ids, seed=seed, advance=advance)
             reading = time.perf_counter() - start
-        for name, share in (("headstart, all keys", 0.0), (f"headstart, {1 - sparsity:.0%} of keys", sparsity)):
-            cache = context.cache(sparsity=share)
+        for name, share in (("headstart, all keys", 1.0), (f"headstart, {density:.0%} of keys", density)):
+            cache = context.cache(density=share)
 
             def fresh(cache=cache):
                 cache.reset()
