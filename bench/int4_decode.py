@@ -20,9 +20,10 @@ from torch import nn
 import machine
 import report
 from headstart import _library
-from headstart.engine.int4_linear import Int4Linear, quantize_linears
-from headstart.engine.load import SMOLLM2, load_model
-from headstart.texts import token_ids
+from headstart.commands.texts import token_ids
+from headstart.model.load import SMOLLM2, load_model
+from headstart.weights.int4_linear import Int4Linear
+from headstart.weights.int4_quantize import quantize_linears
 from short_prompts import twin
 
 PARTS = ("linear layers", "output layer", "the rest")

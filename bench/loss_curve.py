@@ -23,10 +23,10 @@ from headstart.attention.forward import force_path
 from headstart.attention.plan import PrefillPlan
 from headstart.attention.recording import record
 from headstart.attention.search import search_prefill_plan
-from headstart.demo import mean_loss
-from headstart.demo import model as smollm2
-from headstart.engine.load import SMOLLM2, load_model
-from headstart.texts import sample_texts, token_ids
+from headstart.commands.demo import mean_loss
+from headstart.commands.demo import model as smollm2
+from headstart.commands.texts import sample_texts, token_ids
+from headstart.model.load import SMOLLM2, load_model
 from machine import RESULTS as FOLDER
 from machine import ROOT, write_json
 

@@ -24,8 +24,8 @@ import report
 from headstart import _library, patch
 from headstart.attention import cost
 from headstart.attention.recording import record
-from headstart.engine.load import SMOLLM2, load_model
-from headstart.texts import token_ids
+from headstart.commands.texts import token_ids
+from headstart.model.load import SMOLLM2, load_model
 from measure import interleave
 
 TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)

@@ -7,8 +7,8 @@ import json
 import torch
 import transformers
 
-from headstart import prune
-from headstart._checkpoint_files import PADDING, PAGE
+import headstart
+from headstart.weights.files import PADDING, PAGE
 from models import SIZES, make
 
 WORDS = [f"w{i}" for i in range(2, SIZES["vocab_size"])]
@@ -33,7 +33,7 @@ def tiny_folder(folder, **sizes):
 
 def run_prune(folder, out="out", **options):
     options = dict(texts=[folder / "text.txt"], tokens=100, windows=3) | options
-    return prune.run(folder / "in", folder / out, **options)
+    return headstart.prune(folder / "in", folder / out, **options)
 
 
 def spans(folder):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import transformers
 
-from headstart.engine import PrefillPlan
+from headstart.attention.plan import PrefillPlan
 
 SIZES = dict(
     vocab_size=199,

@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers")
 import bitmap_formats  # noqa: E402
 import headstart  # noqa: E402
 from headstart import BitmapLinear, BitmapWeight  # noqa: E402
-from headstart.engine.bitmap_checkpoint import save_compressed_tensors  # noqa: E402
+from headstart.weights.sources.sparse_bitmask import save_compressed_tensors  # noqa: E402
 from models import logits, make, tokens  # noqa: E402
 
 UP = "model.layers.0.mlp.up_proj"
@@ -213,7 +213,7 @@ def own(request, tmp_path_factory):
             linear = model.get_submodule(name)
             loaded.set_submodule(name, BitmapLinear.from_linear(linear, request.param, 16 if "down" in name else 32))
             linear.weight.data = loaded.get_submodule(name).weight_bitmap.decompress()
-    from headstart.engine.quantizer import HeadstartConfig
+    from headstart.weights.config import HeadstartConfig
 
     loaded.config.quantization_config = HeadstartConfig.of(loaded)
     loaded.save_pretrained(folder / "out")
@@ -291,7 +291,7 @@ def test_own_that_are_refused(tmp_path, own, change, message):
 
 
 def test_layers_of_two_kinds_cannot_be_described():
-    from headstart.engine.quantizer import HeadstartConfig
+    from headstart.weights.config import HeadstartConfig
 
     model = make(num_hidden_layers=1)
     mlp = model.model.layers[0].mlp

@@ -79,19 +79,19 @@ def test_attending_everything_is_the_model_on_the_whole_text(kind):
     context = Context.build(model, tokens(TOKENS), prefill="dense")
     assert model.config._attn_implementation == "sdpa"  # the model is left as it was
     headstart.patch(model, "dense")
-    got = model(question, past_key_values=context.cache(sparsity=0)).logits
+    got = model(question, past_key_values=context.cache(density=1)).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"selection": "top_k"}, {"budget": "equal"}, {"budget": "global"}, {"hierarchical": True}], ids=str
 )
-def test_little_sparsity_changes_little_and_much_changes_more(model, context, patched, options):
+def test_high_density_changes_little_and_low_density_more(model, context, patched, options):
     question = tokens(QUESTION, seed=1)
-    exact = model(question, past_key_values=context.cache(sparsity=0)).logits
+    exact = model(question, past_key_values=context.cache(density=1)).logits
     errors, shares = [], []
-    for sparsity in (1e-3, 0.5, 0.95):
-        cache = context.cache(sparsity=sparsity, **{"hierarchical": False} | options)
+    for density in (0.999, 0.5, 0.05):
+        cache = context.cache(density=density, **{"hierarchical": False} | options)
         with record() as entries:
             logits = model(question, past_key_values=cache).logits
         errors.append((logits - exact).abs().max().item())
@@ -100,9 +100,9 @@ def test_little_sparsity_changes_little_and_much_changes_more(model, context, pa
     assert shares[0] >= shares[1] > shares[2]
 
 
-def test_top_k_takes_as_many_keys_as_the_sparsity_leaves(model, context, patched):
+def test_top_k_takes_as_many_keys_as_the_density_says(model, context, patched):
     with record() as entries:
-        model(tokens(1, seed=1), past_key_values=context.cache(sparsity=0.75, selection="top_k"))
+        model(tokens(1, seed=1), past_key_values=context.cache(density=0.25, selection="top_k"))
     m = context.layers[0].clustered
     assert [e.path for e in entries] == ["context"] * 2
     assert all((e.index.column_count == round(0.25 * m)).all() for e in entries)
@@ -110,7 +110,7 @@ def test_top_k_takes_as_many_keys_as_the_sparsity_leaves(model, context, patched
 
 def test_top_p_takes_the_fewest_clusters_that_hold_the_mass(model, context, patched):
     question = tokens(1, seed=1)
-    exact = model(question, past_key_values=context.cache(sparsity=0)).logits
+    exact = model(question, past_key_values=context.cache(density=1)).logits
     counts = []
     for mass in (0.3, 0.9, 1.0):
         with record() as entries:
@@ -137,21 +137,21 @@ def test_generate_answers_like_the_model_on_the_whole_text(model, context):
     want = [model.generate(torch.cat([tokens(TOKENS), q], 1), **options)[:, -6:] for q in questions]
     headstart.patch(model, "dense")
     try:
-        cache = context.cache(sparsity=0)
+        cache = context.cache(density=1)
         for question, answer in zip(questions, want):
             got = model.generate(question, past_key_values=cache, **options)
             assert torch.equal(got[:, :QUESTION], question) and torch.equal(got[:, -6:], answer)
             cache.reset()
         # Both at once, and one of them shorter, with padding on its left.
         batch = torch.cat(questions)
-        got = model.generate(batch, past_key_values=context.cache(batch_size=2, sparsity=0), **options)
+        got = model.generate(batch, past_key_values=context.cache(batch_size=2, density=1), **options)
         assert torch.equal(got[:, -6:], torch.cat(want))
         padded = torch.cat([torch.cat([tokens(3, seed=9), questions[0]], 1), torch.cat([tokens(3), questions[1]], 1)])
         mask = torch.ones_like(padded)
         mask[:, :3] = 0
-        got = model.generate(padded, attention_mask=mask, past_key_values=context.cache(2, sparsity=0), **options)
+        got = model.generate(padded, attention_mask=mask, past_key_values=context.cache(2, density=1), **options)
         assert torch.equal(got[:, -6:], torch.cat(want))
-        beams = model.generate(questions[0], past_key_values=context.cache(sparsity=0), num_beams=3, max_new_tokens=4)
+        beams = model.generate(questions[0], past_key_values=context.cache(density=1), num_beams=3, max_new_tokens=4)
     finally:
         headstart.unpatch(model)
     whole = torch.cat([tokens(TOKENS), questions[0]], 1)
@@ -159,9 +159,9 @@ def test_generate_answers_like_the_model_on_the_whole_text(model, context):
 
 
 def test_a_batch_shares_the_context(model, context, patched):
-    cache = context.cache(batch_size=8, sparsity=0.5)
+    cache = context.cache(batch_size=8, density=0.5)
     before = [layer.keys.data_ptr() for layer in context.layers]
-    one = model(tokens(QUESTION, seed=1), past_key_values=context.cache(sparsity=0.5)).logits
+    one = model(tokens(QUESTION, seed=1), past_key_values=context.cache(density=0.5)).logits
     eight = model(tokens(QUESTION, seed=1).expand(8, -1), past_key_values=cache).logits
     torch.testing.assert_close(eight, one.expand_as(eight), rtol=1e-5, atol=1e-5)
     assert [layer.context.keys.data_ptr() for layer in cache.layers] == before
@@ -178,7 +178,7 @@ def test_short_contexts_are_attended_whole(model, monkeypatch):
     want = model(torch.cat([tokens(64), question], 1)).logits[:, -QUESTION:]
     headstart.patch(model, "dense")
     try:
-        got = model(question, past_key_values=context.cache(sparsity=0.9)).logits
+        got = model(question, past_key_values=context.cache(density=0.1)).logits
     finally:
         headstart.unpatch(model)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
@@ -219,11 +219,11 @@ def test_quantiles_are_those_of_the_keys():
 @pytest.mark.parametrize("budget", layers.BUDGETS)
 def test_thresholds_leave_out_the_share_that_was_asked_for(context, budget):
     tables = [layer.scores for layer in context.layers]
-    for sparsity in (0.3, 0.8):
-        limits = layers.thresholds(context.layers, sparsity, budget, hierarchical=False)
+    for density in (0.7, 0.2):
+        limits = layers.thresholds(context.layers, density, budget, hierarchical=False)
         shares = torch.stack([(t <= limit[:, None]).double().mean(1) for t, (limit, _) in zip(tables, limits)])
-        assert shares.mean().item() == pytest.approx(sparsity, abs=0.01)
-        assert budget != "equal" or (shares - sparsity).abs().max() < 0.01
+        assert shares.mean().item() == pytest.approx(1 - density, abs=0.01)
+        assert budget != "equal" or (shares - (1 - density)).abs().max() < 0.01
 
 
 @given(
@@ -232,12 +232,12 @@ def test_thresholds_leave_out_the_share_that_was_asked_for(context, budget):
         min_size=1,
         max_size=6,
     ),
-    sparsity=st.floats(0.01, 0.99),
+    left_out=st.floats(0.01, 0.99),
 )
-def test_shares_of_heads_are_no_worse_than_equal_ones(errors, sparsity):
+def test_shares_of_heads_are_no_worse_than_equal_ones(errors, left_out):
     table = torch.tensor([[0.0, *sorted(row)] for row in errors])
-    (shares,) = layers.head_shares([table], sparsity)
-    assert shares.mean().item() == pytest.approx(sparsity, abs=1e-3)
+    (shares,) = layers.head_shares([table], left_out)
+    assert shares.mean().item() == pytest.approx(left_out, abs=1e-3)
     assert ((0 <= shares) & (shares <= 1)).all()
 
     # Between the shares of the table, a head can take turns: its cost is the lower hull.
@@ -251,7 +251,7 @@ def test_shares_of_heads_are_no_worse_than_equal_ones(errors, sparsity):
             total += min(lines)
         return total
 
-    assert cost(table, shares) <= cost(table, torch.full_like(shares, sparsity)) + 1e-3
+    assert cost(table, shares) <= cost(table, torch.full_like(shares, left_out)) + 1e-3
 
 
 def test_a_head_that_looks_for_one_key_keeps_more_of_them():
@@ -325,7 +325,7 @@ def test_chunks_one_after_another_are_what_reading_them_at_their_places_gives(mo
     # The mask is that of 500 keys before; the positions are the question's own.
     want = model(question, position_ids=torch.arange(QUESTION)[None], past_key_values=own).logits
     headstart.patch(model, "dense")
-    for options in ({"sparsity": 0}, {"sparsity": 1e-3}, {"sparsity": 1e-3, "hierarchical": False}):
+    for options in ({"density": 1}, {"density": 0.999}, {"density": 0.999, "hierarchical": False}):
         got = model(question, past_key_values=joined.cache(**options)).logits
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
     assert Context.concat([a]) is a
@@ -400,8 +400,8 @@ def test_a_folder_of_something_else_is_not_replaced(context, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sparsity": 1.0}, "sparsity: expected a number from 0 to less than 1, got 1.0"),
-        ({"sparsity": "0.9"}, "sparsity"),
+        ({"density": 0.0}, "density: expected a share above 0 and up to 1, got 0.0"),
+        ({"density": "0.9"}, "density"),
         ({"batch_size": 0}, "batch_size: expected a positive integer, got 0"),
         ({"selection": "best"}, "selection: expected one of threshold, top_k, top_p, got best"),
         ({"selection": "top_p"}, "mass: expected a share above 0 and up to 1, got None"),

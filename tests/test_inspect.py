@@ -14,11 +14,12 @@ for package in ("transformers", "tokenizers", "matplotlib", "rich", "typer"):
 import tokenizers  # noqa: E402
 import transformers  # noqa: E402
 
-from headstart import BlockIndex, PrefillPlan, cli, inspect  # noqa: E402
+from headstart import BlockIndex, PrefillPlan, cli  # noqa: E402
 from headstart.attention.patterns import HeadPattern  # noqa: E402
 from headstart.attention.recording import visible_blocks  # noqa: E402
-from headstart.inspect import data, report  # noqa: E402
-from headstart.reporting import spread  # noqa: E402
+from headstart.commands import inspect  # noqa: E402
+from headstart.commands.console import spread  # noqa: E402
+from headstart.commands.inspect import data, report  # noqa: E402
 
 LAYERS, HEADS, TOKENS = 2, 4, 300
 SIZES = dict(

@@ -12,8 +12,8 @@ transformers = pytest.importorskip("transformers")
 
 import headstart  # noqa: E402
 import int4_formats  # noqa: E402
-from headstart._checkpoint_files import CheckpointFiles  # noqa: E402
-from headstart.engine.int4_linear import Int4Linear  # noqa: E402
+from headstart.weights.files import CheckpointFiles  # noqa: E402
+from headstart.weights.int4_linear import Int4Linear  # noqa: E402
 from models import logits, make, tokens  # noqa: E402
 
 LAYERS = 14  # of the tiny model: two of seven
@@ -343,7 +343,7 @@ OPEN = (
         "import headstart, importlib, transformers; importlib.reload(headstart)",
         "import headstart, importlib; importlib.reload(headstart); import transformers",
         "import transformers.quantizers.auto, headstart, importlib; importlib.reload(headstart)",
-        "import headstart.engine.quantizer, transformers",
+        "import headstart.weights.quantizer, transformers",
     ],
 )
 def test_order_of_imports(own, imports):

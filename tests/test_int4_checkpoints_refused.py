@@ -213,7 +213,7 @@ def test_other_folders_that_are_refused(tmp_path):
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(logits(headstart.load(tmp_path), tokens()), logits(model, tokens()))
     (tmp_path / "quantize_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="config.json: quantization_config: expected what quantize_config.json has"):
+    with pytest.raises(ValueError, match="quantize_config.json: checkpoint_format: expected 'gptq'"):
         headstart.load(tmp_path)
     (tmp_path / "quantize_config.json").unlink()
     tensors = int4_formats.read(tmp_path)
@@ -314,7 +314,7 @@ def test_own_files_that_are_refused(tmp_path, own):
 
 
 def test_quantising_in_from_pretrained_points_to_the_command(tmp_path):
-    from headstart.engine.quantizer import HeadstartConfig
+    from headstart.weights.config import HeadstartConfig
 
     make(num_hidden_layers=1).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="not quantised: `headstart quantize`"):

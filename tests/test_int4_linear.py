@@ -10,7 +10,7 @@ hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import strategies as st  # noqa: E402
 
 from headstart import Int4Weight  # noqa: E402
-from headstart.engine.int4_linear import Int4Linear  # noqa: E402
+from headstart.weights.int4_linear import Int4Linear  # noqa: E402
 from tolerances import assert_close  # noqa: E402
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -8,14 +8,15 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 import headstart  # noqa: E402
-from headstart import Int4Weight, cli, quantize  # noqa: E402
-from headstart.engine.int4_linear import Int4Linear  # noqa: E402
-from headstart.offline.int4_quantize import choose_layers  # noqa: E402
+from headstart import Int4Weight, cli  # noqa: E402
+from headstart.weights.convert import Original, convert  # noqa: E402
+from headstart.weights.int4_linear import Int4Linear  # noqa: E402
+from headstart.weights.int4_quantize import Quantize, choose_layers  # noqa: E402
 from models import logits, make, tokens  # noqa: E402
 
 
 def written(folder, tmp_path, **options):
-    quantize.run(folder, tmp_path / "out", **options)
+    headstart.quantize(folder, tmp_path / "out", **options)
     return headstart.load(tmp_path / "out")
 
 
@@ -74,22 +75,22 @@ def test_dtype_exclusions_and_generation_config(tmp_path):
     assert len(names) == 6 and all(".1." in name and "v_proj" not in name for name in names)
     assert got.model.layers[1].mlp.up_proj.scales.dtype == torch.bfloat16
     with pytest.raises(ValueError, match="quantize: model: expected one that is not quantised"):
-        quantize.run(tmp_path / "out", tmp_path / "twice")
+        headstart.quantize(tmp_path / "out", tmp_path / "twice")
 
 
 def test_replaces_its_own_folder_and_no_other(tmp_path):
     make().save_pretrained(tmp_path / "in")
     for size in (64, 32):
-        quantize.run(tmp_path / "in", tmp_path / "out", group_size=size)
+        headstart.quantize(tmp_path / "in", tmp_path / "out", group_size=size)
     content = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert content["group_size"] == 32 and content["weights"] == "int4" and len(content["modules"]) == 15
     with pytest.raises(ValueError, match="quantize: output: expected a new folder, an empty one or one of its own"):
-        quantize.run(tmp_path / "in", tmp_path / "in")
+        headstart.quantize(tmp_path / "in", tmp_path / "in")
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="quantize: output: expected a new folder"):
-        quantize.run(tmp_path / "in", tmp_path / "file")
+        headstart.quantize(tmp_path / "in", tmp_path / "file")
     with pytest.raises(FileNotFoundError, match="quantize: output: expected a folder in one that exists"):
-        quantize.run(tmp_path / "in", tmp_path / "no" / "where")
+        headstart.quantize(tmp_path / "in", tmp_path / "no" / "where")
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_replaces_its_own_folder_and_no_other(tmp_path):
 def test_bad_arguments_leave_nothing(tmp_path, options, message):
     make().save_pretrained(tmp_path / "in")
     with pytest.raises(ValueError, match=message):
-        quantize.run(tmp_path / "in", tmp_path / "out", **options)
+        headstart.quantize(tmp_path / "in", tmp_path / "out", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
@@ -115,13 +116,13 @@ def test_weights_that_are_not_finite_leave_nothing(tmp_path):
     with pytest.raises(
         ValueError, match="model.layers.1.mlp.up_proj.weight: .*expected finite weights, got inf or nan"
     ):
-        quantize.run(tmp_path / "in", tmp_path / "out", group_size=32)
+        headstart.quantize(tmp_path / "in", tmp_path / "out", group_size=32)
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     make().save_pretrained(tmp_path / "in")
-    quantize.run(tmp_path / "in", tmp_path / "out", group_size=32)
+    headstart.quantize(tmp_path / "in", tmp_path / "out", group_size=32)
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
 
     def fails(*args, **kwargs):
@@ -129,9 +130,21 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(transformers.PretrainedConfig, "save_pretrained", fails)
     with pytest.raises(OSError, match="the disk is full"):
-        quantize.run(tmp_path / "in", tmp_path / "out", group_size=64)
+        headstart.quantize(tmp_path / "in", tmp_path / "out", group_size=64)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_a_model_in_memory(tmp_path):
+    """As a GGUF file is read: its parameters take gradients."""
+    model = make()
+    assert model.lm_head.weight.requires_grad
+    layers = choose_layers(model)
+    convert(Original.of_model(model), Quantize(model, layers, group_size=32), tmp_path / "out")
+    want, count = by_hand(make())
+    got = headstart.load(tmp_path / "out")
+    assert sum(isinstance(m, Int4Linear) for m in got.modules()) == count == len(layers)
+    torch.testing.assert_close(logits(got, tokens()), logits(want, tokens()), rtol=1e-4, atol=1e-4)
 
 
 def test_command(tmp_path, capsys):

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from headstart._checkpoint_files import CACHE_LINE, DTYPES, PADDING, PAGE, CheckpointFiles, LayeredFile
+from headstart.weights.files import CACHE_LINE, DTYPES, PADDING, PAGE, CheckpointFiles, LayeredFile
 
 
 def header_of(path):

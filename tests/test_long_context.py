@@ -62,7 +62,7 @@ for name, index, out, lse, window in results:
 
 MODELS = """
 from headstart.attention.recording import record
-from headstart.engine import PrefillPlan, patch
+from headstart import PrefillPlan, patch
 from models import make, tokens
 
 sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)

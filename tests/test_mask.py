@@ -12,8 +12,9 @@ from transformers import masking_utils  # noqa: E402
 from headstart.attention import forward  # noqa: E402
 from headstart.attention.forward import force_path  # noqa: E402
 from headstart.attention.mask import headstart_mask  # noqa: E402
+from headstart.attention.plan import PrefillPlan  # noqa: E402
 from headstart.attention.recording import record  # noqa: E402
-from headstart.engine import PrefillPlan, patch  # noqa: E402
+from headstart.model.patch import patch  # noqa: E402
 from models import EVERYTHING, left_padded, logits, make, tokens  # noqa: E402
 
 

@@ -12,8 +12,9 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from headstart.attention.forward import force_path  # noqa: E402
+from headstart.attention.plan import PrefillPlan  # noqa: E402
 from headstart.attention.recording import record  # noqa: E402
-from headstart.engine import PrefillPlan, patch, unpatch  # noqa: E402
+from headstart.model.patch import patch, unpatch  # noqa: E402
 from models import EVERYTHING, left_padded, logits, make, tokens  # noqa: E402
 
 WINDOW = 48

@@ -65,9 +65,11 @@ def test_every_cpu_kernel_is_registered():
     assert _library.cpu.error is None
     prefix = f"{_library.NAMESPACE}::"
     defined = {n.removeprefix(prefix) for n in torch._C._dispatch_get_all_op_names() if n.startswith(prefix)}
-    # A reference that runs on a CPU is told as a missing library (_library.py), so every operator has a kernel there.
-    assert set(_library.cpu.operators()) == defined
-    assert {name: _library.served_by(name, "CPU") for name in defined} == dict.fromkeys(defined, "_cpu.so")
+    served = set(_library.cpu.operators())
+    assert defined - served == {"a_shape_index"}, (
+        "the other operators have CPU kernels; this one has nothing to compute"
+    )
+    assert {name: _library.served_by(name, "CPU") for name in served} == dict.fromkeys(served, "_cpu.so")
 
 
 def test_tiers_start_with_generic_and_can_be_set():
@@ -89,7 +91,7 @@ def test_tiers_start_with_generic_and_can_be_set():
 
 # --- pages ---------------------------------------------------------------------------------------------------------
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -118,28 +120,14 @@ def test_every_make_target_a_page_names_exists():
 
 # From the bottom up: a file imports from its own layer and from those before it. The longest name counts.
 LAYERS = (
-    ("_library", "_files", "_checkpoint_files", "_environment", "_quiet", "_stream"),
+    ("_library", "_expect", "_files", "_environment", "_quiet", "_stream"),
     ("reference", "triton"),
     ("ops",),
     ("attention",),
-    ("offline", "engine.linear", "engine.packed_linear", "engine.int4_linear", "engine.bitmap_linear"),
-    ("context",),
-    ("engine",),
-    (
-        "",
-        "reporting",
-        "demo",
-        "inspect",
-        "search",
-        "quantize",
-        "prune",
-        "commands",
-        "texts",
-        "tune",
-        "doctor",
-        "cli",
-        "__main__",
-    ),
+    ("weights",),
+    ("context", "stream"),
+    ("model",),
+    ("commands", "", "doctor", "cli", "__main__"),
 )
 LAYER = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -12,9 +12,12 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from headstart.attention.forward import force_path  # noqa: E402
+from headstart.attention.plan import PrefillPlan  # noqa: E402
 from headstart.attention.recording import record  # noqa: E402
-from headstart.engine import PrefillPlan, linear, patch, unpatch  # noqa: E402
-from headstart.engine.int4_linear import Int4Linear, quantize_linears  # noqa: E402
+from headstart.model.patch import patch, unpatch  # noqa: E402
+from headstart.weights import upcast  # noqa: E402
+from headstart.weights.int4_linear import Int4Linear  # noqa: E402
+from headstart.weights.int4_quantize import quantize_linears  # noqa: E402
 from models import EVERYTHING, left_padded, logits, make, tokens  # noqa: E402
 
 
@@ -287,21 +290,21 @@ def test_a_compiled_model_is_the_models_own():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("rows", "features", "bias"), [(64, 40, True), (65, 130, False), (300, 33, True)])
 def test_upcast_linear_is_at_least_as_close_as_torchs(dtype, rows, features, bias, monkeypatch):
-    monkeypatch.setattr(linear, "TILE_ELEMENTS", 50 * 70)  # several tiles of rows and columns
+    monkeypatch.setattr(upcast, "TILE_ELEMENTS", 50 * 70)  # several tiles of rows and columns
     torch.manual_seed(0)
     x, weight = torch.randn(2, rows, 70, dtype=dtype), torch.randn(features, 70, dtype=dtype)
     bias = torch.randn(features, dtype=dtype) if bias else None
     exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    error = (linear.upcast_linear(x, weight, bias).double() - exact).abs().max()
+    error = (upcast.upcast_linear(x, weight, bias).double() - exact).abs().max()
     torchs = (torch.nn.functional.linear(x, weight, bias).double() - exact).abs().max()
     assert error <= torchs * 1.01
 
 
 def test_linear_layers_are_upcast_in_prefill_only(monkeypatch):
     calls = []
-    monkeypatch.setattr(linear, "upcast_linear", lambda *args: calls.append(args[0].shape) or torch.zeros(()))
+    monkeypatch.setattr(upcast, "upcast_linear", lambda *args: calls.append(args[0].shape) or torch.zeros(()))
     layer = torch.nn.Linear(16, 8, dtype=torch.bfloat16).requires_grad_(False)
-    linear.attach(layer, "fp32")
+    upcast.attach(layer, "fp32")
     layer(torch.zeros(1, 63, 16, dtype=torch.bfloat16))
     layer(torch.zeros(64, 16, dtype=torch.bfloat16).requires_grad_())
     assert calls == []
@@ -320,22 +323,22 @@ def test_linear_modes():
     assert model.lm_head.forward is hooked and "forward" in vars(model.model.layers[0].mlp.up_proj)
     unpatch(model)
     assert model.lm_head.forward is hooked and "forward" not in vars(model.model.layers[0].mlp.up_proj)
-    assert linear.upcast_pays(torch.bfloat16) in (True, False)
+    assert upcast.upcast_pays(torch.bfloat16) in (True, False)
 
 
-def test_int8_mode_lets_int4_layers_round_their_activations():
+def test_int8_activations_let_int4_layers_round_theirs():
     model = quantize_linears(make(), group_size=32)
     layers = [module for module in model.modules() if isinstance(module, Int4Linear)]
     exact = logits(model, tokens())
     layers[0].int8_activations = True  # by hand: neither patch nor unpatch takes it back
-    patch(model, "dense", linear="int8")
+    patch(model, "dense", int8_activations=True)
     assert all(layer.int8_activations for layer in layers)
     rounded = logits(model, tokens())
     assert 0 < (rounded - exact).norm() <= 0.05 * exact.norm()
     by_hand = [True] + [False] * (len(layers) - 1)
     patch(model, "dense")
     assert [layer.int8_activations for layer in layers] == by_hand
-    unpatch(patch(model, linear="int8"))
+    unpatch(patch(model, int8_activations=True))
     assert [layer.int8_activations for layer in layers] == by_hand
 
 
@@ -343,12 +346,12 @@ def test_a_hook_put_over_a_patched_linear_survives_unpatch():
     layer = torch.nn.Linear(70, 33, dtype=torch.bfloat16).requires_grad_(False)
     torch.manual_seed(0)
     x = torch.randn(300, 70, dtype=torch.bfloat16)
-    linear.attach(layer, "fp32")
-    inner, upcast = layer.forward, layer(x)
+    upcast.attach(layer, "fp32")
+    inner, in_float32 = layer.forward, layer(x)
     layer.forward = lambda x: inner(x) + 1
-    linear.detach(layer)
+    upcast.detach(layer)
     assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias) + 1)
-    assert torch.equal(upcast, linear.upcast_linear(x, layer.weight, layer.bias))
+    assert torch.equal(in_float32, upcast.upcast_linear(x, layer.weight, layer.bias))
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -360,7 +363,8 @@ def test_a_hook_put_over_a_patched_linear_survives_unpatch():
         ({"prefill": "spiral"}, ValueError, "patch: prefill: expected one of dense, .* got 'spiral'"),
         ({"prefill": 3}, ValueError, "patch: prefill: expected one of"),
         ({"prefill": "missing/plan.json"}, FileNotFoundError, "expected a file, got 'missing/plan.json'"),
-        ({"linear": "int3"}, ValueError, "patch: linear: expected one of auto, fp32, int8, model, got 'int3'"),
+        ({"linear": "int3"}, ValueError, "patch: linear: expected one of auto, fp32, model, got 'int3'"),
+        ({"int8_activations": 1}, ValueError, "patch: int8_activations: expected True or False, got 1"),
         ({"model": torch.nn.Linear(8, 8)}, ValueError, "patch: model: expected a transformers decoder"),
         ({"model": "name"}, ValueError, "patch: model: expected a transformers model, got str"),
     ],
@@ -383,8 +387,8 @@ def test_a_plan_for_another_model_is_refused():
 def test_without_transformers_headstart_imports_and_patch_says_what_is_missing():
     code = (
         "import sys; sys.modules['transformers'] = None\n"
-        "import torch, headstart.engine\n"
-        "try: headstart.engine.patch(torch.nn.Linear(1, 1))\n"
+        "import torch, headstart\n"
+        "try: headstart.patch(torch.nn.Linear(1, 1))\n"
         "except ImportError as error: print(error)"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -11,9 +11,10 @@ transformers = pytest.importorskip("transformers")
 import headstart  # noqa: E402
 from artifacts import WORDS, check_layout, tiny_folder, tokenizer  # noqa: E402
 from artifacts import run_prune as run  # noqa: E402
-from headstart import BitmapLinear, BitmapWeight, cli, prune  # noqa: E402
-from headstart.engine import artifact  # noqa: E402
-from headstart.offline.prune import prune_layers, prune_weight  # noqa: E402
+from headstart import BitmapLinear, BitmapWeight, cli  # noqa: E402
+from headstart.commands.prune import choose_texts  # noqa: E402
+from headstart.weights.names import decoder_layers  # noqa: E402
+from headstart.weights.prune import prune_layers, prune_weight  # noqa: E402
 from models import SIZES, logits, make, tokens  # noqa: E402
 
 
@@ -83,7 +84,7 @@ def test_bad_weights_and_norms():
 
 def pruned_state(model, **options):
     """What `prune_layers` leaves, layer by layer, and the losses."""
-    state, losses, layers = {}, {}, artifact.decoder_layers(model)
+    state, losses, layers = {}, {}, decoder_layers(model)
     for name in prune_layers(model, layers, losses=losses, **options):
         for other in layers[: layers.index(name)]:
             assert all(p.is_meta for p in model.get_submodule(other).parameters())  # one layer at a time
@@ -148,7 +149,7 @@ def test_bad_arguments_of_prune_layers(options, message):
     model = make()
     options = dict(sparsity=0.5, method="wanda", samples=[tokens(1, 20)[0]]) | options
     with pytest.raises(ValueError, match=f"prune_layers: {message}"):
-        next(prune_layers(model, artifact.decoder_layers(model), **options))
+        next(prune_layers(model, decoder_layers(model), **options))
     torch.testing.assert_close(model.state_dict(), make().state_dict(), rtol=0, atol=0)
 
 
@@ -232,9 +233,9 @@ def test_replaces_its_own_folder_and_no_other(folder):
     modules = json.loads((folder / "out" / "config.json").read_text())["quantization_config"]["modules"]
     assert modules["model.layers.0.mlp.up_proj"] == {"nnz": 96 * (64 - round(0.6 * 64))}
     with pytest.raises(ValueError, match="prune: output: expected a new folder, an empty one or one of its own"):
-        prune.run(folder / "in", folder / "in")
+        headstart.prune(folder / "in", folder / "in")
     with pytest.raises(ValueError, match="prune: model: expected one that is not quantised"):
-        prune.run(folder / "out", folder / "twice")
+        headstart.prune(folder / "out", folder / "twice")
 
 
 @pytest.mark.parametrize(
@@ -263,11 +264,11 @@ def test_texts(folder):
     with pytest.raises(ValueError, match="prune: text: expected files of different names"):
         run(folder, texts=[folder / "text.txt"] * 2)
     ids = {"long": torch.arange(1000), "short": torch.arange(430)}
-    held_out, samples = prune.choose_texts(ids, "wanda", None, 5, 9999)
+    held_out, samples = choose_texts(ids, "wanda", None, 5, 9999)
     assert {name: len(x) for name, x in held_out.items()} == dict(long=215, short=215)
     assert [len(x) for x in samples] == [215] * 5 and all(x[0] >= 215 for x in samples)
     assert [int(x[0]) for x in samples[:3]] == [310, 500, 690] and [int(x[-1]) for x in samples[3:]] == [429, 429]
-    assert prune.choose_texts(ids, "magnitude", None, 5, 300) == (
+    assert choose_texts(ids, "magnitude", None, 5, 300) == (
         {"long": pytest.approx(ids["long"][:300]), "short": pytest.approx(ids["short"][:300])},
         [],
     )
@@ -309,7 +310,7 @@ def test_a_model_without_plain_linear_layers_is_refused(folder):
     transformers.GPT2LMHeadModel(config).save_pretrained(folder / "gpt2")
     tokenizer().save_pretrained(folder / "gpt2")
     with pytest.raises(ValueError, match="prune: model: expected linear layers in its decoder layers, got a GPT2LM"):
-        prune.run(folder / "gpt2", folder / "out", texts=[folder / "text.txt"], tokens=100)
+        headstart.prune(folder / "gpt2", folder / "out", texts=[folder / "text.txt"], tokens=100)
 
 
 def test_command(folder, capsys):

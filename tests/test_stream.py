@@ -19,14 +19,15 @@ pytest.importorskip("headstart._stream", reason="the weight streamer is not buil
 
 import headstart  # noqa: E402
 import int4_formats  # noqa: E402
-from headstart._checkpoint_files import stored_tensors  # noqa: E402
-from headstart.engine import artifact, stream_plan  # noqa: E402
-from headstart.engine.bitmap_linear import BitmapLinear  # noqa: E402
-from headstart.engine.int4_linear import Int4Linear  # noqa: E402
-from headstart.engine.quantizer import HeadstartConfig  # noqa: E402
-from headstart.engine.stream import stream_of  # noqa: E402
-from headstart.engine.stream_load import load_streamed  # noqa: E402
-from headstart.engine.stream_plan import Part, Tensor, parse_budget, plan, spread  # noqa: E402
+from headstart.stream import plan as stream_plan  # noqa: E402
+from headstart.stream.load import load_streamed  # noqa: E402
+from headstart.stream.plan import Part, Tensor, parse_budget, plan, spread  # noqa: E402
+from headstart.stream.ring import stream_of  # noqa: E402
+from headstart.weights.bitmap_linear import BitmapLinear  # noqa: E402
+from headstart.weights.convert import Original, convert  # noqa: E402
+from headstart.weights.files import stored_tensors  # noqa: E402
+from headstart.weights.int4_linear import Int4Linear  # noqa: E402
+from headstart.weights.sources import Checkpoint, open_source  # noqa: E402
 from models import left_padded, logits, make, tokens  # noqa: E402
 
 LAYERS = 6
@@ -45,8 +46,7 @@ def streamed(folder, more=0, **options):
 
 
 def slow(folder, rate, **options):
-    config = transformers.AutoConfig.from_pretrained(folder)
-    return load_streamed(folder, config, least(folder), check=lambda info: None, bytes_per_second=rate, **options)
+    return load_streamed(open_source(Checkpoint(folder)), least(folder), bytes_per_second=rate, **options)
 
 
 @pytest.fixture(scope="module")
@@ -180,15 +180,7 @@ def test_int4(tmp_path, layered):
     folder = int4_formats.write_own(tmp_path, make(num_hidden_layers=4))
     want = headstart.load(folder)
     if layered:
-        groups = artifact.group_by_layer(want, want.state_dict())
-        tensors = want.state_dict()
-        artifact.write(
-            tmp_path / "layered",
-            want,
-            tensors,
-            ({name: tensors[name] for name in group} for group in groups),
-            lambda: HeadstartConfig.of(want),
-        )
+        convert(Original.of_model(want), None, tmp_path / "layered")
         folder = tmp_path / "layered"
     want, got = headstart.load(folder), streamed(folder)
     parts = stream_of(got).parts
@@ -199,16 +191,25 @@ def test_int4(tmp_path, layered):
     check_same(got, want)
 
 
+def test_packed_integers_stay_integers_where_weights_are_kept_in_float32(tmp_path, monkeypatch):
+    folder = int4_formats.write_own(tmp_path, make(num_hidden_layers=4))
+    monkeypatch.setattr(transformers.LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"up_proj"})
+    want = headstart.load(folder, dtype=torch.bfloat16)
+    for more in (0, 150_000):
+        got = streamed(folder, more, dtype=torch.bfloat16)
+        places = {place.tensor.name: place.tensor for part in stream_of(got).parts for place in part.places}
+        tensors = [tensor for name, tensor in places.items() if "up_proj.packed" in name]
+        assert tensors and all(tensor.dtype == torch.int32 for tensor in tensors)
+        check_same(got, want, new=3)
+
+
 def write_bitmaps(folder, model, values):
     """Every linear layer of the model's decoder layers as a bitmap, one aligned extent a layer."""
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and "layers" in name:
             module.weight.data.masked_fill_(module.weight.abs() < module.weight.abs().median(), 0)
             model.set_submodule(name, BitmapLinear.from_linear(module, values, 32))
-    tensors = model.state_dict()
-    groups = artifact.group_by_layer(model, tensors)
-    group = ({name: tensors[name] for name in names} for names in groups)
-    artifact.write(folder, model, tensors, group, lambda: HeadstartConfig.of(model))
+    convert(Original.of_model(model), None, folder)
     return model
 
 
@@ -522,7 +523,7 @@ import sys, torch, transformers
 from pathlib import Path
 from transformers import LlamaForCausalLM
 import headstart
-from headstart.engine.stream import stream_of
+from headstart.stream.ring import stream_of
 
 def status(key):
     return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) * 1024

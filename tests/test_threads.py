@@ -9,13 +9,14 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from headstart import Context, PrefillPlan, inspect, patch, unpatch  # noqa: E402
+from headstart import Context, PrefillPlan, patch, unpatch  # noqa: E402
 from headstart.attention import attach  # noqa: E402
 from headstart.attention.forward import ContextKeys, force_path  # noqa: E402
 from headstart.attention.patterns import HeadPattern  # noqa: E402
 from headstart.attention.recording import record  # noqa: E402
 from headstart.attention.search import search_prefill_plan  # noqa: E402
 from headstart.attention.view import view_of  # noqa: E402
+from headstart.commands import inspect  # noqa: E402
 from models import logits, make, tokens  # noqa: E402
 
 NARROW = PrefillPlan.uniform("a_shape", sink=1, local=1)

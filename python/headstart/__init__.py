@@ -4,23 +4,36 @@ Operators for engines (`torch.ops.headstart.*` and the functions below), and a s
 Face model: `headstart.patch(model)`. `headstart doctor` tells what runs here and why.
 """
 
+import importlib
+
 from . import _library
-from .engine import BitmapLinear, Int4Linear, PrefillPlan, load, patch, registration, unpatch
+from .attention.plan import PrefillPlan
+from .model.load import load
+from .model.patch import patch, unpatch
 from .ops.bitmap import BitmapWeight, bitmap_gemm
 from .ops.centroid_lookup import KeyClusters, centroid_lookup
 from .ops.int4_gemm import Int4Weight, int4_gemm
 from .ops.prefill_index import a_shape_index, adaptive_block_index, block_topk_index, vertical_slash_index
 from .ops.sparse_attention import BlockIndex, merge_attention, sparse_attention
+from .weights import registration
+from .weights.bitmap_linear import BitmapLinear
+from .weights.int4_linear import Int4Linear
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+
+# What needs transformers or rich, by its module. It is imported when it is first asked for.
+_LATER = {
+    "Context": ".context.context",
+    "prune": ".commands.prune",
+    "quantize": ".commands.quantize",
+    "search": ".commands.search",
+}
 
 
 def __getattr__(name: str):
-    """`Context` needs transformers, which is imported when it is first asked for."""
-    if name == "Context":
-        from .context.context import Context
-
-        return Context
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -46,6 +59,9 @@ __all__ = [
     "load",
     "merge_attention",
     "patch",
+    "prune",
+    "quantize",
+    "search",
     "sparse_attention",
     "unpatch",
     "vertical_slash_index",

@@ -1,4 +1,4 @@
-"""Turns off transformers' progress bars for one call, and for nobody else.
+"""Turns off transformers' progress bars and reports for one call, and for nobody else.
 
 transformers has one switch for the bars of the whole process. A call that turns it off and on again would do so for
 other threads too. transformers also has a hook that makes the bars. Ours is put in once and stays. It asks whether the
@@ -7,12 +7,14 @@ thread that wants a bar is in a call without bars. Streams, logging and the swit
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 _without_bars: ContextVar[bool] = ContextVar("headstart_without_progress_bars", default=False)
+_without_reports: ContextVar[bool] = ContextVar("headstart_without_reports", default=False)
 _lock = threading.Lock()
 
 
@@ -27,16 +29,33 @@ def no_progress_bars() -> Iterator[None]:
         _without_bars.reset(token)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """As `no_progress_bars`; transformers also does not report which weights it loaded. `load` checks these itself."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_wanted)  # does nothing the second time; the logger's level belongs to all threads
+    token = _without_reports.set(True)
+    try:
+        with no_progress_bars():
+            yield
+    finally:
+        _without_reports.reset(token)
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    return not _without_reports.get()
+
+
 def _install() -> None:
     from transformers import modeling_gguf_pytorch_utils
-    from transformers.utils import logging
+    from transformers.utils import logging as messages
 
-    if not hasattr(logging, "set_tqdm_hook"):  # an earlier transformers, whose bars stay
+    if not hasattr(messages, "set_tqdm_hook"):  # an earlier transformers, whose bars stay
         return
     with _lock:
-        modeling_gguf_pytorch_utils.tqdm = logging.tqdm  # it makes bars of its own, which no switch reaches
-        if not hasattr(logging._tqdm_hook, "of_headstart"):  # ours, which somebody may have replaced meanwhile
-            logging.set_tqdm_hook(_hook_over(logging._tqdm_hook, logging.EmptyTqdm))
+        modeling_gguf_pytorch_utils.tqdm = messages.tqdm  # it makes bars of its own, which no switch reaches
+        if not hasattr(messages._tqdm_hook, "of_headstart"):  # ours, which somebody may have replaced meanwhile
+            messages.set_tqdm_hook(_hook_over(messages._tqdm_hook, messages.EmptyTqdm))
 
 
 def _hook_over(before, no_bar):

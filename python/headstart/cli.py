@@ -47,7 +47,7 @@ def demo(
     if pattern and all:
         raise ValueError("demo: all: expected one of --all and --pattern, got both")
     _set_threads(threads)
-    from headstart.demo import PATTERNS, run
+    from headstart.commands.demo import PATTERNS, run
 
     run(tokens, report, patterns=PATTERNS if all else pattern)
 
@@ -61,7 +61,7 @@ def demo_context(
 ) -> None:
     """Ask many questions about one long text: transformers with the keys in memory against a stored context."""
     _set_threads(threads)
-    from headstart.demo.context import run
+    from headstart.commands.demo.context import run
 
     run(report=report, seed=seed, **_given(tokens=tokens))
 
@@ -78,7 +78,7 @@ def demo_offload(
 ) -> None:
     """Run a model in less memory than its weights take, against accelerate's disk offload."""
     _set_threads(threads)
-    from headstart.demo.offload import run
+    from headstart.commands.demo.offload import run
 
     run(report=report, seed=seed, **_given(tokens=tokens, size=size, budget=budget, files=files))
 
@@ -103,7 +103,7 @@ def search(
     seed: Annotated[int, typer.Option(help="Seed of the windows' places.")] = 0,
 ) -> None:
     """Find the best sparse pattern of every attention head, and write the plan. An interrupted search goes on."""
-    from headstart.search import run
+    from headstart.commands.search import search as run
 
     budget = {"max_error": max_error, "density": density}
     run(model, output, texts=text or (), tokens=tokens, windows=windows, seed=seed, **budget)
@@ -122,7 +122,7 @@ def inspect(
     ),
 ) -> None:
     """Show which pattern and density every attention head has, and the blocks that it attends."""
-    from headstart.inspect import run
+    from headstart.commands.inspect import run
 
     run(plan, model=model, text=text, tokens=tokens, prefill=prefill, heads=head or (), output=output)
 
@@ -139,7 +139,7 @@ def quantize(
     ] = None,
 ) -> None:
     """Write a model whose linear layers have 4 bits, for from_pretrained and headstart.load. Uses no texts."""
-    from headstart.quantize import run
+    from headstart.commands.quantize import quantize as run
 
     run(model, output, group_size=group_size, symmetric=symmetric, dtype=dtype, exclude=exclude or ())
 
@@ -160,7 +160,7 @@ def prune(
     windows: Annotated[int, typer.Option(help="Windows that wanda reads, of all texts together.")] = 8,
 ) -> None:
     """Write a model with zeros in its linear layers, as bitmaps; tell the loss before and after."""
-    from headstart.prune import run
+    from headstart.commands.prune import prune as run
 
     options = {"values": values, "group_size": group_size, "tokens": tokens, "windows": windows}
     run(model, output, sparsity=sparsity, method=method, texts=text or (), **options)
@@ -192,7 +192,7 @@ def tune(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")] = None,
 ) -> None:
     """Time attention on this CPU, so that patched models take the path that is the fastest here."""
-    from headstart.tune import run
+    from headstart.commands.tune import run
 
     _set_threads(threads)
     run(show)

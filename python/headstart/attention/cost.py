@@ -27,6 +27,7 @@ import torch
 
 from .. import _library
 from .._environment import cpu_model
+from .._expect import checker
 from .density import density
 from .patterns import HeadPattern
 from .plan import PrefillPlan
@@ -250,11 +251,7 @@ def read(path: Path) -> Costs:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from None
-
-    def expect(condition: bool, field: str, expected: str, got: object) -> None:
-        if not condition:
-            raise ValueError(f"{path}: {field}: expected {expected}, got {got!r}")
-
+    expect = checker(path)
     expect(isinstance(content, dict), "the file", "a JSON object", content)
     expect(content.get("format") == FORMAT, "format", repr(FORMAT), content.get("format"))
     expect(content.get("version") == VERSION, "version", str(VERSION), content.get("version"))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .._expect import expect_value
 from .._files import write_whole
 from ..ops.sparse_attention import BlockIndex
 from .index import pattern_index, stitch
@@ -119,16 +120,17 @@ class PrefillPlan:
         content = _read_json("PrefillPlan.load", path)
         if isinstance(content, list):
             raise ValueError(f"{path}: a list, as in MInference's files: read it with PrefillPlan.from_minference")
-        _expect(isinstance(content, dict), path, "the file", "a JSON object", content)
-        _expect(content.get("format") == FORMAT, path, "format", repr(FORMAT), content.get("format"))
-        _expect(content.get("version") == VERSION, path, "version", str(VERSION), content.get("version"))
+        expect_value(isinstance(content, dict), path, "the file", "a JSON object", content)
+        expect_value(content.get("format") == FORMAT, path, "format", repr(FORMAT), content.get("format"))
+        expect_value(content.get("version") == VERSION, path, "version", str(VERSION), content.get("version"))
         model, layers, provenance = (content.get(name) for name in ("model", "layers", "provenance"))
-        _expect(model is None or isinstance(model, dict), path, "model", "an object or null", model)
+        expect_value(model is None or isinstance(model, dict), path, "model", "an object or null", model)
         for name, value in (model or {}).items():
-            _expect(name in FINGERPRINT, path, "model", f"the fields {', '.join(FINGERPRINT)}", name)
+            expect_value(name in FINGERPRINT, path, "model", f"the fields {', '.join(FINGERPRINT)}", name)
             wanted = str if name == "model_type" else int
-            _expect(type(value) is wanted, path, f"model.{name}", wanted.__name__, value)
-        _expect(provenance is None or isinstance(provenance, dict), path, "provenance", "an object or null", provenance)
+            expect_value(type(value) is wanted, path, f"model.{name}", wanted.__name__, value)
+        good = provenance is None or isinstance(provenance, dict)
+        expect_value(good, path, "provenance", "an object or null", provenance)
         return cls(
             _pattern_from_json(path, "default", content.get("default")),
             _layers_from_json(path, "layers", layers, _pattern_from_json),
@@ -198,11 +200,6 @@ def fingerprint(config) -> dict[str, Any]:
 _MINFERENCE_DEFAULT = HeadPattern.of("vertical_slash", vertical_size=1000, slash_size=6096)
 
 
-def _expect(condition: bool, path, field: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"{path}: {field}: expected {expected}, got {got!r}")
-
-
 def _read_json(op: str, path: str | os.PathLike) -> Any:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{op}: path: expected a file, got {str(path)!r}, which is not one")
@@ -218,12 +215,12 @@ def _write_json(path: str | os.PathLike, content: Any) -> None:
 
 
 def _layers_from_json(path, field: str, layers: Any, parse: Callable) -> tuple[dict[int, HeadPattern], ...]:
-    _expect(isinstance(layers, list), path, field, "a list over layers", layers)
+    expect_value(isinstance(layers, list), path, field, "a list over layers", layers)
     parsed = []
     for i, layer in enumerate(layers):
-        _expect(isinstance(layer, dict), path, f"{field}[{i}]", "an object with a pattern for each head", layer)
+        expect_value(isinstance(layer, dict), path, f"{field}[{i}]", "an object with a pattern for each head", layer)
         for head in layer:
-            _expect(head.isascii() and head.isdigit(), path, f"{field}[{i}]", "head numbers", head)
+            expect_value(head.isascii() and head.isdigit(), path, f"{field}[{i}]", "head numbers", head)
         parsed.append({int(head): parse(path, f"{field}[{i}][{head}]", p) for head, p in layer.items()})
     return tuple(parsed)
 
@@ -234,15 +231,15 @@ def _pattern_to_json(pattern: HeadPattern) -> dict[str, Any]:
 
 
 def _pattern_from_json(path, field: str, content: Any) -> HeadPattern:
-    _expect(isinstance(content, dict), path, field, "an object", content)
-    _expect("pattern" in content, path, f"{field}.pattern", f"one of {', '.join(PATTERNS)}", None)
+    expect_value(isinstance(content, dict), path, field, "an object", content)
+    expect_value("pattern" in content, path, f"{field}.pattern", f"one of {', '.join(PATTERNS)}", None)
     return _checked(path, field, content)
 
 
 def _checked(path, field: str, content: dict[str, Any]) -> HeadPattern:
     for name, parameter in MEASURED.items():
         value = content.get(name)
-        _expect(parameter.accepts(value), path, f"{field}.{name}", parameter.expected, value)
+        expect_value(parameter.accepts(value), path, f"{field}.{name}", parameter.expected, value)
     try:
         return HeadPattern.of(**content)
     except PlanError as error:
@@ -257,10 +254,10 @@ _MINFERENCE = {
 
 
 def _pattern_from_minference(path, field: str, content: Any) -> HeadPattern:
-    _expect(isinstance(content, list) and len(content) == 4, path, field, "[type, number, number, score]", content)
+    expect_value(isinstance(content, list) and len(content) == 4, path, field, "[type, number, number, score]", content)
     kind, first, second, score = content
     known = isinstance(kind, str) and kind in _MINFERENCE
-    _expect(known, path, f"{field}[0]", f"one of {', '.join(_MINFERENCE)}", kind)
+    expect_value(known, path, f"{field}[0]", f"one of {', '.join(_MINFERENCE)}", kind)
     pattern, first_name, second_name = _MINFERENCE[kind]
     numbers = {first_name: first} | ({second_name: second} if second_name else {"sink": 0, "local": 0})
     return _checked(path, field, {"pattern": pattern, **numbers, "score": score})

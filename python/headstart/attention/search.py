@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from .._environment import environment
+from .._expect import expect
 from .._files import write_whole
 from ..ops.sparse_attention import sparse_attention
 from .index import full_index, pattern_index, window_index
@@ -39,6 +40,7 @@ from .plan import PrefillPlan, fingerprint
 FORMAT = "headstart.prefill_search"
 VERSION = 1
 NAME = "headstart_search"
+OP = "search_prefill_plan"
 
 # Candidates without a threshold get budgets for about these shares of dense attention.
 SHARES = (0.05, 0.1, 0.2, 0.35)
@@ -122,16 +124,16 @@ def search_prefill_plan(
     op = "search_prefill_plan"
     if (max_error is None) == (density is None):
         raise ValueError(f"{op}: budget: expected max_error or density, got {'neither' if density is None else 'both'}")
-    _expect(max_error is None or (math.isfinite(max_error) and max_error >= 0), "max_error", "at least 0", max_error)
-    _expect(density is None or 0 < density <= 1, "density", "a share of the attention, above 0 and up to 1", density)
-    _expect(type(tokens) is int and tokens >= 256, "tokens", "an integer, at least 256", tokens)
-    _expect(type(windows) is int and windows >= 1, "windows", "an integer, at least 1", windows)
-    _expect(len(texts) > 0, "texts", "at least one text", 0)
+    expect(max_error is None or (math.isfinite(max_error) and max_error >= 0), OP, "max_error", "at least 0", max_error)
+    expect(density is None or 0 < density <= 1, OP, "density", "a share of the attention, above 0 and up to 1", density)
+    expect(type(tokens) is int and tokens >= 256, OP, "tokens", "an integer, at least 256", tokens)
+    expect(type(windows) is int and windows >= 1, OP, "windows", "an integer, at least 1", windows)
+    expect(len(texts) > 0, OP, "texts", "at least one text", 0)
     for name, ids in texts.items():
-        _expect(ids.dim() == 1 and ids.dtype == torch.int64, f"texts[{name!r}]", "token ids, int64 [n]", ids.dtype)
-        _expect(len(ids) >= tokens, f"texts[{name!r}]", f"at least {tokens} tokens (a window's length)", len(ids))
+        expect(ids.dim() == 1 and ids.dtype == torch.int64, OP, f"texts[{name!r}]", "token ids, int64 [n]", ids.dtype)
+        expect(len(ids) >= tokens, OP, f"texts[{name!r}]", f"at least {tokens} tokens (a window's length)", len(ids))
     patterns = candidates(tokens) if patterns is None else list(patterns)
-    _expect(len(patterns) > 0, "patterns", "at least one candidate", 0)
+    expect(len(patterns) > 0, OP, "patterns", "at least one candidate", 0)
 
     starts = {name: _starts(len(ids), tokens, windows, seed) for name, ids in texts.items()}
     identity = {
@@ -197,8 +199,9 @@ def choose(
         accurate, goal = pick(0.0), max_error**2 * layers * ROUNDING
         low, high = 0.0, 1.0
         within = lambda choice: total(error, choice) <= goal  # noqa: E731
-        _expect(
+        expect(
             within(accurate),
+            OP,
             "max_error",
             f"at least {(total(error, accurate) / layers) ** 0.5:.3g}, the error of the most accurate candidates",
             max_error,
@@ -212,7 +215,7 @@ def choose(
         if not within(pick(0.0)):
             return pick(0.0)
         while within(pick(high)):
-            _expect(high < 1e12, "density", "one that some candidates meet", density)
+            expect(high < 1e12, OP, "density", "one that some candidates meet", density)
             low, high = high, high * 4
     # `within` holds at low and not at high.
     for _ in range(100):
@@ -235,11 +238,11 @@ def _measure_window(model, ids, window, patterns, record, advance) -> None:
     for name, module in names.items():
         if hasattr(module, "layer_idx") and hasattr(module, "is_causal"):
             layers[module.layer_idx] = (module, names[name.rpartition(".")[0]])
-    _expect(len(layers) > 0, "model", "one whose attention goes through AttentionInterface", type(model).__name__)
+    expect(len(layers) > 0, OP, "model", "one whose attention goes through AttentionInterface", type(model).__name__)
     nk = len(ids)
     windows = {layer: getattr(module, "sliding_window", None) or nk for layer, (module, _) in layers.items()}
     wanted = [layer for layer, size in windows.items() if size >= nk]
-    _expect(len(wanted) > 0, "tokens", f"at most {max(windows.values())}, as all layers have a sliding window", nk)
+    expect(len(wanted) > 0, OP, "tokens", f"at most {max(windows.values())}, as all layers have a sliding window", nk)
     if all(record.has(window, layer) for layer in wanted):
         for _ in layers:
             advance()
@@ -273,7 +276,9 @@ def _measure_window(model, ids, window, patterns, record, advance) -> None:
     with torch.inference_mode():
         decoder(ids[None].to(model.device), use_cache=False)
     missing = [layer for layer in wanted if not record.has(window, layer)]
-    _expect(not missing, "model", "attention that goes through AttentionInterface in every layer", f"{missing} without")
+    expect(
+        not missing, OP, "model", "attention that goes through AttentionInterface in every layer", f"{missing} without"
+    )
 
 
 def _measure_layer(module, query, key, value, scaling, dense, stream, patterns) -> Measured:
@@ -404,8 +409,3 @@ def _digest_of_weights(model: torch.nn.Module) -> str:
         few = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)].float().cpu()
         digest.update(name.encode() + few.numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _expect(condition: bool, argument: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"search_prefill_plan: {argument}: expected {expected}, got {got}")

@@ -1,1 +1,1 @@
-"""The commands behind `headstart`, one file each."""
+"""The commands of `headstart`, one file each; some of them are functions of the package too."""

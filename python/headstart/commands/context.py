@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..context.context import Context
-from ..engine.load import load_model
-from ..texts import read_text, token_ids
+from ..model.load import load_model
+from .texts import read_text, token_ids
 
 
 def build(
@@ -28,7 +28,7 @@ def build(
     """Builds the context of a UTF-8 file and writes it to `output`.
 
     Args:
-        model: what `engine.load.load_model` takes.
+        model: what `model.load.load_model` takes.
         tokens: of the text's beginning; all, or as many as leave the model room for 512 more, if None.
         clusters, parents, prefill, seed: see `Context.build`.
     """

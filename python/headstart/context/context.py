@@ -1,7 +1,7 @@
 """A fixed context that many questions share. It is read once and clustered, and questions look up what they need of it.
 
     context = Context.build(model, ids)            # or Context.load(folder)
-    cache = context.cache(sparsity=0.8)
+    cache = context.cache(density=0.2)
     model.generate(question, past_key_values=cache)
     cache.reset()                                   # the next question
 
@@ -29,23 +29,14 @@ from ..attention.forward import ContextKeys, attachment, modeling_attribute
 from ..attention.index import full_index
 from ..attention.plan import fingerprint, plan_of
 from ..attention.recording import record_queries
-from ..engine import linear
 from ..ops import _checks
 from ..ops.centroid_lookup import centroid_lookup, centroid_top_p
 from ..ops.sparse_attention import BlockIndex, merge_attention, sparse_attention
+from ..weights import upcast
 from . import file as context_file
-from .layer import (
-    BLOCK,
-    BUDGETS,
-    WINDOW,
-    LayerContext,
-    Rope,
-    arrange,
-    concat_layers,
-    thresholds,
-)
+from .layer import BLOCK, BUDGETS, WINDOW, LayerContext, Rope, arrange, concat_layers, thresholds
 
-DEFAULT_SPARSITY = 0.8
+DEFAULT_DENSITY = 0.2
 SELECTIONS = ("threshold", "top_k", "top_p")
 # If the keys of a layer have fewer values than this (heads · tokens · head dim), the whole context is attended, because
 # a lookup takes longer than attending all. Measured (docs/measurements/context.md, "A fixed context").
@@ -113,7 +104,7 @@ class Context:
         if not is_attached(reader):
             reader = unpatched_view(reader)
             attach(op, reader, plan_of(op, prefill))
-            linear.attach_all(reader, "auto")
+            upcast.attach_all(reader, "auto")
         cache, queries = _read(reader, input_ids.to(model.device), advance)
         layers = []
         for i, layer in enumerate(cache.layers):
@@ -185,7 +176,7 @@ class Context:
     def cache(
         self,
         batch_size: int = 1,
-        sparsity: float = DEFAULT_SPARSITY,
+        density: float = DEFAULT_DENSITY,
         *,
         selection: str = "threshold",
         mass: float | None = None,
@@ -197,11 +188,12 @@ class Context:
 
         Args:
             batch_size: the number of questions; `generate` may use several rows for each.
-            sparsity: the share of the clustered keys that a query leaves out. It is a mean over layers, heads and the
-                calibrating queries. With 0, queries attend everything. Sinks and the last keys are always attended.
+            density: the share of the clustered keys that a query attends, above 0 and up to 1. It is a mean over
+                layers, heads and the calibrating queries. With 1, queries attend everything. Sinks and the last keys
+                are always attended.
             selection: "threshold" takes the clusters whose score exceeds a threshold; "top_k" takes the same number of
                 keys for every query; "top_p" takes the fewest clusters that have the share `mass` of a query's
-                attention, whatever the sparsity.
+                attention, whatever the density.
             mass: for "top_p", above 0 and up to 1.
             budget: how the heads share the attended keys. "measured" has the least error for the calibrating queries;
                 "equal" gives all heads the same share, as top-k always does; "global" has one threshold for all layers
@@ -209,7 +201,7 @@ class Context:
             hierarchical: look up parents first, and then only the children of the kept parents. None means: if there
                 are parents.
         """
-        return ContextCache(self, batch_size, sparsity, selection, mass, budget, hierarchical)
+        return ContextCache(self, batch_size, density, selection, mass, budget, hierarchical)
 
     @property
     def bytes(self) -> int:
@@ -321,11 +313,11 @@ class ContextLayer(DynamicLayer):
 class ContextCache(Cache):
     """A `Context` as a transformers cache. `Context.cache` makes it."""
 
-    def __init__(self, context, batch_size, sparsity, selection, mass, budget, hierarchical):
+    def __init__(self, context, batch_size, density, selection, mass, budget, hierarchical):
         op, has_parents = "Context.cache", context.layers[0].parent_scores is not None
         _checks.expect(type(batch_size) is int and batch_size >= 1, op, "batch_size", "a positive integer", batch_size)
-        good = type(sparsity) in (int, float) and 0 <= sparsity < 1
-        _checks.expect(good, op, "sparsity", "a number from 0 to less than 1", sparsity)
+        good = type(density) in (int, float) and 0 < density <= 1
+        _checks.expect(good, op, "density", "a share above 0 and up to 1", density)
         _checks.expect(selection in SELECTIONS, op, "selection", f"one of {', '.join(SELECTIONS)}", selection)
         _checks.expect(budget in BUDGETS, op, "budget", f"one of {', '.join(BUDGETS)}", budget)
         good = type(mass) in (int, float) and 0 < mass <= 1 if selection == "top_p" else mass is None
@@ -333,16 +325,16 @@ class ContextCache(Cache):
         _checks.expect(good, op, "mass", wanted, mass)
         hierarchical = has_parents and selection != "top_p" if hierarchical is None else hierarchical
         _checks.expect(has_parents or not hierarchical, op, "hierarchical", "False, since there are no parents", True)
-        self.context, self.questions, self.sparsity, self.selection = context, batch_size, sparsity, selection
+        self.context, self.questions, self.density, self.selection = context, batch_size, density, selection
         self.mass, self.hierarchical = mass, hierarchical
-        self.dense = sparsity == 0 or context.layers[0].keys.numel() < BREAK_EVEN
+        self.dense = density == 1 or context.layers[0].keys.numel() < BREAK_EVEN
         super().__init__(layers=[ContextLayer(*each) for each in self._layers(budget)])
 
     def _layers(self, budget: str):
         layers = self.context.layers
         if self.selection == "top_k":
             budget = "equal"
-        limits = thresholds(layers, self.sparsity, budget, self.hierarchical)
+        limits = thresholds(layers, self.density, budget, self.hierarchical)
         for layer, (own, parents) in zip(layers, limits, strict=True):
             own = torch.zeros_like(own) if self.selection == "top_k" else own.exp().contiguous()
             yield layer, self, own, None if parents is None else parents.exp().contiguous()
@@ -381,7 +373,7 @@ def _index(layer: ContextLayer, q: torch.Tensor, scale: float | None) -> BlockIn
             scale=scale,
             block_q=BLOCK,
             parent_threshold=layer.parent_threshold,
-            max_columns=max(1, round((1 - cache.sparsity) * context.clustered)) if cache.selection == "top_k" else None,
+            max_columns=max(1, round(cache.density * context.clustered)) if cache.selection == "top_k" else None,
         )
     count, ids = _blocks(context.clustered, keys, rows, q.device)
     shape = columns[0].shape

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .._expect import checker
 from .._files import write_whole_folder
 from ..ops.centroid_lookup import KeyClusters
 from .layer import BLOCK, LEVELS, PARENT_GRID, SHARES, LayerContext, Rope
@@ -102,11 +103,7 @@ def _read_description(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from None
-
-    def expect(good: bool, field: str, expected: str, got: object) -> None:
-        if not good:
-            raise ValueError(f"{path}: {field}: expected {expected}, got {got!r}")
-
+    expect = checker(path)
     expect(isinstance(content, dict), "the file", "a JSON object", content)
     expect(content.get("format") == FORMAT, "format", repr(FORMAT), content.get("format"))
     expect(content.get("version") == VERSION, "version", str(VERSION), content.get("version"))

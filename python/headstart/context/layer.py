@@ -7,7 +7,7 @@ Keys that are attended together are stored together:
 
 Every query attends the kept keys. M is a multiple of 64, so they are whole blocks of a `BlockIndex`; the clusters that
 a query needs are its columns. The queries at the end of the context, the observation window, show how scores are
-distributed. A table of their quantiles tells which threshold leaves out which share of the keys, so any sparsity can be
+distributed. A table of their quantiles tells which threshold leaves out which share of the keys, so any density can be
 chosen later. The same queries show how large the error of each head is at each share, and so which heads need more
 keys. For example, a head that looks for one key, which the mean of its cluster hides, keeps more of them.
 
@@ -31,7 +31,7 @@ from ..reference.centroid_lookup import log_scores, select
 BLOCK = 64
 SINK = 4  # first keys, always kept
 WINDOW = 100  # last keys, always kept; their queries calibrate
-LEVELS = 257  # of a quantile table, from sparsity 0 to 1
+LEVELS = 257  # of a quantile table: shares of the keys that are left out, from 0 to 1
 LARGEST_CLUSTER = 4  # times the mean size; larger ones are split
 BUDGETS = ("measured", "equal", "global")
 # `LayerContext.errors` are measured with these shares of the clustered keys left out.
@@ -57,7 +57,7 @@ class LayerContext:
       mean over the queries of the window and the query heads of a KV head, and never falls from one share to the next;
     - ``parent_scores``: like ``scores``, for the parents; None without parents;
     - ``child_scores`` float32 [len(PARENT_GRID), Hkv, LEVELS]: like ``scores``, for the clusters whose parents are kept
-      at each sparsity of PARENT_GRID; None without parents.
+      at each share left out of PARENT_GRID; None without parents.
     """
 
     keys: torch.Tensor
@@ -197,10 +197,10 @@ def _child_quantiles(clusters: KeyClusters, queries: torch.Tensor, limit: torch.
 
 
 def thresholds(
-    layers: Sequence[LayerContext], sparsity: float, budget: str, hierarchical: bool
+    layers: Sequence[LayerContext], density: float, budget: str, hierarchical: bool
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Thresholds that leave out a share of `sparsity` of all clustered keys. The ln of a score must exceed them. Every
-    layer has two: float32 [Hkv] for the clusters, and float32 [Hkv] for the parents, or None if not `hierarchical`.
+    """Thresholds that keep a share of `density` of all clustered keys. The ln of a score must exceed them. Every layer
+    has two: float32 [Hkv] for the clusters, and float32 [Hkv] for the parents, or None if not `hierarchical`.
 
     Args:
         budget: "measured": every head leaves out the share that `head_shares` gives it; "equal": all heads leave out
@@ -208,9 +208,9 @@ def thresholds(
             keep more.
     """
     if budget == "measured":
-        shares = head_shares([layer.errors for layer in layers], sparsity)
+        shares = head_shares([layer.errors for layer in layers], 1 - density)
     else:
-        shares = [torch.full_like(layer.errors[:, 0], sparsity) for layer in layers]
+        shares = [torch.full_like(layer.errors[:, 0], 1 - density) for layer in layers]
     if hierarchical:
         tables = [_child_tables(layer.child_scores, share) for layer, share in zip(layers, shares, strict=True)]
     else:
@@ -225,12 +225,12 @@ def thresholds(
     return list(zip(own, parents, strict=True))
 
 
-def head_shares(errors: Sequence[torch.Tensor], sparsity: float) -> list[torch.Tensor]:
-    """The share of the keys that every head leaves out, float32 [Hkv] for every layer. Its mean is `sparsity`, and the
+def head_shares(errors: Sequence[torch.Tensor], left_out: float) -> list[torch.Tensor]:
+    """The share of the keys that every head leaves out, float32 [Hkv] for every layer. Its mean is `left_out`, and the
     sum of the errors, [Hkv, len(SHARES)] for every layer, is least.
 
     At a given price for a key, every head takes the share with the least total of error and price. Bisection finds the
-    price. The answers at the last two prices are mixed so that the mean is `sparsity`.
+    price. The answers at the last two prices are mixed so that the mean is `left_out`.
     """
     table = torch.cat(list(errors))
     shares = torch.tensor(SHARES, device=table.device)
@@ -239,12 +239,12 @@ def head_shares(errors: Sequence[torch.Tensor], sparsity: float) -> list[torch.T
     for _ in range(50):
         price = (low + high) / 2
         taken = shares[(table - 2**price * shares).argmin(-1)]
-        if taken.mean() > sparsity:
+        if taken.mean() > left_out:
             many, high = taken, price
         else:
             few, low = taken, price
     a, b = few.mean(), many.mean()
-    mixed = torch.lerp(few, many, ((sparsity - a) / (b - a).clamp(min=1e-6)).clamp(0, 1))
+    mixed = torch.lerp(few, many, ((left_out - a) / (b - a).clamp(min=1e-6)).clamp(0, 1))
     return list(mixed.split([len(x) for x in errors]))
 
 

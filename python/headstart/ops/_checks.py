@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+from .._expect import expect, fail
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -22,15 +24,6 @@ def dtype_names(dtypes: Sequence[torch.dtype]) -> str:
 def describe(x: torch.Tensor) -> str:
     """E.g. ``int64 [1, 8, 63, 12]``."""
     return f"{str(x.dtype).removeprefix('torch.')} [{', '.join(str(s) for s in x.shape)}]"
-
-
-def fail(op: str, argument: str, expected: str, got: object) -> None:
-    raise ValueError(f"{op}: {argument}: expected {expected}, got {got}")
-
-
-def expect(condition: bool, op: str, argument: str, expected: str, got: object) -> None:
-    if not condition:
-        fail(op, argument, expected, got)
 
 
 def tensor(

@@ -1,0 +1,1 @@
+"""Whole models: opened from a checkpoint."""

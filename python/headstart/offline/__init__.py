@@ -1,1 +1,0 @@
-"""Work done ahead of time, and the artifacts that it leaves behind."""
