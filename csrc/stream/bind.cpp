@@ -101,8 +101,7 @@ class PyStreamer {
 }  // namespace
 
 PYBIND11_MODULE(_stream, m) {
-  m.doc() =
-      "Reads weights from storage ahead of the layers that want them; headstart/stream/ring.py is how to use it.";
+  m.doc() = "Reads weights from storage ahead of the layers that want them; headstart/stream/ring.py is how to use it.";
   py::register_exception_translator([](std::exception_ptr p) {
     try {
       if (p) std::rethrow_exception(p);
