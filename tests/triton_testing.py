@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,7 +60,7 @@ class Recorder:
 
     def __getitem__(self, grid):
         def launch(*args, **options):
-            self.args, self.options = args, options
+            self.grid, self.args, self.options = grid, args, options
 
         return launch
 
@@ -77,6 +78,9 @@ def record(monkeypatch, *modules) -> dict[str, Recorder]:
 def compile_launch(modules, monkeypatch, name: str, capability: int, call):
     """Compiles kernel `name` of one of `modules` as `call` last launches it on a device of this capability."""
     import triton
+
+    if tool("ptxas") is None:
+        pytest.skip("triton brings no ptxas, and there is none on the PATH")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -105,15 +109,33 @@ def compile_launch(modules, monkeypatch, name: str, capability: int, call):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def resources(binary, folder: Path) -> dict[str, int] | None:
-    """Registers and stack (spills) of a thread, from the cubin; None where triton brings no cuobjdump."""
+def tool(name: str) -> str | None:
+    """The path of one of CUDA's programs: triton's own copy, or the one on the PATH."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
+    bundled = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return str(bundled) if bundled.exists() else shutil.which(name)
+
+
+def main_loop(ptx: str) -> str:
+    """The shortest loop of a kernel's PTX that multiplies on tensor cores."""
+    starts, loops = {}, []
+    for at, line in enumerate(lines := ptx.splitlines()):
+        if label := re.match(r"(\$L\w+):", line):
+            starts[label[1]] = at
+        jump = re.search(r"\bbra(?:\.uni)?\s+(\$L\w+);", line)
+        if jump and jump[1] in starts:
+            loops.append("\n".join(lines[starts[jump[1]] : at + 1]))
+    return min((loop for loop in loops if "mma." in loop), key=len)
+
+
+def resources(binary, folder: Path) -> dict[str, int] | None:
+    """Registers and stack (spills) of a thread, from the cubin; None where there is no cuobjdump."""
+    cuobjdump = tool("cuobjdump")
+    if cuobjdump is None:
         return None
     path = folder / "kernel.cubin"
     path.write_bytes(binary.asm["cubin"])
-    text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    text = subprocess.run([cuobjdump, "-res-usage", path], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     return {"registers": int(found[1]), "stack": int(found[2]), "shared": binary.metadata.shared}

@@ -5,16 +5,36 @@ The product is taken transposed, outᵀ = W · xᵀ, so that the side of W, neve
 
           x rows          a block of K is BLOCK_K / 32 slabs, in the order of the packed words (csrc/layouts/int4.h):
          ┌──────┐            word [column, slab, t]  >> 4 i + 16 h & 15  =  code [column, slab, i, t, h]
-    W    │      │         and that is [column, k] as it stands, since k = 32 slab + 8 i + 2 t + h: a broadcast and a
- columns │      │         reshape, no gather.
+    W    │      │         and that is [column, k] as it stands, since k = 32 slab + 8 i + 2 t + h.
+ columns │      │
          └──────┘            sum += scale · (code - zero) · xᵀ
 
-Codes become floats by a magic number: code | 0x4B000000 is 2^23 + code as float32, and 2^23 + zero is taken off
-exactly, so a fragment holds code - zero, an integer that every dtype represents. The scale is applied to float32 sums.
+    global ──cp.async──▶ shared, `num_stages` deep ──▶ registers: a lane's words ──▶ its fragment of W ──▶ tensor cores
+           words, zeros, x                              (scales: loaded into registers, one block of K early)
+
+A lane unpacks what it multiplies, so the unpacked weight never goes through shared memory. That needs words, and every
+operation up to the product, in the layout of the product's operand. Triton moves that layout up to the loads only past
+elementwise operations, joins, permutations and reshapes; a shift by a `tl.arange` stops it. So the eight codes of a
+word are opened one by one, with constants, and joined.
+
+The joined dimensions h and i must be registers of a lane, and t its place in a group of four. Triton gives a lane
+LANE_K adjacent k of a tile: 2 with wgmma. With mma.sync, 8 where the zero points are bytes and 4 where there are none
+(it divides 32 bits by the narrowest load of the chain, and by half of that where there is a join). So k is taken in
+another order within a slab there, for W and for x alike:
+
+    LANE_K 2:  slab, i, t, h       LANE_K 4:  slab, i // 2, t, i % 2, h       LANE_K 8:  slab, t, i, h
+
+Another order changes no result but its rounding. The tests count copies, loads and stores in the machine code, so that
+a Triton that chooses otherwise shows.
+
+Codes become floats by a magic number: code · 2^b | (150 - b) · 2^23 is 2^(23 - b) + code as float32, and 2^(23 - b) +
+zero is taken off exactly, so a fragment holds code - zero, an integer that every dtype represents. The scale is applied
+to float32 sums.
 
 K is cut into parts by its length alone. Where there are few tiles (small M), each part is a program of its own and
 `add_parts_kernel` adds them in order; where there are many, one program walks all parts and adds in the same order.
-With blocks of K that depend on nothing but the group size, a row's result does not depend on the batch around it.
+With blocks of K that depend on the group size and the dtype alone, a row's result does not depend on the batch around
+it.
 
 Floor: few rows, K · N / 2 bytes and scales and zeros at the memory's rate (2.6 µs for 4096 × 4096, group 128, at 3.35
 TB/s); many rows, 2 · M · N · K operations. Parts cost 8 · parts · M · N bytes between the two kernels, mostly in L2.
@@ -44,14 +64,24 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def choose_tile(m: int, dtype: torch.dtype) -> Tile:
+def choose_tile(m: int, dtype: torch.dtype, wgmma: bool) -> Tile:
     if dtype == torch.float32:
-        return Tile(64, 16, 4, 3) if m <= 16 else Tile(64, 64, 8, 3)
+        return Tile(64, 16, 4, 3) if m <= 16 else Tile(64, 32, 4, 3)
     if m <= 16:
-        return Tile(64, 16, 4, 5)
+        return Tile(64, 16, 4, 4)
     if m <= 32:
-        return Tile(64, 32, 4, 4)
-    return Tile(64, 64, 4, 4) if m <= 64 else Tile(64, 128, 8, 3)
+        return Tile(64, 32, 4 if wgmma else 2, 4)
+    if m <= 64:
+        return Tile(64, 64, 4, 4)
+    return Tile(128, 128, 8, 3) if wgmma else Tile(128, 64, 8, 3)
+
+
+def choose_block_k(dtype: torch.dtype, group_slabs: int) -> int:
+    """K of a block, all of one group: the longer, the fewer instructions beside the codes. 0 slabs: K is one group, for
+    which blocks of 128 spilled 88 B on sm_80."""
+    if dtype != torch.float32 and group_slabs > 0 and group_slabs % 4 == 0:
+        return 128
+    return 64 if group_slabs % 2 == 0 else 32
 
 
 def choose_parts(k: int) -> tuple[int, int]:
@@ -62,7 +92,36 @@ def choose_parts(k: int) -> tuple[int, int]:
     return triton.cdiv(slabs, part_slabs), part_slabs
 
 
-@triton.jit(do_not_specialize=["m", "n", "k_units", "stride_x", "group_slabs", "groups", "part_slabs", "parts"])
+def lane_k(dtype: torch.dtype, has_zeros: bool, wgmma: bool) -> int:
+    """How many adjacent k of a tile the compiler gives a lane as its share of the weight: see the drawing."""
+    if dtype == torch.float32 or wgmma:
+        return 2
+    return 8 if has_zeros else 4
+
+
+@triton.jit
+def group_of(slab, GROUP_SLABS: tl.constexpr):
+    if GROUP_SLABS == 0:
+        return slab * 0
+    else:
+        return slab // GROUP_SLABS
+
+
+@triton.jit
+def opened(words, PLACE: tl.constexpr, zero, dtype: tl.constexpr):
+    """code - zero, exact, of the code that begins at bit PLACE: not shifted where a float's mantissa has that bit."""
+    SHIFT: tl.constexpr = 0 if PLACE < 20 else 12
+    BIT: tl.constexpr = PLACE - SHIFT
+    magic = (words >> SHIFT & (15 << BIT)) | ((150 - BIT) << 23)  # 2^(23 - BIT) + code
+    return (magic.to(tl.float32, bitcast=True) - (2.0 ** (23 - BIT) + zero)).to(dtype)
+
+
+@triton.jit
+def opened_pair(words, PAIR: tl.constexpr, zero, dtype: tl.constexpr):
+    return tl.join(opened(words, 4 * PAIR, zero, dtype), opened(words, 4 * PAIR + 16, zero, dtype))
+
+
+@triton.jit(do_not_specialize=["m", "n", "k_units", "stride_x", "groups", "part_slabs", "parts"])
 def int4_gemm_kernel(
     x,
     packed,
@@ -75,7 +134,6 @@ def int4_gemm_kernel(
     m,
     n,
     k_units,
-    group_slabs,
     groups,
     part_slabs,
     parts,
@@ -83,12 +141,16 @@ def int4_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUP_SLABS: tl.constexpr,  # 0: one group
+    LANE_K: tl.constexpr,
+    EVEN: tl.constexpr,  # K is a multiple of BLOCK_K
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     SLABS: tl.constexpr = BLOCK_K // 32
+    dtype: tl.constexpr = x.dtype.element_ty
     k = k_units * UNIT
     slabs = (k + 31) // 32
     tiles_m = (m + BLOCK_M - 1) // BLOCK_M
@@ -99,7 +161,6 @@ def int4_gemm_kernel(
     slab = tl.arange(0, SLABS)
     words = packed + (panel * slabs * 64 + place)[:, None, None]
     words += (tl.arange(0, 4) * 16)[None, None, :]
-    shifts = (tl.arange(0, 4) * 4)[:, None] + (tl.arange(0, 2) * 16)[None, :]
     scale_at = panel * groups * 16 + place
     depth = tl.arange(0, BLOCK_K)
     x_rows = x + rows.to(tl.int64)[:, None] * stride_x * UNIT + depth[None, :]
@@ -113,20 +174,43 @@ def int4_gemm_kernel(
         last = first + 1
     for part in tl.range(first, last, num_stages=1):
         total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-        for at in tl.range(part * part_slabs, tl.minimum(part * part_slabs + part_slabs, slabs), SLABS):
-            in_words = in_panels[:, None, None] & (at + slab < slabs)[None, :, None]
-            word = tl.load(words + (at + slab).to(tl.int64)[None, :, None] * 64, mask=in_words, other=0)
-            group_at = scale_at + at // group_slabs * 16
-            scale = tl.load(scales + group_at, mask=in_panels, other=0.0).to(tl.float32)
-            if HAS_ZEROS:
-                zero = tl.load(zeros + group_at, mask=in_panels, other=0).to(tl.float32)
-            else:
-                zero = tl.full([BLOCK_N], 8.0, tl.float32)
-            code = ((word[:, :, None, :, None] >> shifts[None, None, :, None, :]) & 15) | 0x4B000000
-            weight = code.to(tl.float32, bitcast=True) - (8388608.0 + zero)[:, None, None, None, None]
-            weight = tl.reshape(weight.to(x.dtype.element_ty), [BLOCK_N, BLOCK_K])
+        begin = part * part_slabs
+        end = tl.minimum(begin + part_slabs, slabs)
+        next_scale = tl.load(scales + scale_at + group_of(begin, GROUP_SLABS) * 16, mask=in_panels, other=0.0)
+        for at in tl.range(begin, end, SLABS):
             start = at * 32
-            left = tl.load(x_rows + start, mask=is_row & (start + depth < k)[None, :], other=0.0)
+            word_at = words + (at + slab).to(tl.int64)[None, :, None] * 64
+            if EVEN:
+                word = tl.load(word_at, mask=in_panels[:, None, None], other=0)
+                left = tl.load(x_rows + start, mask=is_row, other=0.0)
+            else:
+                in_words = in_panels[:, None, None] & (at + slab < slabs)[None, :, None]
+                word = tl.load(word_at, mask=in_words, other=0)
+                left = tl.load(x_rows + start, mask=is_row & (start + depth < k)[None, :], other=0.0)
+            if HAS_ZEROS:
+                zero_at = scale_at + group_of(at, GROUP_SLABS) * 16
+                zero = tl.load(zeros + zero_at, mask=in_panels, other=0).to(tl.float32)[:, None, None]
+            else:
+                zero = 8.0
+            scale = next_scale.to(tl.float32)
+            next_at = tl.minimum(at + SLABS, slabs - 1)
+            next_scale = tl.load(scales + scale_at + group_of(next_at, GROUP_SLABS) * 16, mask=in_panels, other=0.0)
+
+            pairs01 = tl.join(opened_pair(word, 0, zero, dtype), opened_pair(word, 1, zero, dtype))
+            pairs23 = tl.join(opened_pair(word, 2, zero, dtype), opened_pair(word, 3, zero, dtype))
+            weight = tl.join(pairs01, pairs23)  # [column, slab, t, h, i % 2, i // 2]
+            if LANE_K == 2:
+                weight = tl.permute(weight, (0, 1, 5, 4, 2, 3))
+            else:
+                left = tl.reshape(left, [BLOCK_M, SLABS, 2, 2, 4, 2])  # [row, slab, i // 2, i % 2, t, h]
+                if LANE_K == 4:
+                    weight = tl.permute(weight, (0, 1, 5, 2, 4, 3))
+                    left = tl.permute(left, (0, 1, 2, 4, 3, 5))
+                else:
+                    weight = tl.permute(weight, (0, 1, 2, 5, 4, 3))
+                    left = tl.permute(left, (0, 1, 4, 2, 3, 5))
+                left = tl.reshape(left, [BLOCK_M, BLOCK_K])
+            weight = tl.reshape(weight, [BLOCK_N, BLOCK_K])
             product = tl.dot(weight, tl.trans(left), input_precision=PRECISION)
             total += product * scale[:, None]
         result += total
@@ -160,14 +244,18 @@ def int4_gemm(x, packed, scales, zeros=None, bias=None, *, group_size: int, n: i
     m = rows.shape[0]
     if m == 0:
         return out
-    slabs = triton.cdiv(k, 32)
-    group_slabs = slabs if group_size == -1 else group_size // 32
+    group_slabs = 0 if group_size in (-1, k) else group_size // 32
+    block_k = choose_block_k(x.dtype, group_slabs)
+    limits = device_limits(x.device)
+    if k % 8 == 0 and m > 1 and rows.stride(0) % 8:
+        rows = rows.contiguous()  # read once here, instead of 2 bytes at a time for every tile of columns
     stride = rows.stride(0) if m > 1 else k
-    unit = 8 if k % 8 == 0 and stride % 8 == 0 else 1
-    tile = choose_tile(m, x.dtype)
+    unit = 8 if k % 8 == 0 else 1
+    # Loads of single 16-bit values of x cannot be copied ahead: they wait in registers, where few rows have room.
+    tile = choose_tile(m if unit == 8 else min(m, 16), x.dtype, limits.wgmma)
     tiles = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns)
     parts, part_slabs = choose_parts(k)
-    split = parts > 1 and tiles < PROGRAMS * device_limits(x.device).processors
+    split = parts > 1 and tiles < PROGRAMS * limits.processors
     target = x.new_empty((parts, m, n), dtype=torch.float32) if split else out
     bias = None if bias is None else bias.contiguous()
     with on(x.device):
@@ -182,14 +270,16 @@ def int4_gemm(x, packed, scales, zeros=None, bias=None, *, group_size: int, n: i
             m,
             n,
             k // unit,
-            group_slabs,
             scales.shape[1],
             part_slabs,
             parts,
             UNIT=unit,
             BLOCK_N=tile.columns,
             BLOCK_M=tile.rows,
-            BLOCK_K=64 if group_slabs % 2 == 0 or group_size == -1 else 32,
+            BLOCK_K=block_k,
+            GROUP_SLABS=group_slabs,
+            LANE_K=lane_k(x.dtype, zeros is not None, limits.wgmma),
+            EVEN=k % block_k == 0,
             HAS_ZEROS=zeros is not None,
             HAS_BIAS=bias is not None,
             SPLIT=split,

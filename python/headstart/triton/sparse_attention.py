@@ -18,8 +18,8 @@ Floor, for a row of n selected keys (blocks and columns): 4 · BLOCK_M · n · D
 exponentials, and 2 · n · D elements of K and V read once from L2. Query heads of one KV head run side by side, and
 KV heads in sections whose keys and values fit in L2, so that DRAM sees K and V about once per section and query row
 sweep. Rows run last to first: under causality the last are the longest, and long rows must not start at the end. Where
-even the first row may be long, a device-side sort orders them by their counts (`longest_first`). Few queries over long
-lists take `sparse_attention_decode.py`, which splits a list among programs.
+even the first row may be long, a device-side sort orders them by their counts (`longest_first`). Few queries take
+`sparse_attention_decode.py`, where query heads share a tile and a long list is split among programs.
 
 A head dim that is not a power of two is cut in two power-of-two parts where that wastes less (80 = 64 + 16,
 96 = 64 + 32, 192 = 128 + 64), and padded where it does not.
@@ -353,26 +353,35 @@ class Config(NamedTuple):
 
 
 @functools.lru_cache
-def choose_config(d: int, nq: int, block_q: int, block_k: int, itemsize: int, limits: Limits) -> Config:
-    """Tiles that keep the accumulator, the scores and the queries in registers, and as many stages as memory holds."""
+def choose_config(
+    d: int, nq: int, block_q: int, block_k: int, itemsize: int, limits: Limits, masked: bool = True
+) -> Config:
+    """Tiles that keep the accumulator, the scores and the queries in registers, and as many stages as memory holds.
+
+    `masked`: there are columns or a window, whose loops and masks take registers of their own.
+    """
     d0, d1 = split_head_dim(d)
     width = d0 + d1
     rows = max(16, 1 << (nq - 1).bit_length())  # a decode step needs no 64 rows
     if itemsize == 4:  # plain FMAs: small tiles, for whole operands pass through registers
         block_m = min(block_q, rows, 64 if width <= 64 else 32)
-        block_n = 32 if width <= 128 else 16
-        num_warps = 8 if block_m >= 32 else 4
+        block_n = 32 if width <= 64 else 16
+        num_warps = 8
     else:
-        block_m = min(block_q, rows, 128 if width <= 128 else 64)
-        # wgmma keeps its second operand in shared memory; mma.sync needs registers for it, so narrower tiles.
-        if width <= 128:
-            block_n = block_k if limits.wgmma else 64
+        # wgmma keeps its second operand in shared memory; mma.sync needs registers for it, so smaller tiles.
+        if limits.wgmma:
+            block_m = min(block_q, rows, 128 if width <= 128 else 64)
+            block_n = (64 if masked else block_k) if width <= 128 else (32 if masked else 64)
         else:
-            block_n = 64 if limits.wgmma else 32
+            block_m = min(block_q, rows, 128 if width <= 64 else 64)
+            block_n = 32 if width > 128 or (masked and block_m >= 64) else 64
+            if d1 > 0 and block_m == 64 and (masked or width > 128):  # two accumulators
+                block_n = 16
         num_warps = 8 if block_m == 128 or (width > 128 and block_m == 64) else 4
     stage = 2 * block_n * width * itemsize
     held = block_m * width * itemsize
-    num_stages = max(1, min(3, (limits.shared_memory - held - 4096) // stage))
+    most = 2 if masked and width > (64 if limits.wgmma else 128) else 3  # a third costs registers, and spills
+    num_stages = max(1, min(most, (limits.shared_memory - held - 4096) // stage))
     return Config(d0, d1, block_m, block_n, num_warps, num_stages)
 
 
@@ -410,21 +419,18 @@ def sparse_attention(
     unit = stride_unit(q, k, v)
     strides = token_strides(unit, q, k, v)
 
-    # Of few queries, the heads that read one list of the same keys share a tile, and its list may be split.
-    splits = 1
-    if nq <= decode.MAX_ROWS:
-        pack = group if index_group % group == 0 and group * nq <= decode.MAX_ROWS else 1
+    few = nq <= decode.MAX_ROWS
+    if few:
+        pack = decode.choose_pack(math.gcd(group, index_group), nq)
         splits = decode.choose_splits(batch * heads // pack, lists.keys(block_k), limits.processors)
-    if splits > 1:
         limits = limits._replace(wgmma=False)  # which needs tiles of 64 rows
-        config = choose_config(d, pack * nq, block_q, block_k, q.element_size(), limits)
-    else:
-        config = choose_config(d, nq, block_q, block_k, q.element_size(), limits)
+    masked = lists.has_columns or window is not None
+    config = choose_config(d, pack * nq if few else nq, block_q, block_k, q.element_size(), limits, masked)
     options = dict(D=d, D0=config.d0, D1=config.d1, UNIT=unit, BLOCK_K=block_k, BLOCK_N=config.block_n)
     options |= dict(BLOCK_C=min(COLUMNS, config.block_n), CAUSAL=causal, HAS_KV_START=kv_start is not None)
     options |= dict(HAS_COLUMNS=lists.has_columns, HAS_COVERED=lists.has_covered, HAS_WINDOW=window is not None)
     options |= dict(PRECISION=precision(q))
-    if splits > 1:
+    if few:
         chosen = dict(pack=pack, index_group=index_group, splits=splits, config=config, options=options)
         decode.split_attention(q, k, v, out, lse, lists, kv_start, scale, strides, window, **chosen)
         return out, lse

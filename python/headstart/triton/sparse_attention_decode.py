@@ -1,7 +1,9 @@
-"""Sparse attention of few queries over long lists (decode, a few drafted tokens): the list is split among programs.
+"""Sparse attention of few queries (decode, a few drafted tokens): heads share a tile, and a long list is split.
 
-A decode step has one query a head, and so one program a head where a GPU wants hundreds. Here each program takes a
-share of one row's list, and a second, small kernel joins the shares by their log-sum-exp.
+A decode step has one query a head. Query heads that read the same keys by the same list are therefore packed into one
+tile, whether the list is split or not. Where the lists are fewer than a GPU has room for, each program takes a share of
+one list, and a second, small kernel joins the shares by their log-sum-exp. Where they are not, one program takes the
+whole list and writes the result itself.
 
               a row's list: blocks, then columns           query heads that share a list of the same keys stand
              ┌───────┬───────┬───────┬───────┬─ ─          together as rows of one tile, so K and V are read once
@@ -10,8 +12,8 @@ share of one row's list, and a second, small kernel joins the shares by their lo
                  ▼       ▼       ▼       ▼                 out [splits, B · Hq · Nq, D] fp32
              merge_splits_kernel: one program a row        lse [splits, B · Hq · Nq] in base 2
 
-Floor: the listed keys and values once from DRAM, 2 · n · D elements a pack, and 8 · splits · D bytes a row between the
-two kernels. All tiles are masked: the loads bound this kernel, not the comparisons.
+Floor: the listed keys and values once from DRAM, 2 · n · D elements a pack, and, if there are several splits, 8 ·
+splits · D bytes a row between the two kernels. All tiles are masked: the loads bound this kernel, not the comparisons.
 
 The number of splits follows from shapes and the device alone, so the same call always adds in the same order.
 """
@@ -40,15 +42,15 @@ SPLIT_KEYS = 256  # a split shorter than this costs more to join than it saves
         "group", "index_group",
     ],
     do_not_specialize_on_alignment=[
-        "block_count", "block_index", "column_count", "column_index", "covered", "kv_start", "part_lse",
+        "block_count", "block_index", "column_count", "column_index", "covered", "kv_start", "lse",
     ],
 )  # fmt: skip
 def split_attention_kernel(
     q,
     k,
     v,
-    part_out,
-    part_lse,
+    out,
+    lse,
     block_count,
     block_index,
     column_count,
@@ -107,12 +109,13 @@ def split_attention_kernel(
     HAS_KV_START: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_COVERED: tl.constexpr,
+    SPLIT: tl.constexpr,  # out and lse are those of a share, to be joined; else those of the whole list
     PRECISION: tl.constexpr,
 ):
-    split = tl.program_id(0)
+    split = tl.program_id(1)
     packs = heads // pack
-    batch = (tl.program_id(1) // packs).to(tl.int64)
-    first_head = (tl.program_id(1) % packs * pack).to(tl.int64)
+    batch = (tl.program_id(0) // packs).to(tl.int64)
+    first_head = (tl.program_id(0) % packs * pack).to(tl.int64)
     index_head = first_head // index_group
     lane = tl.arange(0, BLOCK_M)
     is_row = lane < pack * nq
@@ -195,14 +198,19 @@ def split_attention_kernel(
     seen = row_sum != 0
     inverse = tl.where(seen, 1.0 / tl.where(seen, row_sum, 1.0), 0.0)
     row_lse = tl.where(seen, row_max + tl.log2(tl.where(seen, row_sum, 1.0)), float("-inf"))
+    if not SPLIT:
+        row_lse *= 0.6931471805599453
     at = split.to(tl.int64) * rows + (batch * heads + first_head) * nq + lane
-    tl.store(part_lse + at, row_lse, mask=is_row)
+    tl.store(lse + at, row_lse, mask=is_row)
     dims0 = tl.arange(0, D0)
-    part_out += at[:, None] * D
-    tl.store(part_out + dims0[None, :], acc0 * inverse[:, None], mask=is_row[:, None] & (dims0 < D)[None, :])
+    dtype: tl.constexpr = out.dtype.element_ty
+    out += at[:, None] * D
+    mask0 = is_row[:, None] & (dims0 < D)[None, :]
+    tl.store(out + dims0[None, :], (acc0 * inverse[:, None]).to(dtype), mask=mask0)
     if D1 > 0:
         dims1 = D0 + tl.arange(0, D1)
-        tl.store(part_out + dims1[None, :], acc1 * inverse[:, None], mask=is_row[:, None] & (dims1 < D)[None, :])
+        mask1 = is_row[:, None] & (dims1 < D)[None, :]
+        tl.store(out + dims1[None, :], (acc1 * inverse[:, None]).to(dtype), mask=mask1)
 
 
 @triton.jit(do_not_specialize=["splits", "rows"], do_not_specialize_on_alignment=["part_lse", "lse"])
@@ -240,6 +248,11 @@ def merge_splits_kernel(
     tl.store(lse + row, result)
 
 
+def choose_pack(shared: int, nq: int) -> int:
+    """How many of the `shared` heads that read the same keys by the same list stand in one tile of MAX_ROWS rows."""
+    return max(pack for pack in range(1, shared + 1) if shared % pack == 0 and pack * nq <= MAX_ROWS)
+
+
 def choose_splits(units: int, keys: int, processors: int) -> int:
     """How many programs share each of `units` lists of up to `keys` keys: two programs an SM, if the lists are long."""
     return max(1, min(triton.cdiv(2 * processors, max(units, 1)), keys // SPLIT_KEYS, MAX_SPLITS))
@@ -252,10 +265,13 @@ def split_attention(
     batch, heads, nq, d = q.shape
     nk = k.shape[2]
     rows = batch * heads * nq
-    part_out = q.new_empty((splits, rows, d), dtype=torch.float32)
-    part_lse = q.new_empty((splits, rows), dtype=torch.float32)
+    part_out, part_lse = out, lse
+    if splits > 1:
+        part_out = q.new_empty((splits, rows, d), dtype=torch.float32)
+        part_lse = q.new_empty((splits, rows), dtype=torch.float32)
     with on(q.device):
-        split_attention_kernel[(splits, batch * heads // pack)](
+        # The lists are the grid's first dimension: only that one may pass 65,535.
+        split_attention_kernel[(batch * heads // pack, splits)](
             q,
             k,
             v,
@@ -278,9 +294,12 @@ def split_attention(
             index_group,
             **options,
             BLOCK_M=config.block_m,
+            SPLIT=splits > 1,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
         )
+        if splits == 1:
+            return
         merge_splits_kernel[(rows,)](
             part_out,
             part_lse,
