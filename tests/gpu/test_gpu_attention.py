@@ -133,6 +133,19 @@ def test_few_queries_over_long_lists(dtype, nq, heads_index):
     compare(q, k, v, random_index(2, heads_index, nq, 9000, columns=900, column_rows=1))
 
 
+@pytest.mark.parametrize("heads_index", [8, 16, 32])
+@pytest.mark.parametrize("nq", [1, 3, 8])
+def test_a_batch_whose_heads_share_keys_and_lists(nq, heads_index):
+    # Lists for each KV head, for two query heads and for one; so many that none is split.
+    q, k, v = tokens(64, 32, nq, 128, torch.bfloat16), *(tokens(64, 8, 700, 128, torch.bfloat16) for _ in range(2))
+    compare(q, k, v, random_index(64, heads_index, nq, 700, columns=40))
+
+
+def test_more_lists_than_a_grid_has_in_its_second_dimension():
+    q, k, v = tokens(2100, 32, 1, 64, torch.float16), *(tokens(2100, 32, 70, 64, torch.float16) for _ in range(2))
+    compare(q, k, v, random_index(1, 32, 1, 70, share=0.7))
+
+
 def test_a_chunk_with_one_dense_head():
     # Rows long enough to be sorted: one head lists all, the others little.
     q, k, v = tokens(1, 8, 512, 64, torch.float16), *(tokens(1, 2, 6000, 64, torch.float16) for _ in range(2))
