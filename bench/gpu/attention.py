@@ -20,8 +20,8 @@ PROMPTS = ((8192, 128, 64), (8192, 128, 128), (32768, 128, 64), (32768, 128, 128
            (131072, 128, 64), (131072, 64, 64))  # fmt: skip
 DENSITIES = (1.0, 0.25, 0.1, 0.05)
 # Sequences, keys of each, the share of their blocks that are listed.
-DECODE = ((1, 8192, 1.0), (1, 131072, 1.0), (1, 131072, 0.1), (16, 8192, 1.0), (17, 8192, 1.0), (16, 8192, 0.2), (64, 8192, 1.0),
-          (64, 8192, 0.2))  # fmt: skip
+DECODE = ((1, 8192, 1.0), (1, 131072, 1.0), (1, 131072, 0.1), (16, 8192, 1.0), (17, 8192, 1.0), (16, 8192, 0.2),
+          (64, 8192, 1.0), (64, 8192, 0.2))  # fmt: skip
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
