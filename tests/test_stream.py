@@ -19,6 +19,7 @@ pytest.importorskip("headstart._stream", reason="the weight streamer is not buil
 
 import headstart  # noqa: E402
 import int4_formats  # noqa: E402
+from headstart.attention.view import view_of  # noqa: E402
 from headstart.stream import plan as stream_plan  # noqa: E402
 from headstart.stream.load import load_streamed  # noqa: E402
 from headstart.stream.plan import Part, Tensor, parse_budget, plan, spread  # noqa: E402
@@ -90,6 +91,13 @@ def test_a_streamed_model_computes_the_same_bits(llama, more):
     for layer in stream.layers:
         assert all(p.is_meta for p in layer.parameters())  # nothing is left in the layers
     assert got.num_parameters() == model.num_parameters() and got.device.type == "cpu" and got.dtype == torch.float32
+
+
+def test_a_view_of_a_streamed_model_reads_the_same_weights(llama):
+    model, folder = llama
+    got = streamed(folder)
+    assert torch.equal(logits(view_of(got), tokens()), logits(model, tokens()))
+    assert stream_of(got).layers and all(p.is_meta for layer in stream_of(got).layers for p in layer.parameters())
 
 
 def test_a_budget_that_holds_everything_streams_nothing(llama):
