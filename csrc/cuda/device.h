@@ -1,4 +1,4 @@
-// What kernels need beyond CUDA C++: the PTX instructions of tensor cores and asynchronous copies; launch.h starts them.
+// What kernels need beyond CUDA C++: the PTX instructions of tensor cores and asynchronous copies.
 //
 // With HEADSTART_LANE_MODEL these names, and those of CUDA that kernels use, come from tests/lane_model/lane_model.h,
 // which runs a kernel on a CPU, lane by lane.

@@ -13,9 +13,10 @@
 //
 // Words go through shared memory because cp.async keeps them in flight without registers and across barriers: with four
 // stages and few rows 24 KiB of weights a block. An H100's multiprocessor has room for three blocks of up to 8 rows and
-// for two of up to 16, 72 and 48 KiB of weights; its memory wants 17 KiB (3.35 TB/s · 0.65 µs / 132). Straight into registers they would take 24 of each lane's, in a loop
-// unrolled by as many stages. A warp reads its 256 bytes of a slab back in one access without bank conflicts. All warps
-// of a part read the same fragments of x; none dequantises what another does.
+// for two of up to 16, 72 and 48 KiB of weights; its memory wants 17 KiB (3.35 TB/s · 0.65 µs / 132). Straight into
+// registers they would take 24 of each lane's, in a loop unrolled by as many stages. A warp reads its 256 bytes of a
+// slab back in one access without bank conflicts. All warps of a part read the same fragments of x; none dequantises
+// what another does.
 //
 // Every sum runs over k in the same order whatever the tile: groups within a part, the parts in order. So a row's
 // result does not depend on how many rows there are.
