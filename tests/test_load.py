@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import sys
 import threading
 
@@ -187,7 +188,9 @@ def test_settings_that_are_no_object(tmp_path, value):
     make(num_hidden_layers=1).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": value}))
-    with pytest.raises((ValueError, AttributeError, TypeError)):
+    with pytest.raises(
+        ValueError, match=f"^{path}: quantization_config: expected an object, got {re.escape(repr(value))}"
+    ):
         headstart.load(tmp_path)
 
 
@@ -220,10 +223,11 @@ def test_a_config_cannot_leave_out_anything(field):
 # --- the process ----------------------------------------------------------------------------------------------------
 
 
-def test_threads_that_load_leave_the_process_as_it_was(tmp_path, monkeypatch):
-    model = make(num_hidden_layers=1)
+def test_threads_that_load_leave_the_process_as_it_was(tmp_path, monkeypatch, capsys):
+    model = make(num_hidden_layers=1, tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
-    messages, real, levels = transformers.utils.logging, sys.stderr, []
+    messages, real, tied = transformers.utils.logging, sys.stderr, []
+    tie_weights, dtype = transformers.PreTrainedModel.tie_weights, torch.get_default_dtype()
     messages.enable_progress_bar()
     bar, seen = messages.tqdm, []
 
@@ -233,10 +237,12 @@ def test_threads_that_load_leave_the_process_as_it_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr("transformers.core_model_loading.tqdm", watched)
     before = logging.getLogger("transformers").level
+    capsys.readouterr()  # what saving wrote
 
     def work():
         for _ in range(3):
-            levels.append(headstart.load(tmp_path).dtype)
+            loaded = headstart.load(tmp_path, dtype=torch.bfloat16)
+            tied.append(loaded.lm_head.weight is loaded.model.embed_tokens.weight)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -244,11 +250,15 @@ def test_threads_that_load_leave_the_process_as_it_was(tmp_path, monkeypatch):
     for thread in threads:
         thread.join()
     try:
-        assert levels == [torch.float32] * 12 and set(seen) == {(True, False)}  # nobody's bar, everybody's stderr
+        assert tied == [True] * 12 and transformers.PreTrainedModel.tie_weights is tie_weights
+        assert torch.get_default_dtype() == dtype and set(seen) == {(True, True)}  # everybody's stderr and switch
+        assert capsys.readouterr().err == ""  # and nobody's bar
         assert sys.stderr is real and messages.is_progress_bar_enabled()
         assert logging.getLogger("transformers").level == before
     finally:
         messages.disable_progress_bar()
+        transformers.PreTrainedModel.tie_weights = tie_weights
+        torch.set_default_dtype(dtype)
 
 
 def test_transformers_own_reports_are_still_made(tmp_path, caplog):

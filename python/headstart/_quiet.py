@@ -16,6 +16,10 @@ from contextvars import ContextVar
 _without_bars: ContextVar[bool] = ContextVar("headstart_without_progress_bars", default=False)
 _without_reports: ContextVar[bool] = ContextVar("headstart_without_reports", default=False)
 _lock = threading.Lock()
+# from_pretrained replaces what belongs to the whole process, and puts back what it found: PreTrainedModel.tie_weights,
+# torch's default dtype. Two threads at once can leave it replaced, and every later model has an output layer of random
+# numbers where it should share the embedding's weights.
+_one_load = threading.RLock()
 
 
 @contextmanager
@@ -31,15 +35,16 @@ def no_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """As `no_progress_bars`; transformers also does not report which weights it loaded. `load` checks these itself."""
+    """As `no_progress_bars`, one load at a time. transformers does not report which weights it loaded either, since
+    `load` checks these itself."""
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(_is_wanted)  # does nothing the second time; the logger's level belongs to all threads
-    token = _without_reports.set(True)
-    try:
-        with no_progress_bars():
+    with _one_load, no_progress_bars():
+        token = _without_reports.set(True)
+        try:
             yield
-    finally:
-        _without_reports.reset(token)
+        finally:
+            _without_reports.reset(token)
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:

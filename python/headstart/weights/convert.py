@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from .._files import write_whole_folder
+from .._quiet import quiet
 from .packed_linear import PackedLinear, packed_layers
 
 
@@ -64,11 +65,12 @@ class Original:
         from .sources import Checkpoint, open_source
 
         checkpoint = Checkpoint(Path(folder))
-        if checkpoint.quantization:
-            raise ValueError(f"{op}: model: expected one that is not quantised, got {folder}")
-        config, files = open_source(checkpoint).config, CheckpointFiles(folder)
-        dtype = dtype_of(config, (DTYPES[files.slice(name).get_dtype()] for name in files.names()))
-        skeleton = skeleton_of(folder, config)
+        with quiet():
+            if checkpoint.quantization:
+                raise ValueError(f"{op}: model: expected one that is not quantised, got {folder}")
+            config, files = open_source(checkpoint).config, CheckpointFiles(folder)
+            dtype = dtype_of(config, (DTYPES[files.slice(name).get_dtype()] for name in files.names()))
+            skeleton = skeleton_of(folder, config)
         names = known_names(folder, skeleton, files.names())
         return cls(skeleton, names, files.tensor, dtype, generation_config_of(folder), _tokenizer_of(folder))
 

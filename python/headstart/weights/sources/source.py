@@ -52,14 +52,18 @@ class Checkpoint:
 
     @cached_property
     def _read(self) -> tuple[Any, dict[str, Any], Path]:
+        found, path = None, self.folder / CONFIG
+        if self.gguf is None:
+            content = _read_object(path)
+            for key in KEYS:
+                value = content.get(key)
+                checker(path)(value is None or isinstance(value, dict), key, "an object", value)
         names = {} if self.gguf is None else {"gguf_file": self.gguf}
         config = transformers.AutoConfig.from_pretrained(self.folder, **names)
-        found, path = None, self.folder / CONFIG
         for part in (config, config.get_text_config()):
             for key in KEYS:
                 value = vars(part).pop(key, None)
                 found = found or value
-                checker(path)(value is None or isinstance(value, Mapping), key, "an object", value)
         name = next((name for name in SETTINGS_FILES if (self.folder / name).is_file()), None)
         if not found and name is not None and self.gguf is None:
             path = self.folder / name
@@ -68,13 +72,18 @@ class Checkpoint:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
+    content = _read_object(path)
+    method = "awq" if any(word in content for word in AWQ_WORDS) else SETTINGS_FILES[path.name]
+    return {"quant_method": method} | without_nulls(content)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from None
     checker(path)(isinstance(content, dict), "the file", "a JSON object", content)
-    method = "awq" if any(word in content for word in AWQ_WORDS) else SETTINGS_FILES[path.name]
-    return {"quant_method": method} | without_nulls(content)
+    return content
 
 
 def without_nulls(content: Any) -> Any:
