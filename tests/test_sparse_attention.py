@@ -50,9 +50,15 @@ def check(q, k, v, index, shape, scale=None, kv_start=None):
     assert out.is_contiguous() and lse.is_contiguous()
     mask = dense_mask(index, shape)
     exact_out, exact_lse = by_torch(q, k, v, mask, scale, torch.float64)
-    torch_out, torch_lse = by_torch(q, k, v, mask, scale)
-    assert_close(out, exact_out, torch_out, "out")
-    assert_close(lse, exact_lse, torch_lse, "lse")
+    # In float32, torch's own error depends on the order in which its product adds the head dims up. The order is another
+    # on each CPU, and where logits are large, the error differs by a factor of ten. The bar is the largest of a few.
+    d = q.shape[-1]
+    orders = [torch.arange(d), *(torch.randperm(d) for _ in range(7 if q.dtype == torch.float32 else 0))]
+    by_order = [by_torch(q[..., order], k[..., order], v, mask, scale) for order in orders]
+    for got, exact, results, what in zip((out, lse), (exact_out, exact_lse), zip(*by_order), ("out", "lse")):
+        errors = [error(result, exact) for result in results]
+        largest = max(range(len(errors)), key=lambda i, errors=errors: errors[i] if errors[i] < INF else -1)
+        assert_close(got, exact, results[largest if errors[0] < INF else 0], what)
     return out, lse
 
 

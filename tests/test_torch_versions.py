@@ -154,7 +154,7 @@ def test_a_library_for_another_torch_is_named_with_the_missing_symbol(tmp_path):
         pytest.skip("no C++ compiler")
     source = tmp_path / "other.cpp"
     source.write_text(
-        f'#define HEADSTART_BUILT_WITH_TORCH "3.1.0+cu140"\n#include "{ROOT / "csrc" / "built_with.h"}"\n'
+        f'#define HEADSTART_BUILT_WITH_TORCH "3.1.0+cu140"\n#include "{ROOT / "csrc" / "torch" / "built_with.h"}"\n'
         'extern "C" int aoti_torch_of_the_future(); extern "C" int wanted() { return aoti_torch_of_the_future(); }\n'
         "int now = wanted();\n"
     )
