@@ -50,8 +50,8 @@ def check(q, k, v, index, shape, scale=None, kv_start=None):
     assert out.is_contiguous() and lse.is_contiguous()
     mask = dense_mask(index, shape)
     exact_out, exact_lse = by_torch(q, k, v, mask, scale, torch.float64)
-    # In float32, torch's own error depends on the order in which its product adds the head dims up. The order is another
-    # on each CPU, and where logits are large, the error differs by a factor of ten. The bar is the largest of a few.
+    # In float32, torch's own error depends on the order in which its product adds the head dims up. CPUs differ in this
+    # order, and where logits are large, the errors differ by a factor of ten. The bar is the largest of a few.
     d = q.shape[-1]
     orders = [torch.arange(d), *(torch.randperm(d) for _ in range(7 if q.dtype == torch.float32 else 0))]
     by_order = [by_torch(q[..., order], k[..., order], v, mask, scale) for order in orders]

@@ -26,6 +26,7 @@ class Gguf(Source):
     def arguments(self, dtype: torch.dtype | None) -> dict[str, Any]:
         return {
             "gguf_file": self.checkpoint.gguf,
+            "config": self.config,  # or the file's header would be read once more
             "quantization_config": transformers.GgufConfig(dequantize=True),
             "dtype": dtype or torch.bfloat16,
         }
