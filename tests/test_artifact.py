@@ -144,6 +144,7 @@ def test_the_peak_of_memory_does_not_grow_with_the_layers(tmp_path, command):
     assert layers == 13 and grown <= 3 * layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
 def test_experts_that_transformers_fuses_keep_the_checkpoints_names(tmp_path, family):
     model = make(family)

@@ -238,6 +238,7 @@ def test_every_loop_has_its_instructions_flags():
         assert name.endswith(" 512") or name == "bf16 dot" or registers == "ymm"
 
 
+@pytest.mark.slow
 def test_limits_are_measured_in_several_ways(monkeypatch):
     monkeypatch.setattr(limits, "SIZES", (128,))
     monkeypatch.setattr(machine, "cold_bytes", lambda: 4 << 20)

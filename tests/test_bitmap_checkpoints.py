@@ -68,6 +68,7 @@ def test_a_layer_without_zeros_is_plain(tmp_path):
     assert type(loaded.get_submodule(UP)) is torch.nn.Linear
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["Mixtral", "Qwen3Moe"])
 def test_experts_that_transformers_fuses_are_decompressed(tmp_path, family):
     model = bitmap_formats.prune(make(family, num_hidden_layers=1))
@@ -252,6 +253,7 @@ def test_own_in_another_dtype(own):
     assert headstart.patch(loaded, "dense", linear="fp32").generate(tokens(1, 5), max_new_tokens=3).shape == (1, 8)
 
 
+@pytest.mark.slow
 def test_compile(own):
     folder, model, _ = own
     compiled = torch.compile(headstart.load(folder), backend="aot_eager")

@@ -21,6 +21,8 @@ from headstart import BlockIndex
 from headstart.reference import prefill_index as reference
 from shapes import Shape
 
+pytestmark = pytest.mark.slow  # it compiles the kernels for the CPU, and runs them lane by lane
+
 ROOT = Path(__file__).parent.parent
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # _FORTIFY_SOURCE takes a jump between coroutines for a damaged stack; device code may pun types in shared memory.

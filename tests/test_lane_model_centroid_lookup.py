@@ -12,6 +12,8 @@ import torch
 import centroid_judge as judge
 from test_lane_model import COMPILE_FLAGS, DTYPES, ROOT, Tensor4
 
+pytestmark = pytest.mark.slow  # it compiles the kernels for the CPU, and runs them lane by lane
+
 
 class CentroidLevel(ctypes.Structure):  # csrc/arguments.h
     _fields_ = [

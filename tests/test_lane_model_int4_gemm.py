@@ -13,6 +13,8 @@ import torch
 import int4_judge as judge
 from test_lane_model import COMPILE_FLAGS, DTYPES, ROOT
 
+pytestmark = pytest.mark.slow  # it compiles the kernels for the CPU, and runs them lane by lane
+
 
 class Int4GemmArgs(ctypes.Structure):  # csrc/arguments.h
     _fields_ = [

@@ -276,6 +276,7 @@ def test_an_unknown_argument_is_never_ignored():
     own_attention_is_said_once(make(), "position_bias", lambda m: logits(m, tokens(), position_bias=torch.zeros(())))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_model_is_the_models_own():
     model = make()

@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 
 @compiled
+@pytest.mark.slow
 def test_in_the_interpreter():
     run_in_the_interpreter(__file__)
 

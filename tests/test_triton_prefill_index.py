@@ -33,6 +33,7 @@ INF = math.inf
 
 
 @compiled
+@pytest.mark.slow
 def test_in_the_interpreter():
     run_in_the_interpreter(__file__)
 

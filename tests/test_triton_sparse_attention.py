@@ -37,6 +37,7 @@ def kernels():
 
 
 @compiled
+@pytest.mark.slow
 def test_in_the_interpreter():
     run_in_the_interpreter(__file__)
 
