@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from headstart import _library
+from headstart._files import write_whole
 from headstart.doctor import RELEVANT_FLAGS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,9 +70,8 @@ def slug(environment: dict) -> str:
 def write_json(content: dict, path: Path) -> None:
     """Writes the file in one step: a reader finds the old content or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.new")
-    fresh.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    fresh.replace(path)
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, lambda partial: partial.write_text(text))
 
 
 def git(*arguments: str) -> str | None:
