@@ -9,11 +9,15 @@ killed leaves its temporary name behind; later runs neither use nor remove it.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from ._expect import checker
 
 LONGEST_NAME = 200  # bytes of a name that a temporary name repeats; file systems allow 255 in all
 
@@ -91,3 +95,13 @@ def _moved(folder: Path, path: Path) -> bool:
             return False
         raise
     return True
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; a ValueError names the file if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from None
+    checker(path)(isinstance(content, dict), "the file", "a JSON object", content)
+    return content

@@ -28,6 +28,7 @@ import torch
 from .. import _library
 from .._environment import cpu_model
 from .._expect import checker
+from .._files import read_json_object
 from .density import density
 from .patterns import HeadPattern
 from .plan import PrefillPlan
@@ -247,12 +248,8 @@ def to_json(costs: Costs) -> str:
 
 def read(path: Path) -> Costs:
     """Reads what `to_json` made. A damaged file is a ValueError that names the file and the field."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from None
+    content = read_json_object(path)
     expect = checker(path)
-    expect(isinstance(content, dict), "the file", "a JSON object", content)
     expect(content.get("format") == FORMAT, "format", repr(FORMAT), content.get("format"))
     expect(content.get("version") == VERSION, "version", str(VERSION), content.get("version"))
     for name in ("machine", "coefficients", "residuals"):

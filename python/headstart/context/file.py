@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .._expect import checker
-from .._files import write_whole_folder
+from .._files import read_json_object, write_whole_folder
 from ..ops.centroid_lookup import KeyClusters
 from .layer import BLOCK, LEVELS, PARENT_GRID, SHARES, LayerContext, Rope
 
@@ -99,12 +99,8 @@ def load(folder: str | os.PathLike, *, verify: bool) -> dict[str, Any]:
 
 
 def _read_description(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from None
+    content = read_json_object(path)
     expect = checker(path)
-    expect(isinstance(content, dict), "the file", "a JSON object", content)
     expect(content.get("format") == FORMAT, "format", repr(FORMAT), content.get("format"))
     expect(content.get("version") == VERSION, "version", str(VERSION), content.get("version"))
     for name, kind, words in (

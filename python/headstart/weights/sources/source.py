@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +12,7 @@ import transformers
 from torch import nn
 
 from ..._expect import checker
+from ..._files import read_json_object
 from ..config import PLAIN
 from ..files import CheckpointFiles, Stored
 from ..packed_linear import PackedLinear
@@ -54,7 +54,7 @@ class Checkpoint:
     def _read(self) -> tuple[Any, dict[str, Any], Path]:
         found, path = None, self.folder / CONFIG
         if self.gguf is None:
-            content = _read_object(path)
+            content = read_json_object(path)
             for key in KEYS:
                 value = content.get(key)
                 checker(path)(value is None or isinstance(value, dict), key, "an object", value)
@@ -72,18 +72,9 @@ class Checkpoint:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    content = _read_object(path)
+    content = read_json_object(path)
     method = "awq" if any(word in content for word in AWQ_WORDS) else SETTINGS_FILES[path.name]
     return {"quant_method": method} | without_nulls(content)
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from None
-    checker(path)(isinstance(content, dict), "the file", "a JSON object", content)
-    return content
 
 
 def without_nulls(content: Any) -> Any:
