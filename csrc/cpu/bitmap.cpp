@@ -1,29 +1,32 @@
-// Bitmap-sparse weights on the CPU: a mask of bits spreads consecutive values over their columns, in registers.
+// Bitmap-sparse weights on the CPU. The bits of a row spread its consecutive values over their columns, in registers.
 //
 //   bits      0 1 1 0 1 0 0 1        16 columns: load 16 values from p, convert to floats (or dwords),
 //   values    a b c d                vexpandps by the bits, p += popcount of the bits
 //   columns   0 a b 0 c 0 0 d
 //
-// What is loaded past a row's last value is dropped by the bits; rows so near the end of all values that a load could
-// leave them are copied to memory of their own first. int4 values are unpacked to bytes, a row at a time.
+// A load may read past a row's last value; the bits drop those values. A row near the end of all values, where a load
+// could read past the end, is first copied to separate memory. int4 values are unpacked to bytes, one row at a time.
 //
-//   decompress       a row after another, the values of some KiB later fetched ahead
+//   decompress       one row after another; the values some KiB ahead are prefetched
 //
-//   1 to 4 rows of x     four rows of the weight at once, expanded in registers     more rows     a tile
-//   ┌──────────────┐     and multiplied with all rows of x. Their chains of         [16 rows of w][512 columns], expanded
-//   │ w 0  ─▶ p0   │     popcounts are independent, and hide the multiply-adds'     once into 32 KiB of the L2 cache;
-//   │ w 1  ─▶ p1   │     latency.                                                   4 rows of w × 6 of x: 24 accumulators,
-//   │ w 2  ─▶ p2   │                                                                10 loads and 24 multiply-adds a step
+//   1 to 4 rows of x     four rows of the weight at once, expanded in registers  more rows     a tile
+//   ┌──────────────┐     and multiplied with all rows of x. Their chains of      [16 rows of w][512 columns], expanded
+//   │ w 0  ─▶ p0   │     popcounts are independent, and hide the multiply-adds'  once into 32 KiB of the L2 cache;
+//   │ w 1  ─▶ p1   │     latency.                                                4 rows of w × 6 of x: 24 accumulators,
+//   │ w 2  ─▶ p2   │                                                             10 loads and 24 multiply-adds a step
 //   │ w 3  ─▶ p3   │     Lanes are columns (mod the width), added up at the end
 //   └──────────────┘
 //
-// Both multiply the columns of a weight's row in order, into the same lanes, add up 512 columns at a time (short sums
-// round less) and fold the lanes alike: a row's result depends neither on the rows beside it nor on the threads.
+// Both ways multiply the columns of a weight's row in order and add them into the same lanes. Both add up 512 columns
+// at a time (short sums round less) and fold the lanes in the same way. So a row's result does not depend on the other
+// rows or on the number of threads.
 //
-// Floor: 1 / 8 + density · (bytes of a value) bytes a weight at the read bandwidth; decompression writes 2 bytes more
-// (bf16), memcpy reads and writes 2. Instructions for 16 columns of bf16 on AVX-512 without VBMI2: load and widen,
-// move the bits to a mask, expand (2), shift, multiply-add, and 3 of integers; 4 of them on port 5, so 4 cycles. VBMI2
-// expands 32 columns of 16 bits with 2 and one move. BF16 multiplies those as they are.
+// Floor: 1 / 8 + density · (bytes of a value) bytes per weight at the read bandwidth. Decompression to bf16 also writes
+// 2 bytes per weight. For comparison, memcpy reads 2 and writes 2.
+//
+// Instructions for 16 columns of bf16 on AVX-512 without VBMI2: load and widen, move the bits to a mask, expand (2),
+// shift, multiply-add, and 3 integer instructions. 4 of them run on port 5, so this takes 4 cycles. VBMI2 expands 32
+// columns of 16 bits with 2 instructions and one move. AVX-512 BF16 multiplies those columns without conversion.
 
 #include "in_place.h"
 
@@ -31,15 +34,15 @@ namespace headstart {
 namespace {
 
 constexpr int kStepColumns = 32;
-constexpr int kPast = 64;  // so many values past its last one a row may load
+constexpr int kPast = 64;  // a row may load this many values past its last one
 
 inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 
-// --- expanding: `width` floats, or 32 elements bit by bit -----------------------------------------------------------
+// --- expanding: `width` floats, or 32 elements as raw bits ----------------------------------------------------------
 
 #if HEADSTART_TIER_AVX512 || HEADSTART_TIER_AVX2
 
-// For every mask of 8 bits, the bytes that each of 8 words takes of consecutive words; 0x80 for none.
+// For every mask of 8 bits: the bytes of consecutive words that each of 8 words takes; 0x80 means none.
 struct WordPlaces {
   uint8_t of[256][16];
   constexpr WordPlaces() : of() {
@@ -73,7 +76,7 @@ inline __m512i expand_words(const uint16_t* p, uint32_t bits) {
 #elif HEADSTART_TIER_VBMI2
   return _mm512_maskz_expand_epi16(bits, _mm512_loadu_si512(p));
 #else
-  // Eight words to a quarter: inserts from memory are cheap, and one shuffle moves all.
+  // Load eight words into each quarter. Inserts from memory are cheap, and one shuffle then moves all words.
   __m512i x = _mm512_castsi128_si512(load_words(p)), from = _mm512_castsi128_si512(word_places(bits));
   x = _mm512_inserti32x4(x, load_words(p + count_bits(bits << 24)), 1);
   x = _mm512_inserti32x4(x, load_words(p + count_bits(bits << 16)), 2);
@@ -115,7 +118,7 @@ inline void expand_raw(uint8_t* to, const uint8_t* p, uint32_t bits) {
 
 #elif HEADSTART_TIER_AVX2
 
-// For every mask of 8 bits, which of 8 consecutive elements each place takes; 0x80 for none.
+// For every mask of 8 bits: the element, of 8 consecutive ones, that each place takes; 0x80 means none.
 struct Places {
   uint8_t of[256][8];
   constexpr Places() : of() {
@@ -189,14 +192,15 @@ inline void expand_raw(T* to, const T* p, uint32_t bits) {
 
 #endif
 
-// --- a step of 32 columns, in the units that are multiplied ---------------------------------------------------------
+// --- a step of 32 columns, in units of the multiplication -----------------------------------------------------------
 
 template <typename Unit>
 constexpr int kStepUnits = kStepColumns / Unit::values;
 template <typename Unit>
 constexpr int kStepVecs = kStepUnits<Unit> / Vec::width;
 
-// Whether a step's floats are its even columns and then its odd ones: so two instructions make them of 32 bf16.
+// Whether a step's floats are first its even columns and then its odd columns. In this order, two instructions convert
+// 32 bf16 values to floats.
 template <typename S, typename Unit>
 constexpr bool kEvenOdd = false;
 #if HEADSTART_TIER_VBMI2
@@ -204,7 +208,7 @@ template <>
 constexpr bool kEvenOdd<BFloat16, FloatUnit> = true;
 #endif
 
-// What an expanded value is multiplied by: nothing, the scale of its row's group, or one for each column of the step.
+// The factor of an expanded value: none, the scale of its row's group, or a scale for each column of the step.
 struct NoScale {
   Vec times(Vec x, int) const { return x; }
 };
@@ -221,8 +225,8 @@ template <typename S, typename Scale>
 inline __attribute__((always_inline)) void expand_step(Vec* to, const S*& p, uint32_t bits, Scale scale, FloatUnit) {
 #pragma GCC unroll 8
   for (int v = 0; v < kStepVecs<FloatUnit>; ++v) {
-    // Each from all bits before it, not from the one before: no chain, and no popcnt of 16 bits, which waits for the
-    // register that it writes.
+    // Compute each address from all bits before it, not from the address before it. This avoids a dependency chain, and
+    // a 16-bit popcnt, which would wait for the register that it writes.
     const S* from = v == 0 ? p : p + count_bits(bits << (v == 0 ? 0 : kStepColumns - v * Vec::width));
     to[v] = scale.times(expand(load(from), bits >> (v * Vec::width)), v);
   }
@@ -280,7 +284,7 @@ constexpr bool kQuantised<int8_t> = true;
 
 struct Rows {
   const BitmapWeight& w;
-  int64_t bytes, whole, steps;  // of a row's bits; of 32 columns
+  int64_t bytes, whole, steps;  // per row: the bytes of its bits, its whole steps of 32 columns, all its steps
 
   explicit Rows(const BitmapWeight& weight)
       : w(weight),
@@ -310,7 +314,8 @@ struct Rows {
     return sum;
   }
 
-  // A row's values, kPast of which may be loaded past the last: in place, or in `scratch`, which holds K + kPast.
+  // A row's values, in place or in `scratch`, which has room for K + kPast values. A caller may load kPast values past
+  // the last one.
   template <typename S>
   const S* values(int64_t n, S* scratch) const {
     const int64_t first = w.row_offsets[n];
@@ -327,7 +332,8 @@ struct Rows {
     const S* from = static_cast<const S*>(w.values) + first;
     if (w.stored - first >= w.k + kPast) return from;
     const int64_t left = min(w.k, w.stored - first);
-    if (left > 0) std::memcpy(scratch, from, static_cast<size_t>(left) * sizeof(S));  // no values: no address
+    if (left > 0)
+      std::memcpy(scratch, from, static_cast<size_t>(left) * sizeof(S));  // without values, `from` is invalid
     return scratch;
   }
 
@@ -343,11 +349,11 @@ struct Rows {
     }
   }
 
-  // Whether groups begin where steps do, so that a step has one scale.
+  // Whether every group begins at the start of a step. Then a step has one scale.
   bool whole_groups() const { return w.group_size % kStepColumns == 0 || w.group_size >= w.k; }
   int64_t group_steps() const { return w.group_size >= w.k ? max(steps, 1) : w.group_size / kStepColumns; }
 
-  // The scales of `count` columns from `first`, one each; zeros behind K.
+  // Writes the scales of `count` columns from `first` on, one per column. Columns at K or later get 0.
   void column_scales(float* to, int64_t n, int64_t first, int64_t count) const {
     const int64_t end = min(first + count, w.k);
     for (int64_t k = first; k < end;) {
@@ -367,7 +373,7 @@ struct Row {
 
 constexpr int64_t kChunkSteps = 16;  // 512 columns
 
-// Expands `count` steps of a row from `step` on, calling body(index of the step, its vectors).
+// Expands `count` steps of a row from `step` on. Calls body(index of the step, its vectors) for each of them.
 template <typename Unit, typename S, typename Body>
 inline void expand_chunk(const Rows& rows, Row<S>& row, int64_t n, int64_t step, int64_t count, const Body& body) {
   Vec x[kStepVecs<Unit>];
@@ -396,9 +402,9 @@ inline void expand_chunk(const Rows& rows, Row<S>& row, int64_t n, int64_t step,
 
 // --- decompression --------------------------------------------------------------------------------------------------
 
-constexpr int64_t kJobBytes = 512 << 10;   // of the output, at most: every job's reads begin slowly
-constexpr int64_t kLeastBytes = 32 << 10;  // and at least, where that leaves too few jobs
-constexpr int64_t kAheadBytes = 2 << 10;   // between the values that are expanded and those that are fetched
+constexpr int64_t kJobBytes = 512 << 10;   // the most output of a job; not small, because a job's reads start slowly
+constexpr int64_t kLeastBytes = 32 << 10;  // the least output of a job, if there would otherwise be too few jobs
+constexpr int64_t kAheadBytes = 2 << 10;   // values are prefetched this many bytes ahead
 
 template <typename T>
 inline void decompress_row(const Rows& rows, int64_t n, T* to, T* scratch) {
@@ -418,7 +424,7 @@ inline void decompress_row(const Rows& rows, int64_t n, T* to, T* scratch) {
   }
 }
 
-// body(row, scratch of the worker) for every row, on all threads.
+// Calls body(row, scratch of the worker) for every row, on all threads.
 template <typename S, typename Body>
 inline void for_each_row(const Rows& rows, int64_t row_bytes, const Parallel& parallel, const Body& body) {
   const int64_t n = rows.w.n, even = ceil_div(n, 4 * parallel.workers), row = max(row_bytes, 1);
@@ -461,12 +467,12 @@ inline void decompress_scaled(const BitmapDecompressArgs& a, const Parallel& par
 
 // --- the product ----------------------------------------------------------------------------------------------------
 
-constexpr int kFusedRows = Vec::width == 16 ? 4 : 2;  // of x; more would not leave their sums in registers
+constexpr int kFusedRows = Vec::width == 16 ? 4 : 2;  // rows of x; the sums of more rows would not fit in the registers
 constexpr int kFold = 4;                              // rows of the weight whose sums are folded together
 constexpr int64_t kTileRows = 16;
-constexpr int kTileLeft = Vec::width == 16 ? 6 : 4;  // rows of x × rows of the weight in registers
-constexpr int kTileRight = Vec::width == 16 ? 4 : 2;
-constexpr int64_t kMostRows = 252;  // of x in a job: with their sums, 256 KiB
+constexpr int kTileLeft = Vec::width == 16 ? 6 : 4;   // rows of x whose sums are in registers
+constexpr int kTileRight = Vec::width == 16 ? 4 : 2;  // rows of the weight whose sums are in registers
+constexpr int64_t kMostRows = 252;                    // the most rows of x in a job; their sums take up to 252 KiB
 
 template <typename S, typename Unit>
 struct BitmapGemm {
@@ -476,7 +482,7 @@ struct BitmapGemm {
 
   const BitmapGemmArgs& a;
   const Rows rows;
-  Buffer<U> units;  // x, zeros behind K: [chunk][row][units of the chunk]
+  Buffer<U> units;  // x, padded with zeros: [chunk][row][units of the chunk]
 
   explicit BitmapGemm(const BitmapGemmArgs& args) : a(args), rows(args.weight), units(a.m * rows.steps * kUnits) {}
 
@@ -524,7 +530,7 @@ struct BitmapGemm {
     for (int64_t i = 0; i < count; ++i) from_float(bias == nullptr ? sums[i] : sums[i] + to_float(bias[n + i]), to + i);
   }
 
-  // out[row][n + i] = the lanes of sums[i] added up, plus bias.
+  // out[row][n + i] = the sum of the lanes of sums[i], plus bias.
   void finish(int64_t row, int64_t n, const Vec sums[kFold]) const {
     if (n >= a.weight.n) return;
     float folded[kFold];
@@ -542,7 +548,7 @@ struct BitmapGemm {
 
   // --- few rows ---
 
-  // Rows n to n + 3 of the weight, past the last one that one again, times all m rows of x.
+  // Multiplies rows n to n + 3 of the weight with all m rows of x. The weight's last row stands in for rows past it.
   template <int m>
   void fused(int64_t n, S* scratch) {
     const S* p[kFold];
@@ -553,7 +559,8 @@ struct BitmapGemm {
       p[r] = rows.values(id[r], scratch + r * (a.weight.k + kPast));
       mask[r] = rows.bits(id[r]);
     }
-    // Four short rows side by side are no streams to the hardware: the same place of the next four is fetched instead.
+    // The hardware prefetcher does not see streams in four short rows side by side. So prefetch the same place of the
+    // next four rows.
     const int64_t ahead = a.weight.row_offsets[min(n + kFold, a.weight.n)] - a.weight.row_offsets[n];
     const int64_t ahead_bytes = a.weight.value_bits == 4 ? ahead / 2 : ahead * static_cast<int64_t>(sizeof(S));
     Vec total[m][kFold], sum[m][kFold], scale[kFold];
@@ -640,7 +647,7 @@ struct BitmapGemm {
     Row<S> row[kTileRows];
   };
 
-  // sums += x · weights, lane by lane, for `left` rows of x.
+  // sums += x · weights for `left` rows of x. The lanes are not added up.
   template <int left>
   static void multiply(float* sums, const U* x, const U* weights, int64_t depth) {
     Vec sum[left][kTileRight];
@@ -694,7 +701,7 @@ struct BitmapGemm {
           for (int v = 0; v < kVectors; ++v) store_units(to + s * kUnits + v * Vec::width, x[v]);
         });
       }
-      // Groups of rows as even as can be: 7 are 4 and 3.
+      // Make groups of rows of nearly the same size: 7 rows are 4 and 3.
       for (int64_t i = 0, groups = ceil_div(m, kTileLeft), left; i < m; i += left, --groups) {
         left = ceil_div(m - i, groups);
         const U* x = block(step, first_row + i);
@@ -714,7 +721,7 @@ struct BitmapGemm {
   }
 
   void tile_all(const Parallel& parallel) {
-    // Rows of x are split too where the weight has few.
+    // If the weight has few rows, split the rows of x too.
     const int64_t tiles = ceil_div(a.weight.n, kTileRows), wanted = ceil_div(4 * parallel.workers, tiles);
     const int64_t part = min(kMostRows, max(4 * kTileLeft, round_up(ceil_div(a.m, wanted), kTileLeft)));
     const int64_t parts = ceil_div(a.m, part);
@@ -756,7 +763,7 @@ inline void multiply(const BitmapGemmArgs& a, const Parallel& parallel) {
 
 // --- compression ----------------------------------------------------------------------------------------------------
 
-// Which of 32 elements have any bit set.
+// Returns which of 32 elements have any bit set, one bit per element.
 template <typename T>
 inline uint32_t nonzero(const T* p) {
 #if HEADSTART_TIER_AVX512
@@ -802,7 +809,8 @@ inline void mask_rows(const BitmapCompressArgs& a, const Parallel& parallel) {
 
 #if HEADSTART_TIER_AVX512
 
-// Writes the non-zero ones of 16 elements, and anything behind them up to 16; returns how many they are.
+// Writes the non-zero elements of 16 elements and returns their number. The rest of the 16 elements of `to` may be
+// overwritten.
 template <typename T>
 inline int gather(T* to, const T* p) {
   __m512i x;
@@ -835,7 +843,8 @@ inline void gather_rows(const BitmapCompressArgs& a, const Parallel& parallel) {
       const T* w = static_cast<const T*>(a.w) + n * a.w_row;
       T *to = static_cast<T*>(a.values) + a.row_offsets[n], *end = static_cast<T*>(a.values) + a.row_offsets[n + 1];
 #if HEADSTART_TIER_AVX512
-      // As long as what is written behind the values belongs to this row; then its elements left to read are 16 or more.
+      // gather() writes 16 elements, so at least 16 values of this row must still be missing. Then at least 16 of the
+      // row's elements are left to read.
       for (; end - to >= 16; w += 16) to += gather(to, w);
 #endif
       for (; to < end; ++w) {  // without a branch that depends on the value

@@ -1,25 +1,31 @@
-// Centroid lookup on the CPU: the runs of a fixed context's keys that each block of queries attends.
-// `reference/centroid_lookup.py` says what it computes.
+// Centroid lookup on the CPU: finds the runs of a fixed context's keys that each block of queries attends.
+// `reference/centroid_lookup.py` defines what it computes.
 //
-// The query rows of a KV head (batch, block, head of the group, query of the block) are taken in strips: some whole
-// selections that share the centroids, 256 rows at a time.
+// A selection is the list of keys that one block of queries attends, for one KV head. The query rows of a KV head
+// (batch, block, head of the group, query of the block) are processed in strips. A strip is a number of whole
+// selections that share the centroids. At most 256 rows are processed at a time.
 //
 //              256 clusters     256 clusters       C
 //            +---------------+---------------+-- .. --+
 //     rows   |  scale · q·c  |  scale · q·c  |        |   1  logits, and every chunk's maximum and sum of n exp(logit)
-//            |   max, sum    |   max, sum    |        |   2  a row's total: its chunks joined in their order
+//            |   max, sum    |   max, sum    |        |   2  a row's total: its chunks merged in order
 //            +---------------+---------------+-- .. --+
-//               best score      best score                3  over a selection's rows, of scores above the threshold
+//               best score      best score                3  the best score above the threshold of a selection's rows
 //            ..****....****......**......****...          4  the kept clusters' keys, as ascending positions
 //
-// With parents, 1 to 3 run over the parents first and then, selection by selection, over the children of the kept ones:
-// centroids of other children are not read. Logits are in log2 units, so that a sum takes one exp2 per pair and the
-// comparison none. Few rows (decode) read the centroids in place, once for all rows of the KV head; more rows multiply
-// through the packed tiles of tile.h. Where strips keep every core busy, a strip is one job and never leaves its core;
-// where they do not, a chunk of clusters is a job. Chunks are the same either way, so the result does not depend on the
-// number of threads.
+// (n is the number of keys of a cluster.) With parents, steps 1 to 3 first run over the parents. Then they run over the
+// children of the kept parents, one selection after another. Centroids of other children are not read.
 //
-// Floor: decode, the bytes of the centroids at the machine's read bandwidth; a block, rows · C · D multiply-adds.
+// Logits are in log2 units, so a sum takes one exp2 per pair, and the comparison with the threshold takes none.
+//
+// Few rows (decode) read the centroids in place, once for all rows of the KV head. More rows multiply with the packed
+// tiles of tile.h.
+//
+// If there are enough strips to keep every core busy, a strip is one job and stays on its core. Otherwise a chunk of
+// clusters is a job. The chunks are the same in both cases, so the result does not depend on the number of threads.
+//
+// Floor of decode: the bytes of the centroids at the machine's read bandwidth. Floor of a block: rows · C · D
+// multiply-adds.
 
 #include <algorithm>
 #include <utility>
@@ -29,13 +35,13 @@
 namespace headstart {
 namespace {
 
-constexpr int64_t kChunk = 256;    // clusters of a job
-constexpr int64_t kMaxRows = 256;  // query rows of a job, which share the packing of a tile of centroids
-constexpr int64_t kFewRows = 16;   // up to so many rows, packing costs more than it saves
-constexpr int64_t kAhead = 16;     // centroids between the one that is read and the one that is fetched
+constexpr int64_t kChunk = 256;    // the clusters of a job
+constexpr int64_t kMaxRows = 256;  // the most query rows of a job; they share the packing of a tile of centroids
+constexpr int64_t kFewRows = 16;   // up to this many rows, packing costs more than it saves
+constexpr int64_t kAhead = 16;     // a centroid is prefetched this many centroids before it is read
 constexpr float kPosInf = __builtin_inff();
 
-// to[0, n) = first, first + 1, ...; may write up to 15 more where `room` has them.
+// to[0, n) = first, first + 1, ... May write up to 15 entries more if `room`, the number of entries of `to`, allows it.
 inline void write_run(int32_t* to, int64_t first, int64_t n, int64_t room) {
   constexpr int64_t kStep = 16;
   const auto start = static_cast<uint32_t>(first);
@@ -48,7 +54,7 @@ inline void write_run(int32_t* to, int64_t first, int64_t n, int64_t room) {
   }
 }
 
-// body(j) for every j in [0, count) with best[j] > -inf, ascending.
+// Calls body(j) for every j in [0, count) with best[j] > -inf, in ascending order.
 template <typename Body>
 inline void each_kept(const float* best, int64_t count, const Body& body) {
   const Vec floor = broadcast(kNegInf);
@@ -64,8 +70,8 @@ struct CentroidLookup {
   using Unit = typename UnitOf<T>::Type;
   using U = typename Unit::Type;
   const CentroidLookupArgs& a;
-  int64_t group, block, blocks, selections;      // of a KV head
-  int64_t strip_selections, strip_rows, strips;  // of a strip, at most; strips of a KV head
+  int64_t group, block, blocks, selections;      // group, blocks and selections are numbers per KV head
+  int64_t strip_selections, strip_rows, strips;  // the most selections and rows of a strip; the strips of a KV head
   int64_t pass_rows, padded_dim, padded_count, chunks, list_width;
 
   explicit CentroidLookup(const CentroidLookupArgs& args)
@@ -100,18 +106,18 @@ struct CentroidLookup {
 
   // Rows that are scored against one list of clusters. Logits lie chunk after chunk, [chunk][rows of the pass][256].
   struct Part {
-    int64_t head, first_selection, selections, first_row, rows;  // of the KV head
-    const int32_t* ids;                                          // null: all clusters
-    int64_t count;                                               // of the list
+    int64_t head, first_selection, selections, first_row, rows;  // selections and rows are counted within the KV head
+    const int32_t* ids;                                          // null means all clusters
+    int64_t count;                                               // the length of the list
     float* logits;
-    float* top;  // [rows][chunks], and so are the sums
+    float* top;  // top and sum are [rows][chunks]
     float* sum;
-    float* total;  // [rows], and so are the limits
+    float* total;  // total and limit are [rows]
     float* limit;
     float* best;  // [selections][padded_count]
   };
 
-  // What some strips leave between their steps.
+  // The intermediate results of a number of strips.
   struct Batch {
     Batch(const CentroidLookup& l, int64_t n)
         : logits(n * l.pass_rows * l.padded_count),
@@ -128,7 +134,7 @@ struct CentroidLookup {
     Buffer<Part> by_strip, by_selection;
   };
 
-  // Where a job runs: its threads, and the scratch of the first of them.
+  // The threads of a job, and the scratch memory of all workers. The job's first thread uses scratch[first_worker].
   struct Place {
     const Parallel& parallel;
     PerWorker<Scratch>& scratch;
@@ -137,12 +143,12 @@ struct CentroidLookup {
 
   // --- rows ----------------------------------------------------------------------------------------------------------
 
-  // The first row of a selection, among its head's.
+  // The first row of a selection, counted among the rows of its KV head.
   int64_t row_of_selection(int64_t selection) const {
     return group * (selection / blocks * a.nq + selection % blocks * block);
   }
 
-  // The query rows of a KV head, from one of them on.
+  // Walks through the query rows of a KV head, starting at `row`.
   struct RowWalk {
     const CentroidLookup& l;
     int64_t b, block, g, i, length;
@@ -180,7 +186,7 @@ struct CentroidLookup {
     return static_cast<const T*>(level.centroids.data) + head * level.centroids.head;
   }
 
-  // Sizes, in keys, of a chunk's clusters; 0 behind them, to a whole tile.
+  // Reads the sizes, in keys, of a chunk's clusters. Zeros fill the last tile.
   void read_sizes(Scratch& w, const CentroidLevel& level, const Part& part, int64_t first, int64_t count) const {
     const int32_t* keys = a.clusters.run_offsets + part.head * (a.clusters.count + 1);
     const int32_t* offsets = level.run_offsets + part.head * (level.count + 1);
@@ -195,7 +201,7 @@ struct CentroidLookup {
     for (int64_t j = 0; j < round_up(count, kTile); ++j) w.weight[j] = static_cast<float>(w.size[j]);
   }
 
-  // Of `left` centroids to the end of the list, `count` are scored.
+  // Scores the next `count` of the `left` centroids that remain in the list.
   template <typename CentroidAt>
   void score_in_place(Scratch& w, const Part& part, int64_t rows, const CentroidAt& centroid_at, int64_t count,
                       int64_t left, float* logits) const {
@@ -253,7 +259,8 @@ struct CentroidLookup {
     }
   }
 
-  // Empty clusters become -inf. A NaN is lost in the maximum, but not in the sum.
+  // Computes the logits' maximum and sum for one row of a chunk. The logits of empty clusters become -inf. A NaN may be
+  // lost in the maximum, but not in the sum.
   void sum_up(Scratch& w, float* x, int64_t count, float* chunk_top, float* chunk_sum) const {
     const Vec scale = broadcast(a.scale * kLog2E);
     Vec top = broadcast(kNegInf), sum = broadcast(0.0f);
@@ -268,7 +275,7 @@ struct CentroidLookup {
     *chunk_sum = reduce_add(sum);
   }
 
-  // --- 2: totals, and what a score has to exceed ---------------------------------------------------------------------
+  // --- 2: totals, and the limit that a score must exceed -------------------------------------------------------------
 
   void join_chunks(const CentroidLevel& level, const Part& part, int64_t first_row) const {
     const int64_t rows = min(kMaxRows, part.rows - first_row), used = ceil_div(part.count, kChunk);
@@ -294,7 +301,8 @@ struct CentroidLookup {
     }
   }
 
-  // Logits of infinity sum to NaN above, and so does a NaN among the logits.
+  // The total of a row whose sum is NaN. Either a logit is NaN, and then so is the total, or a logit is infinite, and
+  // then the total is infinite.
   float total_not_finite(const Part& part, int64_t rows, int64_t r) const {
     for (int64_t j = 0; j < part.count; ++j) {
       const float logit = part.logits[j / kChunk * kChunk * rows + r * kChunk + j % kChunk];
@@ -315,7 +323,7 @@ struct CentroidLookup {
       const int64_t begin = max(0, row_of_selection(selection) - part.first_row - first_row);
       const int64_t end = min(rows, row_of_selection(selection + 1) - part.first_row - first_row);
       float* best = part.best + s * padded_count + first;
-      // Few rows have a score above their threshold among 256 clusters; the others need not be read again.
+      // Few rows have a score above their threshold among 256 clusters. The other rows need not be read again.
       int32_t live[kMaxRows];
       int64_t live_rows = 0;
       for (int64_t r = begin; r < end; ++r) {
@@ -335,7 +343,7 @@ struct CentroidLookup {
         }
         for (int i = 0; i < 4; ++i) store(best + j + i * Vec::width, top[i]);
       }
-      // A score of NaN is kept, and counts as the highest.
+      // A cluster with a NaN score is kept, and its score counts as the highest.
       for (int64_t r = begin; r < end; ++r) {
         if (__builtin_isfinite(part.total[r])) continue;
         for (int64_t j = 0; j < count; ++j) {
@@ -366,7 +374,7 @@ struct CentroidLookup {
 
   // --- 4: positions --------------------------------------------------------------------------------------------------
 
-  // The children of kept parents.
+  // Lists the children of the kept parents.
   void list_children(Part& part, int32_t* ids) const {
     const int32_t* children = a.parents.run_offsets + part.head * (a.parents.count + 1);
     int64_t n = 0;
@@ -379,7 +387,7 @@ struct CentroidLookup {
     part.count = n;
   }
 
-  // Writes runs of positions; those that touch become one.
+  // Writes runs of positions. Runs that touch are joined into one.
   struct Runs {
     int32_t* to;
     int64_t capacity, n = 0, begin = 0, end = 0;
@@ -415,7 +423,7 @@ struct CentroidLookup {
       wanted += size;
       if (wanted <= a.capacity) runs.add(offsets[id_of(j)], size);
     });
-    if (wanted > a.capacity) {  // again, the best of them
+    if (wanted > a.capacity) {  // write again, but only the best clusters
       runs = {to, a.capacity};
       const auto [cut, room] = cut_of(w, part, size_of);
       each_kept(part.best, part.count, [&, cut = cut, room = room](int64_t j) {
@@ -433,8 +441,8 @@ struct CentroidLookup {
     return best[x] > best[y] || (best[x] == best[y] && x < y);
   }
 
-  // The cluster that the row's capacity cuts, and how many keys of it there is room for. Halves the part of the kept
-  // ones in which it lies: those before it fit, those from it on do not.
+  // Finds the cluster that the row's capacity cuts, and returns it with the number of its keys that still fit. This is
+  // a binary search over the kept clusters, best first: the clusters before the cut fit, the others do not.
   template <typename SizeOf>
   std::pair<int64_t, int64_t> cut_of(Scratch& w, const Part& part, const SizeOf& size_of) const {
     int64_t low = 0, high = 0, room = a.capacity;
@@ -455,9 +463,9 @@ struct CentroidLookup {
     return {w.kept[low], room};
   }
 
-  // --- all of it -----------------------------------------------------------------------------------------------------
+  // --- all steps -----------------------------------------------------------------------------------------------------
 
-  // Strips [first, first + n) of all heads'.
+  // Runs all steps for the strips [first, first + n). Strips are counted over all heads.
   void look_up(Batch& batch, int64_t first, int64_t n, const Place& place) const {
     int64_t selected = 0;
     for (int64_t i = 0; i < n; ++i) {
@@ -502,10 +510,10 @@ struct CentroidLookup {
   }
 
   void run_all(const Parallel& parallel) const {
-    constexpr int64_t kBatchBytes = int64_t{4} << 20;  // of logits, a worker; more would leave the cache anyway
+    constexpr int64_t kBatchBytes = int64_t{4} << 20;  // logits of a worker; more of them would not stay in the cache
     const int64_t all = a.heads_kv * strips, workers = min(parallel.workers, all);
     PerWorker<Scratch> scratch(parallel.workers, *this);
-    // A strip a job, if no more than a ninth of the time is spent waiting for the last ones.
+    // A strip is a job if at most a ninth of the time is spent on waiting for the last strips.
     if (ceil_div(all, parallel.workers) * parallel.workers * 8 <= all * 9) {
       const Parallel alone{1, [](int, void (*body)(void*, int), void* context) { body(context, 0); }};
       PerWorker<Batch> batches(static_cast<int>(workers), *this, 1);

@@ -1,9 +1,9 @@
-// A few rows of floats against rows of T read where they lie: keys, centroids, values. With so few, packing the rows of T
-// (tile.h) would cost more than it saves.
+// Products of a few rows of floats with rows of T (keys, centroids or values) that are read in place. For so few rows
+// of floats, packing the rows of T (tile.h) would cost more than it saves.
 //
-// Values are read in steps of two registers. A step of bf16 is one load whose even and odd values become two registers
-// of floats with one instruction each, so the floats that meet them, queries and outputs, lie in that order: step by
-// step, the even ones first.
+// Values are read in steps of two registers. A step of bf16 is one load; one instruction each turns its even and its
+// odd values into a register of floats. The floats that are combined with them, queries and outputs, are stored in the
+// same order: step by step, the even ones first.
 #pragma once
 
 #include "tile.h"
@@ -12,7 +12,7 @@ namespace headstart {
 namespace {
 
 constexpr int kStep = 2 * Vec::width;
-constexpr int kRowsInPlace = Vec::width == 16 ? 4 : 2;  // 4 × 4 sums fill AVX-512's registers, 2 × 4 the others'
+constexpr int kRowsInPlace = Vec::width == 16 ? 4 : 2;  // 4 × 4 sums fill AVX-512's registers; 2 × 4 fill the others'
 
 template <typename T>
 inline void load_step(Vec x[2], const T* p) {
@@ -52,7 +52,7 @@ inline void store_step(BFloat16* p, Vec even, Vec odd) {
 
 #endif
 
-// The first n < kStep values, zeros behind.
+// Loads the first n < kStep values and fills the rest with zeros.
 template <typename T>
 inline void load_first_of_step(Vec x[2], const T* p, int64_t n) {
   T lanes[kStep];
@@ -66,7 +66,7 @@ inline void load_step_of(Vec x[2], const T* row, int64_t d, int64_t dim) {
   d + kStep <= dim ? load_step(x, row + d) : load_first_of_step(x, row + d, dim - d);
 }
 
-// A row of `dim` values as floats, in steps, padded with zeros to whole ones.
+// Converts a row of `dim` values to floats in the order of steps. Zeros fill the last step.
 template <typename T>
 inline void read_row_in_steps(float* to, const T* from, int64_t dim) {
   for (int64_t d = 0; d < dim; d += kStep) {
@@ -77,7 +77,7 @@ inline void read_row_in_steps(float* to, const T* from, int64_t dim) {
   }
 }
 
-// And back, times `factor`.
+// The reverse of read_row_in_steps: writes a row of `dim` values, each times `factor`.
 template <typename T>
 inline void write_row_of_steps(T* to, const float* from, int64_t dim, Vec factor) {
   for (int64_t d = 0; d < dim; d += kStep) {
@@ -93,7 +93,7 @@ struct Count {
   static constexpr int value = n;
 };
 
-// body(first, Count<n>) for `rows` rows, n at a time.
+// Calls body(first, Count<n>) for `rows` rows, n rows at a time.
 template <typename Body>
 inline void few_at_a_time(int64_t rows, const Body& body) {
   int64_t r = 0;
@@ -103,7 +103,8 @@ inline void few_at_a_time(int64_t rows, const Body& body) {
   if (rows - r == 1) body(r, Count<1>());
 }
 
-// GCC takes a function that only prefetches for one without effects, and drops the calls that it has not inlined.
+// always_inline: GCC treats a function that only prefetches as free of effects, and drops the calls that it does not
+// inline.
 template <typename T>
 inline __attribute__((always_inline)) void prefetch_row(const T* row, int64_t dim) {
   const auto* bytes = reinterpret_cast<const char*>(row);
@@ -137,9 +138,9 @@ inline void dot_few_rows(const float* query, int64_t query_row, int64_t dim, con
   }
 }
 
-// out[r][j] = query row r · row j. Every row is read once, and multiplied with all of a few queries. Writes up to 3
-// more than `count` of each row. Four rows read side by side are no stream to the hardware: with row j, fetch(j) is to
-// prefetch what is wanted some rows later.
+// out[r][j] = query row r · row j. Every row is read once for every few queries. Writes up to 3 values more than
+// `count` in each row of out. The hardware prefetcher does not see a stream when four rows are read side by side. So
+// fetch(j) is called with row j, and should prefetch the data that is needed some rows later.
 template <typename T, typename RowAt, typename Fetch>
 inline void dot_rows(int64_t queries, const float* query, int64_t query_row, int64_t dim, const RowAt& row_at,
                      int64_t count, float* out, int64_t out_row, const Fetch& fetch) {
@@ -172,7 +173,7 @@ inline void add_few_rows(float* to, int64_t to_row, int64_t d, int64_t dim, cons
   }
 }
 
-// to[r] = to[r] · rescale[r] + sum_j weight[r][j] · row j, in steps. A null row takes no part.
+// to[r] = to[r] · rescale[r] + sum_j weight[r][j] · row j. `to` is in the order of steps. A null row takes no part.
 template <typename T>
 inline void add_rows(int64_t queries, float* to, int64_t to_row, int64_t dim, const T* const* rows, int64_t count,
                      const float* weight, int64_t weight_row, const float* rescale) {

@@ -1,22 +1,24 @@
-// Int4 GEMM on the CPU: weights go from memory to the multiplier with one shift and one and-or per 32 codes.
+// Int4 GEMM on the CPU. One shift and one and-or per 32 codes prepare the weights for the multiplier.
 //
-// A word of the packed layout (layouts/int4.h) holds eight codes of one column; the 16 columns of a panel are one
-// vector of 64 bytes. Codes leave it in pairs (k, k + 1), as two bf16 in one lane, 16 above the code:
+// A word of the packed layout (layouts/int4.h) holds eight codes of one column. The 16 columns of a panel are one
+// vector of 64 bytes. Codes are extracted in pairs (k, k + 1), as two bf16 values in one lane, each 16 above the code:
 //
 //   word  ── shift by 4 i - 3 ──▶ & 0x00780078 | 0x41804180 ──▶ │ 16 + code(k + 1) │ 16 + code(k) │
 //
-//   bf16 pairs   vdpbf16ps takes the pair as it is                              3 instructions a pair
+//   bf16 pairs   vdpbf16ps takes the pair without conversion                    3 instructions a pair
 //   floats       low = pair << 16, exactly 16 + code(k)
-//                high = pair, the low half standing in its mantissa:             5 instructions a pair
+//                high = pair, with the low half in its mantissa:                 5 instructions a pair
 //                  kHigh + code(k + 1) + code(k) / 65536
 //
-// What the low half adds to `high` is linear in code(k), so it is taken off beforehand, from the activation that code(k)
-// is multiplied by: x'(k) = x(k) - x(k + 1) / 65536. The offsets 16 and kHigh are taken off once a group, by the sum of
-// the activations, which all columns share; so are the zero point and the scale:
+// The low half adds code(k) / 65536 to `high`, which is linear in code(k). This is corrected in advance, in the
+// activation that code(k) is multiplied by: x'(k) = x(k) - x(k + 1) / 65536. The offsets 16 and kHigh are subtracted
+// once per group, with the sum of the activations, which all columns share. The zero point and the scale are also
+// applied once per group:
 //
 //   total[n] += scale[n, g] · (start[g] + Σ x' · dequantised - zero[n, g] · Σ x)        start[g] = -offsets · Σ x
 //
-// An offset of 16 (of the 128 that bf16 has room for) costs a shift more a word and makes the sums 8 times more exact.
+// bf16 has room for an offset of 128. The smaller offset of 16 costs one more shift per word and makes the sums 8 times
+// more exact.
 //
 //   few rows: one pass over the weights           more rows: a tile of 64 columns, dequantised once for all rows
 //
@@ -25,26 +27,34 @@
 //   │word│word│word│word│ all rows of x in          └────┘
 //   └────┴────┴────┴────┘ accumulators         x' [6 rows] × [4 registers]: 24 accumulators, 4 loads, 6 broadcasts
 //
-// Integers. A CPU with VNNI and no bf16 dot product multiplies bytes four times as fast as floats, so there a span of a
-// row of activations becomes whole numbers of 23 bits, times a power of two, and each of those three digits of base 256:
+// Integers. A CPU with VNNI and no bf16 dot product multiplies bytes four times as fast as floats. On such a CPU, the
+// values of a span of a row of activations become whole numbers of 23 bits, times a power of two. Each whole number
+// becomes three digits of base 256:
 //
 //   x     = scale_x · (d0 + 256 d1 + 65536 d2), -128 <= d <= 127
 //   word  ── shift by 4 i ──▶ & 0x0f0f0f0f ──▶ │ k + 17 │ k + 1 │ k + 16 │ k │   k = 8 i + 2 t, i = 0, 1
 //
-// Bf16 within 2^14 of the span's largest value is exact, fp16 within 2^11; what is smaller is off by 2^-22 of the
-// largest. One logic operation makes a lane of four codes, one vpdpbusd (elsewhere vpmaddubsw, vpmaddwd and an add)
-// multiplies it by one digit of four activations, and no sum rounds. Where the caller allows activations to be rounded
-// to int8, there is one digit, and scale_x is the largest value over 127.
+// bf16 values within 2^14 of the span's largest value are exact, and so are fp16 values within 2^11. Smaller values
+// have an error of up to 2^-22 of the largest. One logic operation makes a lane of four codes. One vpdpbusd (without
+// VNNI: vpmaddubsw, vpmaddwd and an add) multiplies the lane by one digit of four activations. The sums do not round.
+// If the caller allows rounding activations to int8, there is one digit, and scale_x is the largest value divided by
+// 127.
 //
 //   total[n] += scale[n, g] · scale_x · (Σ x code - zero[n, g] · Σ x)
 //
-// All add the products of a column in the same order, that of the packed words, into one accumulator a group (or a span
-// of 256 of a longer one), and the groups in order: a row's result does not depend on the rows beside it, nor on the number of threads.
+// All ways add the products of a column in the same order, the order of the packed words. A group has one accumulator;
+// a longer group has one for each span of 256 values of K. The groups are added in order. So a row's result does not
+// depend on the other rows or on the number of threads.
 //
-// Floor: few rows, K · N / 2 bytes and the scales at the read bandwidth. Instructions per vector of 64 bytes (128
-// weights): bf16 pairs 13 with the load (4 shifts, 4 and-or, 4 dot products), so 6.5 cycles at two a cycle; floats on
-// AVX-512 21 (8 shifts, 4 and-or, 8 multiply-adds); three digits 10 (1 shift, 2 and, 6 dot products), one 6. Many rows:
-// 2 · M · N · K at the machine's GEMM rate, of which one digit has four times as much as floats.
+// Floor for few rows: K · N / 2 bytes and the scales, at the read bandwidth. Instructions per vector of 64 bytes (128
+// weights), with the load:
+//
+//   bf16 pairs          13 (4 shifts, 4 and-or, 4 dot products), so 6.5 cycles at two instructions a cycle
+//   floats on AVX-512   21 (8 shifts, 4 and-or, 8 multiply-adds)
+//   three digits        10 (1 shift, 2 and, 6 dot products)
+//   one digit           6
+//
+// Floor for many rows: 2 · M · N · K at the machine's GEMM rate. With one digit that rate is four times that of floats.
 
 #include "../layouts/int4.h"
 #include "tile.h"
@@ -59,18 +69,18 @@ using int4::kWordsPerColumn;
 using int4::kWordsPerSlab;
 
 constexpr int kPanelVecs = kPanel / Vec::width;
-constexpr float kOffset = 16.0f;                      // of a code as bf16
+constexpr float kOffset = 16.0f;                      // the bf16 of a code is this much above the code
 constexpr uint32_t kOffsetPair = 0x41804180u;         // 16 and 16 as bf16
-constexpr uint32_t kCodePair = int4::kPairMask << 3;  // where that leaves room for a code: 16 + code
-constexpr float kLeak = 0x1p-16f;                     // of the low code into `high`
-constexpr float kHigh = kOffset + 0x4180 * 0x1p-19f;  // `high` of two zero codes
+constexpr uint32_t kCodePair = int4::kPairMask << 3;  // the bits that hold the codes: code and kOffset make 16 + code
+constexpr float kLeak = 0x1p-16f;                     // `high` contains the low code times this factor
+constexpr float kHigh = kOffset + 0x4180 * 0x1p-19f;  // the value of `high` for two zero codes
 constexpr int kSymmetricZero = 8;
 constexpr uint32_t kCodeBytes = 0x0f0f0f0fu;
 constexpr float kLargestByte = 127.0f;
-constexpr float kVanishing = 1e-30f;  // a span of smaller values is 0: the reciprocal of its scale would overflow
+constexpr float kVanishing = 1e-30f;  // a span of smaller values becomes 0: the reciprocal of its scale would overflow
 constexpr uint32_t kExponent = 0x7f800000u;
 constexpr uint32_t kSmallestExponent = 23u << 23;  // 2^-104
-constexpr float kFineStep = 0x1p-21f;  // of the power of two that the largest value reaches: 22 bits and a sign
+constexpr float kFineStep = 0x1p-21f;  // times the largest value's power of two, it is scale_x: 22 bits and a sign
 
 // --- a vector of words ---------------------------------------------------------------------------------------------
 
@@ -158,7 +168,7 @@ inline Vec load_as(Dtype dtype, const void* from, int64_t at) {
   }
 }
 
-// The first n <= width values, zeros behind.
+// Loads the first n <= width values and fills the rest with zeros.
 inline Vec load_first_as(Dtype dtype, const void* from, int64_t at, int n) {
   if (n == Vec::width) return load_as(dtype, from, at);
   switch (dtype) {
@@ -187,19 +197,21 @@ inline void store_first_as(Dtype dtype, void* to, int64_t at, Vec x, int n) {
   }
 }
 
-// For |x| < 2^22; to even from half way. (The generic round_to_whole is for exponents, and begins at -126.)
+// The nearest whole number of x, |x| < 2^22; halves round to even. The generic round_to_whole is only for exponents,
+// because it raises x to at least -126.
 inline Vec nearest_whole(Vec x) {
 #if HEADSTART_TIER_AVX512 || HEADSTART_TIER_AVX2
   return round_to_whole(x);
 #else
-  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: the adder rounds to an integer
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: the addition rounds to an integer
   return (x + magic) - magic;
 #endif
 }
 
-// --- what depends on the unit: floats, bf16 pairs, or bytes --------------------------------------------------------
+// --- functions for each unit: floats, bf16 pairs, or bytes ---------------------------------------------------------
 
-// For float32 activations: 24 is taken off each dequantised code, which leaves code - 8 and float32's own accuracy.
+// For float32 activations. 24 is subtracted from each dequantised code. This leaves code - 8, and the result keeps
+// float32's accuracy.
 struct ExactUnit : FloatUnit {};
 constexpr float kMiddle = 8.0f;
 
@@ -208,7 +220,7 @@ inline Vec even_code(Words pair, ExactUnit) { return low(pair) - broadcast(kOffs
 inline Vec odd_code(Words pair, FloatUnit) { return high(pair); }
 inline Vec odd_code(Words pair, ExactUnit) { return high(pair) - broadcast(kHigh + kMiddle); }
 
-// A slab of activations, in the order of the packed words: [t][i] pairs; k = 8 i + 2 t and the next.
+// Writes a slab of activations in the order of the packed words: [t][i] pairs of k = 8 i + 2 t and k + 1.
 inline void order_slab(float* to, const float values[kSlab], FloatUnit) {
   for (int t = 0; t < kWordsPerColumn; ++t) {
     for (int i = 0; i < kPairsPerWord; ++i) {
@@ -220,13 +232,14 @@ inline void order_slab(float* to, const float values[kSlab], FloatUnit) {
   }
 }
 
-// What the offsets of a group's dequantised codes add to its products, from the sums of x over even and over odd k.
+// The amount that the offsets of the dequantised codes add to the products of a group. `even` and `odd` are the sums of
+// x over even and over odd k.
 inline double offsets(double even, double odd, FloatUnit) {
   return kOffset * (even - odd * kLeak) + static_cast<double>(kHigh) * odd;
 }
 inline double offsets(double even, double odd, ExactUnit) { return -kMiddle * (even + odd - odd * kLeak); }
 
-// sum[r][v] += activations of pair · pair[v], for `rows` rows of x whose units stand `stride` apart.
+// sum[r][v] += activations of the pair · pair[v], for `rows` rows of x. The units of two rows are `stride` apart.
 template <typename Unit, int rows, int vecs>
 inline __attribute__((always_inline)) void add_pairs(Vec (&sum)[rows][vecs], const float* x, int64_t stride,
                                                      const Words (&pair)[vecs], Unit unit) {
@@ -250,7 +263,7 @@ inline void store_pair(float* to, Words pair, Unit unit) {
   store(to + kPanel, odd_code(pair, unit));
 }
 
-// Of how many bytes a rounded activation is; each is multiplied like a row.
+// The number of bytes (digits) of a rounded activation. Each digit is multiplied like a row.
 template <typename Unit>
 struct DigitsOf {
   static constexpr int value = 1;
@@ -262,7 +275,7 @@ struct DigitsOf<ByteUnit<vnni, digits>> {
   static constexpr int value = digits;
 };
 
-// Units that the multiplier takes as they are.
+// The same for units that the multiplier takes without conversion.
 template <typename Unit, int rows, int vecs>
 inline __attribute__((always_inline)) void add_pairs(Vec (&sum)[rows][vecs], const uint32_t* x, int64_t stride,
                                                      const Words (&unit)[vecs], Unit) {
@@ -294,8 +307,8 @@ inline double offsets(double even, double odd, PairUnit) { return kOffset * (eve
 
 #endif
 
-// Four codes and four rounded activations; the sums are int32 in the lanes of a Vec. Whether the CPU has VNNI is known
-// when the kernel runs, so the instruction is not the compiler's.
+// Four codes and four rounded activations. The sums are int32 in the lanes of a Vec. Whether the CPU has VNNI is known
+// only when the kernel runs, so the instruction is written in assembly.
 template <bool vnni, int digits>
 struct ByteUnit {
   using Type = uint32_t;
@@ -340,13 +353,14 @@ struct ByteUnit {
 #endif
 };
 
-// A slab of rounded activations, as `digits` of base 256 between -128 and 127, a unit of each, the lowest first.
+// Writes a slab of rounded activations as `digits` digits of base 256, each between -128 and 127. The units of the
+// digits follow each other, the lowest digit first.
 template <int digits>
 inline void order_slab(uint32_t* to, const int32_t values[kSlab]) {
   int32_t rest[kSlab];
   std::memcpy(rest, values, sizeof rest);
   for (int d = 0; d < digits; ++d) {
-    uint16_t pairs[kSlab / 2];  // k and k + 16; two of them, k and k + 1, are a unit
+    uint16_t pairs[kSlab / 2];  // pair k holds k and k + 16; the pairs k and k + 1 are a unit
     for (int k = 0; k < kSlab / 2; ++k) {
       pairs[k] = static_cast<uint16_t>((rest[k] & 0xff) | (rest[k + kSlab / 2] & 0xff) << 8);
     }
@@ -371,7 +385,7 @@ struct PieceNumber {
   static constexpr int value = i;
 };
 
-// The pieces of a word: four pairs, or twice four bytes.
+// Calls body for the pieces of a word: four pairs, or two times four bytes.
 template <typename Unit, typename Body>
 inline __attribute__((always_inline)) void for_each_piece(const Body& body) {
   body(PieceNumber<0>());
@@ -384,36 +398,36 @@ inline __attribute__((always_inline)) void for_each_piece(const Body& body) {
 
 // --- the product ---------------------------------------------------------------------------------------------------
 
-constexpr int kPrefetchWords = 192;  // 12 cache lines of each panel ahead
+constexpr int kPrefetchWords = 192;  // each panel is prefetched 12 cache lines ahead
 constexpr int kTilePanels = 4;
 constexpr int kTileColumns = kTilePanels * kPanel;
-constexpr int64_t kSpanSlabs = 8;    // a longer group is added up in spans: short sums round less
-constexpr int kBlockUnits = 64;      // of depth, in a tile: 64 · 64 units are 16 KiB
-constexpr int64_t kChunkRows = 252;  // of a job: their totals, sums and activations of a block fit the L2 cache
+constexpr int64_t kSpanSlabs = 8;    // a longer group is added up in spans, because short sums round less
+constexpr int kBlockUnits = 64;      // the depth of a tile in units; 64 · 64 units are 16 KiB
+constexpr int64_t kChunkRows = 252;  // the most rows of a job: totals, sums and a block's activations fit in L2
 
 template <typename Unit>
 struct Int4Gemm {
   using U = typename Unit::Type;
 
-  static constexpr bool kRounds = Unit::values == 4;  // activations, to integers
+  static constexpr bool kRounds = Unit::values == 4;  // whether activations are rounded to integers
   static constexpr int kDigits = DigitsOf<Unit>::value;
   static constexpr int kWordUnits = 2 * kPairsPerWord / Unit::values;
   static constexpr int kPieceUnits = kRounds ? 1 : kWordUnits / kPairsPerWord;
   static constexpr int kSlabUnits = kSlab / Unit::values;
   static constexpr int kBlockSlabs = kBlockUnits / kSlabUnits;
-  // As many rows go in one pass; more are worth a tile.
+  // Up to this many rows are multiplied in one pass over the weights. More rows repay a tile.
   static constexpr int kStreamRows = kRounds && Vec::width == 16 ? 12 / kDigits : 6;
-  // Panels of one pass: enough independent sums to hide a multiply-add's latency.
+  // The panels of one pass for one row. They give enough independent sums to hide a multiply-add's latency.
   static constexpr int kStreamPanels = Vec::width < 16 ? 2 : Unit::values == 1 || kDigits > 1 ? 4 : 8;
 
-  // Of a row and a span: what the sum of products begins with, minus the sum of x, and the scale of rounded x.
+  // For a row and a span: the start value of the sum of products, minus the sum of x, and the scale of rounded x.
   struct Terms {
     float start, minus_sum, scale;
   };
 
   const Int4GemmArgs& a;
   int64_t panels, slabs, group_slabs, groups;
-  int64_t group_spans, spans;  // of a whole group; of all
+  int64_t group_spans, spans;  // the spans of a whole group; all spans
   Buffer<U> units;             // x in blocks of K that do not cross spans: [block][row][unit][digit]
   Buffer<Terms> terms;         // [span][row]
 
@@ -438,7 +452,7 @@ struct Int4Gemm {
   template <typename Body>
   inline __attribute__((always_inline)) void for_each_block(int64_t span, const Body& body) const {
     const int64_t end = span_end(span);
-    // A single row's blocks follow each other, so that they are one.
+    // The blocks of a single row follow each other in memory, so they are treated as one.
     const int64_t step = a.m == 1 ? kSpanSlabs : kBlockSlabs;
     for (int64_t slab = span_begin(span); slab < end; slab += step) body(slab, min(step, end - slab));
   }
@@ -459,10 +473,10 @@ struct Int4Gemm {
     }
   }
 
-  // The scale of rounded x, from the largest value.
+  // The scale of rounded x for a span with this largest absolute value.
   static float scale_of(float largest) {
     if (kDigits == 1) return largest < kVanishing ? 0.0f : largest / kLargestByte;
-    // A power of two, so that what has few enough bits is not rounded at all.
+    // Use a power of two, so values with few enough bits are not rounded at all.
     return bits_to_float(max(float_to_bits(largest) & kExponent, kSmallestExponent)) * kFineStep;
   }
 
@@ -506,7 +520,7 @@ struct Int4Gemm {
       top = max(top, max(x, broadcast(0.0f) - x));
       bad = bad + (x - x);
     }
-    // By hand: in here, GCC 12 warns of what its header's reductions leave uninitialised.
+    // Reduce by hand. GCC 12 would warn here about uninitialised variables in the reductions of its own header.
     float tops[Vec::width], bads[Vec::width], largest = 0.0f, wrong = 0.0f;
     store(tops, top);
     store(bads, bad);
@@ -531,10 +545,10 @@ struct Int4Gemm {
     }
     int32_t sum = 0;
     for (int j = 0; j < kSlab; ++j) sum += lane[j];
-    return {0.0f, -static_cast<float>(sum), scale};  // integers begin with the bits of +0
+    return {0.0f, -static_cast<float>(sum), scale};  // the bits of +0 are also the integer 0
   }
 
-  // --- the end of a span, and of a row: the same for few rows and many ---
+  // --- the end of a span and of a row, for few rows and for many ---
 
   struct Scaling {
     Vec scale, zero;
@@ -546,7 +560,8 @@ struct Int4Gemm {
     return {load_as(a.scale_dtype, a.scales, at), a.zeros == nullptr ? symmetric : load_zeros(a.zeros + at)};
   }
 
-  // `sum` and, of rounded x, the sums of its other digits, each `step` after the one before.
+  // total plus the scaled sum of a span. `sum` points to the sum; for rounded x, it points to the sum of the lowest
+  // digit, and the sums of the other digits follow, each `step` further on.
   inline __attribute__((always_inline)) Vec with_span(Vec total, const Vec* sum, int step, Scaling by,
                                                       const Terms& term) const {
     if constexpr (kRounds) {
@@ -618,7 +633,8 @@ struct Int4Gemm {
 
   template <int rows>
   void stream_all(const Parallel& parallel) {
-    // AVX-512 has the registers for two panels of twelve sums; the others have half as many, of half the width or less.
+    // AVX-512 has enough registers for two panels of twelve sums. The other tiers have half as many registers, of half
+    // the width or less.
     constexpr int sums = rows * kDigits;
     constexpr int width = rows == 1 ? kStreamPanels : Vec::width == 16 ? (sums == 2 ? 4 : 2) : (sums == 2 ? 2 : 1);
     for_each_job(parallel, ceil_div(panels, width), [&](int64_t job, int) {
@@ -628,7 +644,7 @@ struct Int4Gemm {
     });
   }
 
-  // Calls the stream of as many rows as there are.
+  // Calls stream_all for a.m rows.
   template <int rows = kStreamRows>
   void stream_rows(const Parallel& parallel) {
     if constexpr (rows > 0) a.m == rows ? stream_all<rows>(parallel) : stream_rows<rows - 1>(parallel);
@@ -644,10 +660,11 @@ struct Int4Gemm {
     Vec scale[kTilePanels * kPanelVecs], zero[kTilePanels * kPanelVecs];
   };
 
-  // A block of a panel, [units][16]. Words hold their codes in the order of the units, so this is one straight line.
+  // Dequantises a block of a panel to [units][16]. The words hold their codes in the order of the units, so the output
+  // is written in order.
   static void dequantize(U* to, const uint32_t* words, int64_t count) {
     for (int64_t w = 0; w < count * kWordsPerColumn; ++w) {
-      __builtin_prefetch(words + count * kWordsPerSlab);  // the next block's: it is wanted after this one's products
+      __builtin_prefetch(words + count * kWordsPerSlab);  // the next block: it is needed after this block's products
 #pragma GCC unroll 4
       for (int v = 0; v < kPanelVecs; ++v) {
         const Words word = load_words(words + v * Vec::width);
@@ -660,20 +677,21 @@ struct Int4Gemm {
     }
   }
 
-  static constexpr int kTileRows = kRows / kDigits;  // in registers
+  static constexpr int kTileRows = kRows / kDigits;  // the rows whose sums are in registers
 
-  // Where vector v of a tile's 64 columns begins in Tile::weights.
+  // The start of vector v of a tile's 64 columns in Tile::weights.
   static constexpr int64_t place(int v) {
     return static_cast<int64_t>(v / kPanelVecs) * kBlockUnits * kPanel + v % kPanelVecs * Vec::width;
   }
 
   struct Block {
-    int64_t row, units;  // the first row of the job; depth
-    bool first, last;    // of its span
-    const Terms* term;   // of the job's rows
+    int64_t row, units;  // the first row of the job; the depth in units
+    bool first, last;    // whether the block is the first or the last of its span
+    const Terms* term;   // the terms of the job's rows
   };
 
-  // sums += x · weights, for `rows` rows of the job from `i`, and `vecs` vectors of columns from `from`.
+  // sums += x · weights for `rows` rows of the job from row `i` on, and `vecs` vectors of columns from `from` on. At
+  // the end of a span, the sums are scaled and added to the totals.
   template <int rows, int vecs>
   void multiply(Tile& tile, const Block& block, const U* x, int64_t i, int from) const {
     constexpr int lines = rows * kDigits;
@@ -683,7 +701,7 @@ struct Int4Gemm {
     for (int r = 0; r < lines; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < vecs; ++v) {
-        const bool starts = block.first || kRounds;  // of integers, a block is a span
+        const bool starts = block.first || kRounds;  // with integers, a block is a whole span
         sum[r][v] =
             starts ? broadcast(block.term[i + r / kDigits].start) : load(kept + r * kTileColumns + v * Vec::width);
       }
@@ -711,7 +729,7 @@ struct Int4Gemm {
     }
   }
 
-  // Calls the product of as many rows as there are.
+  // Calls multiply for `rows` rows.
   template <int vecs, int most = kTileRows>
   void multiply_rows(Tile& tile, const Block& block, const U* x, int64_t i, int64_t rows, int from) const {
     if constexpr (most > 1) {
@@ -721,13 +739,14 @@ struct Int4Gemm {
   }
 
   void multiply_block(Tile& tile, const Block& block, const U* x, int64_t rows, int vecs) const {
-    // Groups of rows as even as can be: 7 are 4 and 3, since a single row leaves the multiplier waiting for itself.
+    // Make groups of rows of nearly the same size: 7 rows are 4 and 3. A single row would leave the multiplier waiting
+    // for its own results.
     for (int64_t i = 0, left = ceil_div(rows, kTileRows), n; i < rows; i += n, --left) {
       n = ceil_div(rows - i, left);
       const U* at = x + i * kDigits * block.units;
       int from = 0;
       for (; from + kVecs <= vecs; from += kVecs) multiply_rows<kVecs>(tile, block, at, i, n, from);
-      if constexpr (kVecs == 4) {  // elsewhere a panel is a whole number of strips
+      if constexpr (kVecs == 4) {  // in the other tiers, a panel is a whole number of kVecs vectors
         if (vecs - from == 3) multiply_rows<3>(tile, block, at, i, n, from);
         if (vecs - from == 2) multiply_rows<2>(tile, block, at, i, n, from);
         if (vecs - from == 1) multiply_rows<1>(tile, block, at, i, n, from);
@@ -762,7 +781,7 @@ struct Int4Gemm {
   }
 
   void tile_all(const Parallel& parallel) {
-    // Rows are split too where there are few tiles of columns.
+    // If there are few tiles of columns, split the rows too.
     const int64_t tiles = ceil_div(panels, kTilePanels), wanted = ceil_div(4 * parallel.workers, tiles);
     const int64_t chunk = min(kChunkRows, max(4 * kTileRows, round_up(ceil_div(a.m, wanted), kTileRows)));
     const int64_t chunks = ceil_div(a.m, chunk);
@@ -786,8 +805,8 @@ struct Int4Gemm {
 
 // --- packing -------------------------------------------------------------------------------------------------------
 
-// The four words of a column's slab, as the eight halves of 16 bits that they are: half j holds k = j, 8 + j, 16 + j
-// and 24 + j.
+// Packs the four words of a column's slab. They are eight halves of 16 bits: half j holds k = j, 8 + j, 16 + j and
+// 24 + j.
 inline void pack_slab(uint32_t* to, const uint8_t* codes) {
   uint16_t half[8];
   for (int j = 0; j < 8; ++j) {
@@ -813,7 +832,7 @@ inline void unpack_slab(uint8_t* codes, const uint32_t* words) {
 namespace HEADSTART_TIER {
 
 void int4_gemm(const Int4GemmArgs& a, const Parallel& parallel) {
-#if HEADSTART_TIER_AVX512 && !HEADSTART_EMULATE_BF16_DOT  // tests run all units on a CPU with VNNI
+#if HEADSTART_TIER_AVX512 && !HEADSTART_EMULATE_BF16_DOT  // so tests can run all units on a CPU with VNNI
   if (__builtin_cpu_supports("avx512vnni")) {
     if (a.int8_activations) return Int4Gemm<ByteUnit<true, 1>>(a).run(parallel);
     const bool pairs = a.dtype == Dtype::kBFloat16 && UnitOf<BFloat16>::Type::values == 2;

@@ -1,12 +1,12 @@
-// The index builders of sparse prefill on the CPU. `reference/prefill_index.py` says what each computes.
+// The index builders of sparse prefill on the CPU. `reference/prefill_index.py` defines what each of them computes.
 //
 //   vertical_slash_index   per head: last_q × Nk scores, softmax, sums down columns and along diagonals, two top-k
 //   block_topk_index       per head: means of 64 tokens, (Nk / 64)² scores, top-k
 //   adaptive_block_index   per head and rows: (Nk / stride)² scores of depth stride · D, softmax, mass per block, cut;
 //                          with samples, also exact scores of some queries of every row
 //
-// All three multiply through the tiles of tile.h. Adaptive is the dear one: keys are packed once per KV head as tiles
-// of 64 groups, so that the `stride` tokens of a group, in reverse order, are the tile's depth:
+// All three multiply with the tiles of tile.h. adaptive_block_index is the most expensive. It packs the keys once per
+// KV head in tiles of 64 groups. The `stride` tokens of a group, in reverse order, are the tile's depth:
 //
 //     query group (stride · D units, as the tokens lie in memory)
 //       [ q0 q1 ... q7 ]  ·  [ k7 ]      antidiagonal of the stride × stride tile,
@@ -14,9 +14,10 @@
 //                            [ .. ]
 //                            [ k0 ]
 //
-// Floor: 1 / (2 · stride) of dense attention's multiply-adds, plus one exp2 per pair of groups; `samples` queries in a
-// row of block_q add samples / (2 · block_q), and an exp2 for each of their scores. Sampled scores are never kept: a
-// tile of 64 keys leaves its maximum and its sum, and the tiles are joined when the row is done.
+// Floor: 1 / (2 · stride) of dense attention's multiply-adds, plus one exp2 per pair of groups. `samples` queries in a
+// row of block_q add samples / (2 · block_q) of the multiply-adds, and one exp2 for each of their scores. The sampled
+// scores are not stored. Each tile of 64 keys keeps only its maximum and its sum, and the tiles are merged when the row
+// is done.
 
 #include <algorithm>
 
@@ -27,11 +28,11 @@ namespace {
 
 int64_t start_of(const PrefillIndexArgs& a, int64_t b) { return a.kv_start == nullptr ? 0 : max(a.kv_start[b], 0); }
 
-// The key positions of a row of queries, and which key blocks it may see, must take, ...
+// The positions of a row of queries, the key blocks that the row may see, and the blocks that it must take (forced).
 struct RowBlocks {
-  int64_t first_position, last_position;  // of the row's queries
-  int64_t begin, end;                     // visible blocks
-  int64_t sink_end, window_begin;         // forced: [begin, sink_end) and [window_begin, end)
+  int64_t first_position, last_position;  // the positions of the row's first and last query
+  int64_t begin, end;                     // the visible blocks are [begin, end)
+  int64_t sink_end, window_begin;         // the forced blocks are [begin, sink_end) and [window_begin, end)
 
   RowBlocks(const PrefillIndexArgs& a, int64_t b, int64_t row) {
     const int64_t start = start_of(a, b);
@@ -48,7 +49,7 @@ struct RowBlocks {
 
 int32_t* index_row(const PrefillIndexArgs& a, int64_t at) { return a.block_index + at * a.block_capacity; }
 
-// Writes the chosen ids in ascending order; unused entries are 0.
+// Writes the chosen ids in ascending order. Unused entries become 0.
 template <typename Chosen>
 void write_row(const PrefillIndexArgs& a, int64_t at, int64_t begin, int64_t end, const Chosen& chosen) {
   int32_t* to = index_row(a, at);
@@ -60,8 +61,8 @@ void write_row(const PrefillIndexArgs& a, int64_t at, int64_t begin, int64_t end
   std::memset(to + n, 0, static_cast<size_t>(a.block_capacity - n) * sizeof(int32_t));
 }
 
-// Moves the `count` best of ids[0, n) to the front: higher score first, then lower id. (The lambda's type is local, so
-// the instantiations of std:: algorithms are this tier's own.)
+// Moves the `count` best of ids[0, n) to the front. A higher score is better; of equal scores, the lower id is better.
+// The lambda's type is local, so every tier has its own instantiation of the std:: algorithm (vec.h).
 void best_first(int32_t* ids, int64_t n, int64_t count, const float* score) {
   const auto better = [score](int32_t x, int32_t y) { return score[x] > score[y] || (score[x] == score[y] && x < y); };
   if (count < n) std::nth_element(ids, ids + count, ids + n, better);
@@ -122,8 +123,8 @@ struct VerticalSlash {
     }
   }
 
-  // Softmax of every row, added into its column sums and diagonal sums. diagonal[j + last_q - 1 - i] collects key j
-  // of query i, so both are walked in the order of memory.
+  // Adds the softmax of every row to the column sums and to the diagonal sums. Key j of query i is added to
+  // diagonal[j + last_q - 1 - i], so both arrays are accessed in memory order.
   void sum_up(Scratch& w, int64_t b) const {
     const int64_t start = start_of(a, b);
     zero(w.column, padded_nk);
@@ -174,7 +175,7 @@ struct VerticalSlash {
     const int64_t edge = a.block_q >= a.block_k ? a.block_k - 1 - (a.nk - a.nq + a.block_q - 1) % a.block_k : 0;
     zero(w.band, bands);
     for (int64_t offset = 0; offset < a.nk; ++offset) {
-      // Key j of query i stands offset = nk - last_q + i - j before it, at diagonal[nk - 1 - offset].
+      // Key j is offset = nk - last_q + i - j positions before query i. Its sum is diagonal[nk - 1 - offset].
       const float mass = w.diagonal[a.nk - 1 - offset];
       const int64_t band = (offset + edge) / a.block_k, within = (offset + edge) % a.block_k;
       for (int64_t step = 0; step <= spread; ++step) {
@@ -232,7 +233,7 @@ struct BlockTopK {
     Buffer<uint8_t> kept;
   };
 
-  // The mean of tokens [first, end) of one head.
+  // Writes the mean of tokens [first, end) of one head.
   void mean(float* to, const Tensor4& x, int64_t b, int64_t h, int64_t first, int64_t end) const {
     zero(to, padded_dim);
     float row[256 + Vec::width];
@@ -303,7 +304,8 @@ struct Adaptive {
   using U = typename Unit::Type;
   const AdaptiveArgs& a;
   int64_t rows, blocks, stride, depth, key_groups, key_tiles, tile_units, groups_per_row, rows_per_job, score_width;
-  int64_t sample_tiles, sample_units;  // tiles of 64 keys as they are, for the sampled queries; 0 without samples
+  int64_t sample_tiles,
+      sample_units;  // tiles of 64 single keys for the sampled queries (0 without samples); their size
 
   explicit Adaptive(const AdaptiveArgs& args)
       : a(args),
@@ -335,19 +337,19 @@ struct Adaptive {
     Buffer<U> query;
     Buffer<float> scores, mass, key;
     Buffer<U> sample_query;
-    Buffer<float> sample_scores, top, sum;  // of a tile, and of every tile of every sampled query
+    Buffer<float> sample_scores, top, sum;  // scores of one tile; top and sum of every tile of every sampled query
     Buffer<int32_t> ids;
     Buffer<uint8_t> kept;
   };
 
   int64_t samples_per_job() const { return rows_per_job * a.samples; }
 
-  // The query that sample `i` of a row stands for: spread evenly, the last one being the row's last query.
+  // The query of sample `i` of a row. The samples are spread evenly, and the last one is the row's last query.
   int64_t sampled_query(int64_t row, int64_t i) const {
     return min(row * a.block_q + (i + 1) * a.block_q / a.samples, a.nq) - 1;
   }
 
-  // Tile of 64 key groups: depth runs over the group's tokens from the last to the first.
+  // Packs a tile of 64 key groups. Its depth runs over the group's tokens from the last to the first.
   void pack_tile(U* tile, int64_t b, int64_t kv_head, int64_t first_group) const {
     const int64_t start = start_of(a, b);
     for (int64_t s = 0; s < stride; ++s) {
@@ -369,7 +371,7 @@ struct Adaptive {
   }
 
   void run_all(const Parallel& parallel) const {
-    // Packed keys of a wave of KV heads stay below this.
+    // A wave is a number of KV heads, at least one, whose packed keys stay below this size.
     constexpr int64_t kWaveBytes = int64_t{256} << 20;
     const int64_t pairs = a.batch * a.heads_kv, group = a.heads_q / a.heads_kv;
     const int64_t pair_bytes = (key_tiles * tile_units + sample_tiles * sample_units) * static_cast<int64_t>(sizeof(U));
@@ -387,7 +389,7 @@ struct Adaptive {
         const int64_t pair = first + at / sample_tiles;
         pack_sample_tile(sample_keys + at * sample_units, pair / a.heads_kv, pair % a.heads_kv, at % sample_tiles);
       });
-      // Later rows see more keys: the last chunks first.
+      // Later rows see more keys, so the last chunks come first.
       for_each_job(parallel, count * group * chunks, [&](int64_t job, int worker) {
         const int64_t chunk = chunks - 1 - job / (count * group), pair = job % (count * group) / group;
         const int64_t b = (first + pair) / a.heads_kv;
@@ -398,7 +400,7 @@ struct Adaptive {
     }
   }
 
-  // The visible key groups of a query group: [first, end).
+  // The key groups [first, end) that a query group sees.
   struct GroupRange {
     int64_t first, end;
   };
@@ -418,7 +420,7 @@ struct Adaptive {
       pack_queries(w.query + n * (depth / stride), &row, 1, a.head_dim, Unit());
     }
     const int64_t tiles = ceil_div(visible_groups(b, first_group + groups - 1).end, kTile);
-    // The depth is walked in steps of one token: a step's part of the tile stays in L1 for all rows.
+    // Go through the depth in steps of one token, so that a step's part of the tile stays in L1 for all rows.
     const int64_t step = depth / stride;
     for (int64_t t = 0; t < tiles; ++t) {
       const U* tile = keys + t * tile_units;
@@ -441,12 +443,14 @@ struct Adaptive {
     }
   }
 
-  // With samples, the largest share that a group or a sampled query gives a block; without, the sum over the groups.
+  // Adds a share of a block's mass. With samples, the mass is the largest share that a query group or a sampled query
+  // gives the block. Without samples, it is the sum over the query groups.
   void add(Scratch& w, int64_t block, float share) const {
     w.mass[block] = a.samples == 0 ? w.mass[block] + share : share > w.mass[block] ? share : w.mass[block];
   }
 
-  // The maximum and the sum of exp2(score - maximum) of every tile of keys, for the sampled queries of some rows.
+  // Computes the maximum and the sum of exp2(score - maximum) of every tile of keys, for the sampled queries of some
+  // rows.
   void score_samples(Scratch& w, int64_t b, int64_t h, int64_t first_row, int64_t job_rows, const U* keys) const {
     const int64_t count = job_rows * a.samples, dim_units = a.head_dim / Unit::values, start = start_of(a, b);
     const int64_t tiles = ceil_div(sampled_query(first_row + job_rows - 1, a.samples - 1) + 1 + a.nk - a.nq, kTile);
@@ -481,7 +485,7 @@ struct Adaptive {
     }
   }
 
-  // The shares of one sampled query, of what score_samples left of its tiles.
+  // Adds the shares of one sampled query. They follow from its tiles' maxima and sums, which score_samples wrote.
   void add_sample(Scratch& w, int64_t b, int64_t n, int64_t query) const {
     const int64_t position = query + a.nk - a.nq;
     if (position < start_of(a, b)) return;
@@ -503,7 +507,7 @@ struct Adaptive {
     }
   }
 
-  // Softmax of one query group's scores: what it gives to its key blocks.
+  // Adds the shares that the softmax of one query group's scores gives to its key blocks.
   void add_mass(Scratch& w, float* s, GroupRange range) const {
     if (range.first >= range.end) return;
     const float scale = a.scale / static_cast<float>(stride) * kLog2E;

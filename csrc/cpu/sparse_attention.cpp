@@ -10,13 +10,13 @@
 //                                      P = exp2(S - running maximum)    in place
 //                                      O[64][D] = O · rescale + P · value tile
 //
-// A single key is a column: columns are gathered into tiles of the same form, and those that a block of the row
-// covers are masked. Jobs are taken longest first. Packing costs a few percent of one head's dense attention, and
-// only tiles that some row attends are packed.
+// A column is a single key. Columns are gathered into tiles of the same form. A column that lies in a block of the
+// row's list is masked. Workers take the longest jobs first. Packing costs a few percent of one head's dense attention.
+// Only tiles that some row attends are packed.
 //
 // Floor: 4 · D multiply-adds per attended (query, key) pair at the machine's GEMM rate, plus one exp2.
 //
-// Few query rows, as in decoding, go another way: sparse_attention_decode.h.
+// sparse_attention_decode.h handles calls with few query rows, as in decoding.
 
 #include "sparse_attention_decode.h"
 
@@ -25,7 +25,7 @@ namespace {
 
 // --- prefill -----------------------------------------------------------------------------------------------------
 
-// What a worker needs beside the shared tiles.
+// The memory of one worker, in addition to the shared tiles.
 template <typename Unit>
 struct Scratch {
   using U = typename Unit::Type;
@@ -55,12 +55,12 @@ struct Prefill {
   using U = typename Unit::Type;
 
   const SparseAttentionArgs& a;
-  int64_t group, index_group, run;  // query heads per KV head, per index head, per pair of both
+  int64_t group, index_group, run;  // query heads per KV head, per index head, and per pair of both
   int64_t padded_dim, tiles;        // tiles of 64 keys
   int64_t key_tile, value_tile;     // units of a packed tile
   int64_t query_tiles;              // jobs per head
-  int64_t column_tiles;             // of a shared list, per run
-  float scale;                      // with log2(e)
+  int64_t column_tiles;             // tiles of a shared column list, per run
+  float scale;                      // a.scale · log2(e)
 
   explicit Prefill(const SparseAttentionArgs& args)
       : a(args),
@@ -78,8 +78,8 @@ struct Prefill {
 
   struct Job {
     int32_t cost;
-    int32_t pair;  // which (batch, KV head) of the wave
-    int32_t head;  // query head within the group
+    int32_t pair;  // the (batch, KV head) pair, counted within the wave
+    int32_t head;  // the query head, counted within the group
     int32_t query_tile;
   };
 
@@ -123,7 +123,7 @@ struct Prefill {
     pack(keys, values, k_rows, v_rows);
   }
 
-  // scores = Q · keys for the rows' visible keys; row i sees `seen` + i keys, the others' scores are left undefined.
+  // scores = Q · keys for the rows' visible keys. Row i sees the first `seen` + i keys. Other scores stay undefined.
   void multiply_keys(Scratch<Unit>& w, int64_t rows, const U* keys, int64_t seen) const {
     const int64_t depth = a.head_dim / Unit::values;
     for (int64_t i = 0, n; i < rows; i += n) {
@@ -135,7 +135,7 @@ struct Prefill {
     }
   }
 
-  // output = rescale · output + weights · values, over the rows' visible keys.
+  // output = rescale · output + weights · values, summed over the rows' visible keys.
   template <Start start>
   void multiply_values(Scratch<Unit>& w, int64_t rows, const U* values, int64_t seen) const {
     const U* weights = Unit::values == 2 ? reinterpret_cast<const U*>(static_cast<BFloat16*>(w.weights))
@@ -149,13 +149,13 @@ struct Prefill {
     }
   }
 
-  // `position` null means the 64 keys from `first`.
+  // Attends one tile and updates softmax and output. If `position` is null, the tile holds the 64 keys from `first` on.
   void attend_tile(Scratch<Unit>& w, int64_t rows, const U* keys, const U* values, const int32_t* position,
                    int64_t first, int64_t first_query_position, int64_t first_key, bool* started) const {
     const int64_t origin = position == nullptr ? first : 0;
-    const int64_t last = a.causal ? first_query_position : a.nk - 1;  // that row 0 sees
+    const int64_t last = a.causal ? first_query_position : a.nk - 1;  // the last key that row 0 sees
     const int64_t seen = a.causal && position == nullptr ? last - first + 1 : kTile;
-    const int64_t last_window = first_query_position + rows - a.window;  // where the last row's begins
+    const int64_t last_window = first_query_position + rows - a.window;  // the start of the last row's window
     const bool masked =
         position != nullptr || first < max(first_key, last_window) || first + kTile > a.nk || seen < kTile;
     const int32_t* where = masked ? (position == nullptr ? kIota.value : position) : nullptr;
@@ -210,7 +210,8 @@ struct Prefill {
     return column >= range.first_key && column < range.end_key && !w.covered[column / a.block_k];
   }
 
-  // One list for all rows, packed beforehand: columns that take no part in this row are masked.
+  // For one column list that all rows share and that is packed beforehand. Columns that take no part in this row are
+  // masked.
   void attend_shared_columns(Scratch<Unit>& w, const Packed& packed, int64_t run_at, const Row& list, int64_t rows,
                              int64_t first_position, const Range& range, bool* started) const {
     for (int64_t c = 0; c * kTile < list.column_count; ++c) {
@@ -229,7 +230,7 @@ struct Prefill {
     }
   }
 
-  // A list of the row's own: those that take part are gathered into tiles here.
+  // For a column list of this row alone. The columns that take part are gathered into tiles here.
   void attend_own_columns(Scratch<Unit>& w, int64_t b, int64_t kv_head, const Row& list, int64_t rows,
                           int64_t first_position, const Range& range, bool* started) const {
     int32_t chosen[kTile];
@@ -250,7 +251,7 @@ struct Prefill {
       const int64_t at = (b * a.heads_q + h) * a.nq + first_query + i;
       T* out = static_cast<T*>(a.out) + at * a.head_dim;
       const float maximum = w.softmax.maximum[i], sum = w.softmax.total(i);
-      const bool empty = !started || sum == 0.0f;  // not by the maximum, which may have lost a NaN
+      const bool empty = !started || sum == 0.0f;  // the maximum cannot tell: it may have lost a NaN
       const Vec inverse = broadcast(empty ? 0.0f : 1.0f / sum);
       for (int64_t d = 0; d < a.head_dim; d += Vec::width) {
         const Vec x = empty ? broadcast(0.0f) : load(w.output + i * padded_dim + d) * inverse;
@@ -266,7 +267,8 @@ struct Prefill {
   }
 
   void run_all(const Parallel& parallel) const {
-    // Packed keys and values of a wave of KV heads stay below this, so memory does not grow with the number of heads.
+    // A wave is a number of KV heads whose packed keys and values stay below this size. So memory does not grow with
+    // the number of heads. A wave has at least one head.
     constexpr int64_t kWaveBytes = int64_t{256} << 20;
     const int64_t runs = group / run;
     const int64_t pair_units = (tiles + runs * column_tiles) * (key_tile + value_tile);
@@ -312,7 +314,7 @@ struct Prefill {
     }
   }
 
-  // Lists the jobs of a wave, longest first, and marks the tiles that some row attends.
+  // Lists the jobs of a wave, longest first, and marks the tiles that some row attends. Returns the number of jobs.
   int64_t plan(int64_t first_pair, int64_t pairs, Job* jobs, Job* sorted, int64_t* starts, uint8_t* needed) const {
     std::memset(needed, 0, static_cast<size_t>(pairs * tiles));
     const int64_t most = tiles + ceil_div(a.index.column_capacity, kTile) + 1;

@@ -1,7 +1,7 @@
-// Decode, and any call whose few query rows would not repay packing keys: `FewRows`.
+// `FewRows`: decode, and every other call whose query rows are too few to repay packing the keys.
 //
-// Keys and values are read in place, once, for all heads that share them; the keys are split so that one row uses every
-// core, and the parts are merged in a fixed order, so the result does not depend on the number of threads.
+// Keys and values are read in place, once for all heads that share them. The keys are split into parts so that even one
+// row uses every core. The parts are merged in a fixed order, so the result does not depend on the number of threads.
 // Floor: the bytes of the attended keys and values at the machine's read bandwidth.
 #pragma once
 
@@ -11,16 +11,16 @@
 namespace headstart {
 namespace {
 
-constexpr int64_t kFewRows = 16;    // query rows that share keys, at most
-constexpr int64_t kSplitTiles = 8;  // tiles of a part: 512 keys
-constexpr int64_t kKeysAhead = 8;   // between the key that is read and the one that is fetched; values: a tile
+constexpr int64_t kFewRows = 16;    // the largest number of query rows that share keys
+constexpr int64_t kSplitTiles = 8;  // tiles of a part, which are 512 keys
+constexpr int64_t kKeysAhead = 8;   // keys are prefetched this many keys ahead; values while their tile's keys are read
 
 template <typename T>
 struct FewRows {
   const SparseAttentionArgs& a;
   int64_t group, index_group, run, rows, padded_dim;
 
-  // Rows of a job are the queries of `run` neighbouring heads, which read the same keys through the same list.
+  // The rows of a job are the queries of `run` neighbouring heads, which read the same keys through the same list.
   explicit FewRows(const SparseAttentionArgs& args)
       : a(args),
         group(a.heads_q / a.heads_kv),
@@ -32,22 +32,22 @@ struct FewRows {
   struct Part {
     int32_t run_at;
     int32_t tiles;
-    int64_t first_tile;  // in the list of all tiles
+    int64_t first_tile;  // index in the list of all tiles
   };
 
   struct Scratch {
     explicit Scratch(int64_t padded_dim) : query(kFewRows * padded_dim), scores(kFewRows * kTile) {}
     Buffer<float> query, scores;
-    struct Keys {  // of a tile
+    struct Keys {  // the keys and values of a tile
       const T* k_rows[kTile];
       const T* v_rows[kTile];
       int32_t position[kTile];
     };
-    Keys keys[2];  // of the tile that is attended, and of the next
+    Keys keys[2];  // the tile that is attended, and the next one
     Softmax softmax;
   };
 
-  // A part's running maximum, sum and unnormalised output, per row.
+  // The running maximum, the sum and the unnormalised output of a part, per row.
   struct State {
     float* maximum;
     float* sum;
@@ -63,7 +63,8 @@ struct FewRows {
     return at < list.block_count && list.blocks[at] == block;
   }
 
-  // Points at the 64 keys of a tile: tile >= 0 is a tile of keys, tile < 0 the (-1 - tile)-th 64 columns of the list.
+  // Sets the pointers to the 64 keys of a tile. tile >= 0 is a tile of neighbouring keys. tile < 0 stands for the
+  // (-1 - tile)-th 64 columns of the list.
   void find_keys(typename Scratch::Keys& keys, int64_t b, int64_t kv_head, const Row& list, int32_t tile) const {
     for (int j = 0; j < kTile; ++j) {
       int64_t n;
@@ -76,7 +77,7 @@ struct FewRows {
         if (n != kNowhere && covered(list, static_cast<int32_t>(n / a.block_k))) n = kNowhere;
       }
       keys.position[j] = static_cast<int32_t>(n);
-      keys.k_rows[j] = row_of<T>(a.k, b, kv_head, n == kNowhere ? 0 : n);  // its score is masked
+      keys.k_rows[j] = row_of<T>(a.k, b, kv_head, n == kNowhere ? 0 : n);  // key 0 instead: its score is masked
       keys.v_rows[j] = n == kNowhere ? nullptr : row_of<T>(a.v, b, kv_head, n);
     }
   }
@@ -118,7 +119,7 @@ struct FewRows {
     }
   }
 
-  // Joins a run's parts, in order, and writes its rows.
+  // Merges a run's parts, in order, and writes its rows.
   void join(int64_t run_at, int64_t parts, State state) const {
     const int64_t b = batch_of(run_at), h = head_of(run_at);
     for (int64_t r = 0; r < rows; ++r) {
@@ -181,7 +182,7 @@ struct FewRows {
                  [&](int64_t i, int) { join(i, first_part[i + 1] - first_part[i], state(first_part[i])); });
   }
 
-  // The tiles that a run attends, as `find_keys` reads them; returns how many.
+  // Lists the tiles that a run attends, in the form that `find_keys` reads. Returns their number.
   int64_t list_tiles(int64_t run_at, int32_t* tiles) const {
     const Row list = row(run_at);
     const Range range = visible_keys(a, batch_of(run_at), 0, a.nq);

@@ -1,4 +1,4 @@
-// What prefill and decode share: the index as a kernel reads it, and the running softmax of a tile.
+// The code that prefill and decode share: reading the index, and the running softmax of a tile.
 #pragma once
 
 #include "tile.h"
@@ -16,7 +16,7 @@ struct Iota {
 };
 constexpr Iota kIota;
 
-// --- the index, read ---------------------------------------------------------------------------------------------
+// --- reading the index -------------------------------------------------------------------------------------------
 
 struct Row {
   const int32_t* blocks;
@@ -38,7 +38,7 @@ Row read_row(const IndexArgs& index, int64_t b, int64_t h, int64_t r) {
   return row;
 }
 
-// How many of a row's blocks come before `block`.
+// The number of a row's blocks that come before `block`.
 int64_t blocks_before(const Row& row, int64_t block) {
   int64_t lo = 0, hi = row.block_count;
   while (lo < hi) {
@@ -52,7 +52,7 @@ int64_t blocks_before(const Row& row, int64_t block) {
   return lo;
 }
 
-// The tiles of 64 keys that a row's blocks cover and that its queries may see, one after another.
+// Walks through the tiles of 64 keys that a row's blocks cover and that its queries may see.
 struct TileWalk {
   TileWalk(const Row& row, int block_k, int64_t first_key, int64_t end_key)
       : row(row),
@@ -78,7 +78,7 @@ struct TileWalk {
   int64_t tiles_per_block, first_tile, end_tile, at;
 };
 
-// The keys that some query of [first_query, end_query) may see: [first_key, end_key).
+// A range of keys. visible_keys returns the keys that some query of [first_query, end_query) may see.
 struct Range {
   int64_t first_key, end_key;
 };
@@ -88,7 +88,8 @@ Range visible_keys(const SparseAttentionArgs& a, int64_t b, int64_t first_query,
   return {max(max(start, 0), offset + first_query - a.window + 1), a.causal ? offset + end_query : a.nk};
 }
 
-// The first key in the window of the query at `position`, counted from `origin`. Below -kTile it makes no difference.
+// The first key in the window of the query at `position`, counted from `origin`. The result is at least -kTile: a lower
+// value would make no difference.
 int32_t window_start(const SparseAttentionArgs& a, int64_t position, int64_t origin) {
   return static_cast<int32_t>(max(position - a.window + 1 - origin, -kTile));
 }
@@ -104,10 +105,10 @@ int64_t common_divisor(int64_t a, int64_t b) {
 
 // --- running softmax ----------------------------------------------------------------------------------------------
 
-// Running softmax of up to kTile rows.
+// The running softmax of up to kTile rows.
 struct Softmax {
   alignas(64) float maximum[kTile], base[kTile], rescale[kTile];
-  alignas(64) float sum[kTile][Vec::width];  // per lane; added up once, at the end
+  alignas(64) float sum[kTile][Vec::width];  // one sum per lane; total() adds them up once, at the end
 
   void start(int64_t rows) {
     for (int64_t i = 0; i < rows; ++i) maximum[i] = kNegInf;
@@ -117,9 +118,10 @@ struct Softmax {
   float total(int64_t i) const { return reduce_add(load(sum[i])); }
 };
 
-// [rows][64] scores become weights relative to the running maximum, in place, or as bf16 for pair units. `position`
-// null: no key is masked. `cycle` queries of each head: with c = i mod cycle, row i sees the positions
-// max(lo, window_lo + c) ... hi + c * hi_step.
+// Turns scores [rows][64] into weights relative to the running maximum. The weights replace the scores; with pair units
+// they are written to as_bf16 instead. If `position` is null, no key is masked. Otherwise `position` has the 64 keys'
+// positions. The rows are `cycle` queries of each head: with c = i mod cycle, row i sees the positions max(lo,
+// window_lo + c) to hi + c * hi_step.
 template <typename Unit>
 inline void softmax_tile(Softmax& state, float* scores, BFloat16* as_bf16, int64_t rows, float scale,
                          const int32_t* position, int32_t lo, int32_t window_lo, int32_t hi, int32_t hi_step,
@@ -147,7 +149,7 @@ inline void softmax_tile(Softmax& state, float* scores, BFloat16* as_bf16, int64
   }
   for (int64_t i = rows; i < round_up(rows, Vec::width); ++i) top[i] = state.maximum[i] = kNegInf;
   for (int64_t i = 0; i < rows; i += Vec::width) {
-    // A row that has seen nothing yet keeps weight 0 everywhere: -inf minus a finite number.
+    // The base of a row that has seen no key yet is 0, not -inf. So all its weights are exp2(-inf - 0) = 0.
     const Vec before = load(state.maximum + i), now = max(before, load(top + i));
     const Vec base = finite_or_zero(now);
     store(state.rescale + i, exp2(before - base));
@@ -158,8 +160,8 @@ inline void softmax_tile(Softmax& state, float* scores, BFloat16* as_bf16, int64
     float* s = scores + i * kTile;
     Vec factor = broadcast(position == nullptr ? scale : 1.0f);
     if (position == nullptr && !(__builtin_fabsf(state.base[i]) < 0x1p20f)) {
-      // The fused multiply-add below keeps a product's rounding error, which the maximum has lost: at logits this
-      // large it could reach the exponent. Round the products first, as the maximum did.
+      // The fused multiply-add below does not round the product, but the maximum was taken of rounded products. At
+      // logits this large the difference could reach the exponent. So round the products first, as for the maximum.
       for (int j = 0; j < n; ++j) store(s + j * Vec::width, load(s + j * Vec::width) * factor);
       factor = broadcast(1.0f);
     }

@@ -16,23 +16,31 @@ namespace headstart {
 
 #define HEADSTART_TIER generic
 #include "tier.inc"
-#if defined(__x86_64__)
+#if HEADSTART_HAS_avx2
 #define HEADSTART_TIER avx2
 #include "tier.inc"
+#endif
+#if HEADSTART_HAS_avx512
 #define HEADSTART_TIER avx512
 #include "tier.inc"
+#endif
+#if HEADSTART_HAS_avx512_bf16
 #define HEADSTART_TIER avx512_bf16
 #include "tier.inc"
+#endif
+#if HEADSTART_HAS_avx512_vbmi2
 #define HEADSTART_TIER avx512_vbmi2
 #define HEADSTART_VBMI2_ALONE
 #include "tier.inc"
+#endif
+#if HEADSTART_HAS_avx512_bf16_vbmi2
 #define HEADSTART_TIER avx512_bf16_vbmi2
 #define HEADSTART_VBMI2_ALONE
 #include "tier.inc"
-#if HEADSTART_EMULATED_TIER
+#endif
+#if HEADSTART_HAS_avx512_bf16_emulated
 #define HEADSTART_TIER avx512_bf16_emulated
 #include "tier.inc"
-#endif
 #endif
 
 namespace {
@@ -75,17 +83,26 @@ const CpuFeatures& features() {
 
 // Lowest first. A tier that stands here twice is one: no CPU has both rows of it. VBMI2 comes neither with AVX-512 (Ice
 // Lake is the first that has it) nor with BF16 (Cooper Lake has not). The emulated tier runs the data movement of the
-// bf16 and VBMI2 kernels without the instructions; it is built for tests and never chosen by itself.
+// bf16 and VBMI2 kernels without the instructions; it is built for tests and never chosen by itself. A build for this
+// machine alone (HEADSTART_CPU_TIERS=native) lacks the rows that its CPU does not run.
 const Tier kTiers[] = {
     {"generic", [] { return true; }, generic::table()},
-#if defined(__x86_64__)
+#if HEADSTART_HAS_avx2
     {"avx2", [] { return features().avx2; }, avx2::table()},
-#if HEADSTART_EMULATED_TIER
+#endif
+#if HEADSTART_HAS_avx512_bf16_emulated
     {"avx512_bf16_emulated", [] { return features().avx512; }, avx512_bf16_emulated::table()},
 #endif
+#if HEADSTART_HAS_avx512
     {"avx512", [] { return features().avx512 && !features().vbmi2; }, avx512::table()},
+#endif
+#if HEADSTART_HAS_avx512_vbmi2
     {"avx512", [] { return features().avx512 && features().vbmi2; }, avx512_vbmi2::table(avx512::table())},
+#endif
+#if HEADSTART_HAS_avx512_bf16
     {"avx512_bf16", [] { return features().avx512_bf16 && !features().vbmi2; }, avx512_bf16::table()},
+#endif
+#if HEADSTART_HAS_avx512_bf16_vbmi2
     {"avx512_bf16", [] { return features().avx512_bf16 && features().vbmi2; },
      avx512_bf16_vbmi2::table(avx512_bf16::table())},
 #endif

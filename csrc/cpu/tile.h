@@ -3,12 +3,12 @@
 //   key tile    [D / u][64]     unit (d, j) = the u values of key j from dim u*d      scores  = Q · tile
 //   value tile  [64 / u][Dp]    unit (t, d) = value d of the u keys from u*t          output += P · tile
 //
-// with u = 1 for float units and 2 for bf16 pairs, Dp = D rounded up to whole registers. In both products the left
-// side is row-major in units and each of its units is broadcast over a register of right-hand columns, so one kernel
-// serves both, and reads the right side in the order in which it lies in memory:
+// u is 1 for float units and 2 for bf16 pairs. Dp is D rounded up to whole registers. In both products the left side is
+// row-major in units, and each of its units is broadcast over a register of right-hand columns. So one kernel serves
+// both, and it reads the right side in memory order:
 //
-//   C[6 rows][4 registers] stays in registers (24 accumulators); per unit of depth: 4 loads of B, 6 broadcasts of A,
-//   24 multiply-adds. On AVX-512 that leaves a few registers spare and keeps both multiply ports busy; AVX2 and SSE
+//   C[6 rows][4 registers] stays in registers (24 accumulators). A unit of depth takes 4 loads of B, 6 broadcasts of A
+//   and 24 multiply-adds. On AVX-512 this leaves a few registers free and keeps both multiply ports busy. AVX2 and SSE
 //   have 16 registers and use 6 × 2.
 #pragma once
 
@@ -19,7 +19,7 @@
 namespace headstart {
 namespace {
 
-constexpr int kTile = 64;  // keys of a tile, and query rows of a job
+constexpr int kTile = 64;  // the keys of a tile and the query rows of a job
 constexpr int kRows = 6;
 constexpr int kVecs = Vec::width == 16 ? 4 : 2;
 
@@ -28,7 +28,7 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// A 64-byte aligned, uninitialised array of a plain type. Allocate outside of parallel regions: it may throw.
+// A 64-byte aligned, uninitialised array of a plain type. Allocate it outside parallel regions, because it may throw.
 template <typename T>
 class Buffer {
  public:
@@ -43,7 +43,7 @@ class Buffer {
   void* data_;
 };
 
-// One T per worker, all made from the same arguments.
+// One T per worker, all constructed from the same arguments.
 template <typename T>
 class PerWorker {
  public:
@@ -64,8 +64,8 @@ class PerWorker {
   int made_;
 };
 
-// Runs body(job, worker) for every job in [0, jobs). Workers take the next job as they come free, so uneven jobs keep
-// all cores busy as long as the long ones come first.
+// Runs body(job, worker) for every job in [0, jobs). A worker that is free takes the next job. So jobs of different
+// length keep all cores busy, provided that the long ones come first.
 template <typename Body>
 void for_each_job(const Parallel& parallel, int64_t jobs, const Body& body) {
   struct Context {
@@ -89,7 +89,7 @@ void for_each_job(const Parallel& parallel, int64_t jobs, const Body& body) {
 
 // --- packing -----------------------------------------------------------------------------------------------------
 
-// One row of `dim` values as floats, padded with zeros to whole registers.
+// Converts one row of `dim` values to floats, padded with zeros to whole registers.
 template <typename T>
 inline void convert_row(float* to, const T* from, int64_t dim) {
   int64_t d = 0;
@@ -99,7 +99,7 @@ inline void convert_row(float* to, const T* from, int64_t dim) {
 
 inline void zero(float* to, int64_t n) { std::memset(to, 0, static_cast<size_t>(n) * sizeof(float)); }
 
-// [4][4] units from four rows to four columns.
+// Transposes [4][4] units.
 template <typename Unit>
 inline void transpose4(Unit* to, int64_t stride, const Unit* const from[4]) {
 #if HEADSTART_TIER_AVX2 || HEADSTART_TIER_AVX512
@@ -118,7 +118,7 @@ inline void transpose4(Unit* to, int64_t stride, const Unit* const from[4]) {
 #endif
 }
 
-// A key tile from 64 row pointers; a null row is a row of zeros. dim is a multiple of 8.
+// Packs a key tile from 64 row pointers. A null pointer gives a row of zeros. dim is a multiple of 8.
 template <typename T>
 inline void pack_keys(float* tile, const T* const rows[kTile], int64_t dim, FloatUnit) {
   float converted[4][256];
@@ -138,7 +138,7 @@ inline void pack_keys(float* tile, const T* const rows[kTile], int64_t dim, Floa
   }
 }
 
-// A value tile from 64 row pointers.
+// Packs a value tile from 64 row pointers. A null pointer gives a row of zeros.
 template <typename T>
 inline void pack_values(float* tile, const T* const rows[kTile], int64_t dim, int64_t padded_dim, FloatUnit) {
   for (int j = 0; j < kTile; ++j) {
@@ -216,8 +216,8 @@ inline void pack_queries(uint32_t* to, const BFloat16* const* rows, int64_t coun
 
 // --- the matrix kernel -------------------------------------------------------------------------------------------
 
-// sum[i][j] += left(i, u) · right(j, u) for u = 0, step, ... below depth: the innermost loop of every product. The two
-// functions load a register each; all `rows` × `vecs` sums stay in registers.
+// sum[i][j] += left(i, u) · right(j, u) for u = 0, step, ... below depth. This is the innermost loop of every product.
+// The functions left and right load one register each. All `rows` × `vecs` sums stay in registers.
 template <typename Unit, int rows, int vecs, typename Left, typename Right>
 inline __attribute__((always_inline)) void add_products(Vec (&sum)[rows][vecs], int64_t depth, int64_t step,
                                                         const Left& left, const Right& right) {
@@ -289,7 +289,8 @@ inline void multiply_rows(int64_t rows, const typename Unit::Type* a, int64_t ld
   }
 }
 
-// C[rows][columns] from A[rows][depth] and B[depth][columns], in units; columns a multiple of the register width.
+// Computes C[rows][columns] from A[rows][depth] and B[depth][columns]. depth counts units. columns is a multiple of the
+// register width.
 template <typename Unit, Start start>
 inline void matmul(int64_t rows, int64_t columns, int64_t depth, const typename Unit::Type* a, int64_t lda,
                    const typename Unit::Type* b, int64_t ldb, float* c, int64_t ldc, const float* factor = nullptr) {
@@ -309,7 +310,7 @@ inline void matmul(int64_t rows, int64_t columns, int64_t depth, const typename 
   }
 }
 
-// Picks the unit for a dtype: bf16 pairs where this tier multiplies them, floats otherwise.
+// The unit for a dtype: bf16 pairs if this tier multiplies them, otherwise floats.
 template <typename T>
 struct UnitOf {
   using Type = FloatUnit;

@@ -1,4 +1,4 @@
-// One register of floats, the same interface in every tier, and the two dot products that the kernels are built on.
+// One register of floats, with the same interface in every tier, and the two dot products that the kernels use.
 //
 //   tier          registers          dot product of a 32-bit unit
 //   generic       4 floats, GCC/Clang vector extension (SSE2, NEON, ...)     multiply, add
@@ -6,9 +6,9 @@
 //   avx512        16 floats, AVX-512 F/BW/DQ/VL                              fused multiply-add
 //   avx512_bf16   16 floats, AVX-512 BF16                                    as avx512, or vdpbf16ps on bf16 pairs
 //
-// Everything is in an anonymous namespace: each tier compiles its own copy, and the linker must never merge a body
-// that holds AVX-512 into a caller that runs on an older CPU. For the same reason no std:: template is used with a
-// type that another tier also uses.
+// Everything is in an anonymous namespace. Each tier compiles its own copy, and the linker must never merge a function
+// with AVX-512 instructions into a caller that runs on an older CPU. For the same reason no std:: template is used with
+// a type that another tier also uses.
 #pragma once
 
 #include <cmath>
@@ -49,7 +49,7 @@ inline float to_float(Float16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   const uint32_t magnitude = x.bits & 0x7fff;
   if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);  // inf, nan
-  // 2^112 moves the exponent from fp16's bias to fp32's; subnormals come out right because the multiply normalises.
+  // 2^112 moves the exponent from fp16's bias to fp32's. Subnormals become right because the multiplication normalises.
   return bits_to_float(sign | float_to_bits(bits_to_float(magnitude << 13) * 0x1p112f));
 }
 
@@ -72,7 +72,7 @@ inline void from_float(float x, Float16* out) {
     out->bits = static_cast<uint16_t>(sign | 0x7e00);
   } else if (magnitude >= 0x477ff000) {  // rounds to 65536 or more
     out->bits = static_cast<uint16_t>(sign | 0x7c00);
-  } else if (magnitude < 0x38800000) {  // subnormal in fp16: let the adder round at 2^-24
+  } else if (magnitude < 0x38800000) {  // subnormal in fp16: the addition rounds at 2^-24
     const float shifted = bits_to_float(magnitude) + 0.5f;
     out->bits = static_cast<uint16_t>(sign | (float_to_bits(shifted) - 0x3f000000));
   } else {
@@ -101,12 +101,12 @@ inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-// NaN in b wins, as in the x86 instruction.
+// If a or b is NaN, the result is b, as in the x86 instruction.
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 inline float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
-// x where lo <= position <= hi, else -inf. `position` is first, first + 1, ... or read from memory.
+// x where lo <= position <= hi, else -inf. `position` points to one position per lane.
 inline Vec keep_between(Vec x, const int32_t* position, int32_t lo, int32_t hi) {
   const __m512i p = _mm512_loadu_si512(position);
   const __mmask16 keep =
@@ -114,22 +114,22 @@ inline Vec keep_between(Vec x, const int32_t* position, int32_t lo, int32_t hi) 
   return {_mm512_mask_mov_ps(_mm512_set1_ps(kNegInf), keep, x.v)};
 }
 
-// fraction * 2^whole, 0 where that is below float's normal range: without the mask, vscalefps would take a microcode
-// assist for every lane that underflows, which is every masked key. NaN passes.
+// fraction * 2^whole, or 0 where that is below float's normal range. Without the mask, vscalefps would take a microcode
+// assist for every lane that underflows, and every masked key underflows. NaN stays NaN.
 inline Vec scale_by_power(Vec fraction, Vec whole) {
   const __mmask16 normal = _mm512_cmp_ps_mask(whole.v, _mm512_set1_ps(-125.5f), _CMP_NLT_UQ);
   return {_mm512_maskz_scalef_ps(normal, fraction.v, whole.v)};
 }
 inline Vec round_to_whole(Vec x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
-// x where it is above `floor`, else -inf; and which lanes are above, one bit each.
+// keep_above: x where it is above `floor`, else -inf. lanes_above: one bit per lane, set where x is above `floor`.
 inline Vec keep_above(Vec x, Vec floor) {
   const __mmask16 keep = _mm512_cmp_ps_mask(x.v, floor.v, _CMP_GT_OQ);
   return {_mm512_mask_mov_ps(_mm512_set1_ps(kNegInf), keep, x.v)};
 }
 inline uint32_t lanes_above(Vec x, Vec floor) { return _mm512_cmp_ps_mask(x.v, floor.v, _CMP_GT_OQ); }
 
-// to[i] = the sum of x[i]: the four are folded side by side, in half the shuffles of four sums.
+// to[i] = the sum of x[i]. Folding the four registers together takes half the shuffles of four separate sums.
 inline void store_sums(float* to, const Vec x[4]) {
   const __m512 low =
       _mm512_add_ps(_mm512_shuffle_f32x4(x[0].v, x[1].v, 0x88), _mm512_shuffle_f32x4(x[0].v, x[1].v, 0xdd));
@@ -258,7 +258,7 @@ inline Vec round_to_whole(Vec x) {
   return (x + magic) - magic;
 }
 inline Vec scale_by_power(Vec fraction, Vec whole) {
-  // Unsigned: below the range, where the result is dropped, the sum of the bits wraps.
+  // Unsigned, because the sum of the bits wraps below the range. Those results are dropped.
   const auto shift = (Vec::Words) __builtin_convertvector(whole.v, Vec::Ints) << 23;
   const Vec scaled = {(Vec::Floats)((Vec::Words)fraction.v + shift)};
   return select(whole.v < -125.5f, broadcast(0.0f), scaled);
@@ -276,8 +276,9 @@ inline void store_sums(float* to, const Vec x[4]) {
 
 #endif
 
-// 2^x for x up to 127: round to the nearest whole, a degree-5 minimax polynomial on [-0.5, 0.5] (relative error 2e-7,
-// and 2^0 = 1 exactly), and a shift of the exponent. -inf gives 0, NaN stays NaN.
+// 2^x for x up to 127. x is split into the nearest whole number and a fraction. A degree-5 minimax polynomial on [-0.5,
+// 0.5] gives 2^fraction (relative error 2e-7, and 2^0 = 1 exactly). The whole number is added to the exponent. -inf
+// gives 0, NaN stays NaN.
 inline Vec exp2(Vec x) {
   const Vec whole = round_to_whole(x);
   const Vec f = x - whole;
@@ -304,7 +305,7 @@ inline float exp2(float x) {
   return lane[0];
 }
 
-// The first n < width floats, zeros behind.
+// Loads the first n < width values and fills the rest with zeros.
 template <typename T>
 inline Vec load_first(const T* p, int n) {
   T lanes[Vec::width];
@@ -317,7 +318,7 @@ inline void store(BFloat16* p, Vec a) {
 #if HEADSTART_TIER_BF16_DOT && !HEADSTART_EMULATE_BF16_DOT
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
 #elif HEADSTART_TIER_AVX512
-  // Round to nearest even on the integer side; NaNs keep their upper bits and become quiet.
+  // Round the bits to nearest even with integer arithmetic. NaNs keep their upper bits and become quiet.
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
@@ -352,8 +353,8 @@ inline void store_first(T* p, Vec a, int n) {
 
 // --- dot products over 32-bit units ----------------------------------------------------------------------------------
 //
-// A unit is what one lane of a multiply takes: a float, or a pair of bf16 neighbours along the summed dimension. With
-// units, one matrix kernel (tile.h) serves both.
+// A unit is the operand of one lane of a multiplication: a float, or two bf16 neighbours along the summed dimension.
+// With units, one matrix kernel (tile.h) serves both.
 
 struct FloatUnit {
   using Type = float;
@@ -374,7 +375,7 @@ struct PairUnit {
   }
   static Vec dot(Vec a, Vec b, Vec c) {
 #if HEADSTART_EMULATE_BF16_DOT
-    // The same sums by two fused multiply-adds on the halves, for CPUs without the instruction (tests only).
+    // The same sums with two fused multiply-adds on the halves, for CPUs without the instruction (only in tests).
     const __m512i x = _mm512_castps_si512(a.v), y = _mm512_castps_si512(b.v);
     const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     const __m512 even = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)),

@@ -1,11 +1,14 @@
-// bitmap_decompress: a lane's unit of every row goes straight to memory, 512 bytes side by side a warp.
+// bitmap_decompress: each lane writes its unit of every row directly to memory. A warp writes 512 contiguous bytes.
 //
-// bitmap_tile.h draws the tiles. Nothing is kept between rows, so a warp has the windows of four rows under way.
+// bitmap_tile.h has a drawing of the tiles. Nothing is kept between rows, so a warp loads the windows of four rows at a
+// time.
 //
-// Floor, bytes moved a weight, at the memory's rate: raw 16 bits at 50 % 1 + 1/8 read and 2 written, 3.125; int8 to 16
-// bits 2.625; int4 2.375. L1 passes, a row of 256 columns, which that floor gives 55 cycles of an H100's
-// multiprocessor: 5 to 8 for the windows, 1 for records and 4 for the output.
-// A row of the output that is not aligned to 16 bytes is written an element at a time.
+// Floor, in bytes per weight at the memory bandwidth and 50 % density: raw 16 bits read 1 + 1/8 and write 2, together
+// 3.125; int8 to 16 bits moves 2.625; int4 to 16 bits moves 2.375. For a row of 256 columns, the floor of raw 16 bits
+// is 55 cycles of an H100's multiprocessor. In that time, the row needs these passes through L1: 5 to 8 for the
+// windows, 1 for the records and 4 for the output.
+//
+// If the rows of the output are not aligned to 16 bytes, they are written one element at a time.
 
 #include "bitmap_tile.h"
 #include "kernels.h"
@@ -20,8 +23,8 @@ __global__ void __launch_bounds__(kBitmapThreads, 3)
   Tile tile(args.weight, plan, block_id());
   const int64_t rows_there = args.weight.n - tile.first_row();
   const int rows = static_cast<int>(rows_there < kTileRows ? rows_there : kTileRows);
-  Out* to = nullptr;  // the unit of the row to come
-  int columns = 0;    // there are of it
+  Out* to = nullptr;  // the unit of the next row
+  int columns = 0;    // the columns of the unit that exist
   const auto begin = [&](int64_t column) {
     const int64_t left = args.weight.k - column;
     columns = static_cast<int>(left < 0 ? 0 : left < Tile::kUnit ? left : Tile::kUnit);

@@ -1,30 +1,37 @@
-// bitmap_gemm: outᵀ = W · xᵀ, W expanded in registers as bitmap_tile.h draws it, never in memory.
+// bitmap_gemm: outᵀ = W · xᵀ. W is expanded in registers (drawing in bitmap_tile.h), never in memory.
 //
-//   one row of x       the lanes' units are operands as they stand. A holds, of mma.m16n8k16, the units of a row of W in
-//   (16 bits)          its rows 0 to 7, a lane group's 32 columns in each, and of the next row of W in its rows 8 to 15; B
-//                      holds the same columns of x, a lane group's in each of its 8 columns:
+//   one row of x       The lanes' units are the operands of mma.m16n8k16. In A, rows 0 to 7 hold the units of a row of
+//   (16 bits)          W, and rows 8 to 15 hold the units of the next row of W. Each row of A has the 32 columns of a
+//                      lane group. B holds the same columns of x, those of one lane group in each of its 8 columns:
 //
 //                              W row r:  lanes 0-3 │ k 0..31              x: lanes 0-3  4-7       28-31
 //                      A                 lanes 4-7 │ k 32..63       B          k 0..31 k 32..63 ... k 224..255
 //                              W row r+1:  ...     │
 //
-//                      C's diagonal is what is wanted, row by row: group g's weights times group g's x. Seven eighths of
-//                      the multiplications are thrown away; tensor cores have them to spare (1.6 cycles of an H100's
-//                      multiprocessor of the 20 that memory takes for 256 columns), and a conversion and a multiply-add
-//                      a weight, 16 instructions beside the 60 that expand, become one.
-//   more rows          a warp leaves its 16 rows as a tile in shared memory, swizzled, and multiplies it as a whole: lane
-//   (to 32 a block)    (g, t) reads unit 4 w + t of rows g and g + 8, which are A of two mma, and the same columns of
-//                      row g of x, straight from L1 and L2, which are B of both. What k is called does not matter to a
-//                      sum. float32 has no tensor cores that keep its digits: the same tile, multiply-adds, the same lanes.
+//                      The result for a row of W is the diagonal of C: group g's weights times group g's x. Seven
+//                      eighths of the multiplications are not used. Tensor cores have time for them: they take 1.6
+//                      cycles of an H100's multiprocessor, and memory takes 20 cycles for 256 columns. In return, a
+//                      conversion and a multiply-add per weight, 16 instructions in addition to the 60 that expand,
+//                      become one instruction.
+//   more rows          A warp writes its 16 rows to shared memory as a swizzled tile, and then multiplies the tile.
+//   (to 32 a block)    Lane (g, t) reads unit 4 w + t of rows g and g + 8, which are A of two mma. It reads the same
+//                      columns of row g of x directly from L1 and L2; they are B of both mma. This permutes k, which
+//                      does not change a sum. No tensor core keeps all bits of float32, so float32 uses multiply-adds
+//                      on the same tile with the same sums in the same lanes.
 //
-// Each segment of K is a warp's own sum; the block adds them in order. So are a result's sums taken in an order that
-// depends on the kernel, the device and N alone.
+// A warp sums one segment of K, and the block adds the segments in order. So the order of a result's sums depends only
+// on the kernel, the device and N.
 //
-// Floor: d · 2 + 1/8 bytes a weight of 16 bits, 1.125 at 50 %, 1.78 times less than a dense weight: 20 cycles of an
-// H100's multiprocessor for a row of 256 columns (3.35 TB/s, 132 of them, 1.755 GHz), in which it issues 80 instructions
-// and makes 20 passes through L1. One row takes 60 to 65 and about 12; 2 to 8 rows about 65 and 20, with the tile's 8;
-// 16 rows 24 passes, the more for x. From kBitmapDenseRows of torch/cuda.cpp on, decompressing for torch's GEMM, which
-// takes 90 cycles, is faster.
+// Floor: d · 2 + 1/8 bytes per weight of 16 bits, which is 1.125 bytes at 50 % and 1.78 times less than a dense weight.
+// This is 20 cycles of an H100's multiprocessor for a row of 256 columns (3.35 TB/s, 132 multiprocessors, 1.755 GHz).
+// In 20 cycles, a multiprocessor issues 80 instructions and makes 20 passes through L1. These are needed for a row of
+// 256 columns:
+//
+//   one row of x        60 to 65 instructions, about 12 passes
+//   2 to 8 rows of x    about 65 instructions, 20 passes, 8 of them for the tile
+//   16 rows of x        24 passes; the additional ones are for x
+//
+// From kBitmapDenseRows (torch/cuda.cpp) rows on, it is faster to decompress for torch's GEMM, which takes 90 cycles.
 
 #include "bitmap_tile.h"
 #include "kernels.h"
@@ -34,11 +41,11 @@ namespace cuda {
 namespace {
 
 struct GemmPlan : BitmapPlan {
-  bool x_vectors;  // x can be read 16 bytes at a time
+  bool x_vectors;  // whether x can be read 16 bytes at a time
   int64_t groups_of_tiles;
 };
 
-// 16 bytes of x, of which `columns` elements are there; zeros behind them.
+// Loads 16 bytes of x, of which only `columns` elements exist. The rest is 0.
 template <bool kVectors, typename T>
 __device__ __forceinline__ uint4 load_x(const T* from, int64_t columns) {
   uint4 unit = {0, 0, 0, 0};
@@ -60,7 +67,8 @@ __device__ __forceinline__ uint4 load_x(const T* from, int64_t columns) {
   return unit;
 }
 
-// Adds the segments' sums [kTileRows][rows], which `sums(warp)` holds, and writes the block's outputs of `rows` rows of x.
+// Adds the sums of the segments, which `sums(warp)` returns as [kTileRows][rows], and writes the block's outputs for
+// `rows` rows of x.
 template <typename T, typename Sums>
 __device__ __forceinline__ void join(const BitmapGemmArgs& args, const GemmPlan& plan, int64_t group,
                                      int64_t first_x_row, int rows, const Sums& sums) {
@@ -86,7 +94,7 @@ __global__ void __launch_bounds__(kBitmapThreads, 2)
   const int64_t group = block_id();
   Tile tile(args.weight, plan, group);
   const int g = Tile::lane() / 4, t = Tile::lane() % 4;
-  float sums[kTileRows];  // of the diagonal, in the lanes that hold it; in others they mean nothing
+  float sums[kTileRows];  // sums of the diagonal, in the lanes that hold it; they have no meaning in other lanes
 #pragma unroll
   for (int r = 0; r < kTileRows; ++r) sums[r] = 0.0f;
   uint4 x = {0, 0, 0, 0}, even = x;
@@ -169,7 +177,7 @@ __global__ void __launch_bounds__(kBitmapThreads, 2)
         }
       }
     } else {
-      // x of some words at a time, so that one wait is for all.
+      // Load x for several words at a time, so that there is one wait for all of them.
       constexpr int kWords = kRowTiles == 1 ? Tile::kUnit : 2;
 #pragma unroll 1
       for (int begin = 0; begin < Tile::kUnit; begin += kWords) {
@@ -202,7 +210,7 @@ __global__ void __launch_bounds__(kBitmapThreads, 2)
         }
       }
     }
-    __syncwarp();  // before the tile is written again
+    __syncwarp();  // all lanes must have read the tile before it is written again
   };
   tile.template walk<false>([](int64_t) {}, keep, multiply);
   float* parts = reinterpret_cast<float*>(weights);

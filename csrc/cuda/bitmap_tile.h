@@ -1,28 +1,28 @@
-// What the bitmap kernels share: a warp walks a tile of 16 rows of a bitmap weight, 512 bytes of every row at a time,
-// and turns mask bits and packed values into 16 bytes of weights a lane.
+// The code that the bitmap kernels share. A warp goes through a tile of 16 rows of a bitmap weight, 512 bytes of every
+// row at a time. It turns mask bits and packed values into 16 bytes of weights per lane.
 //
 //   a block: 8 warps = tiles of 16 rows × segments of K       a chunk of a warp's tile: 16 rows × 512 bytes of weights
 //
 //          segment 0   segment 1                                            lane 0    lane 1         lane 31
 //         ┌───────────┬───────────┐                                        ┌─────────┬─────────┬─ ─ ┬─────────┐
 //   tile  │  warp 0   │  warp 1   │   a warp counts the bits        row 0  │ unit: 16 bytes of weights,       │
-//         ├───────────┼───────────┤   of its segment, then all      row 1  │ 8 columns of 16 bits   │         │
-//         │  warp 2   │  warp 3   │   know where theirs begin       ...    └─────────┴─────────┴─ ─ ┴─────────┘
+//         ├───────────┼───────────┤   of its segment; then each     row 1  │ 8 columns of 16 bits   │         │
+//         │  warp 2   │  warp 3   │   knows where it begins         ...    └─────────┴─────────┴─ ─ ┴─────────┘
 //         └───────────┴───────────┘
 //
-//   masks    lane 2 r + h reads half h of row r's mask words of the chunk, ahead by one chunk, adds up their bits behind
-//            the row's position so far, and leaves (word, position of its first value) in shared memory
-//   window   for a row, every lane takes its unit's bits and position from there, and loads the 32-bit words that hold
-//            its values: at 50 % and 16 bits 2 or 3 of 5, neighbouring lanes in neighbouring words
-//   expand   the window, shifted to its first value, is a queue in registers; layouts/bitmap_unit.h moves it under the
-//            bits. Quantised values are moved as bytes, and then become floats by a magic number.
+//   masks    Lane 2 r + h reads half h of row r's mask words of the chunk, one chunk ahead. It adds the number of their
+//            bits to the row's position so far, and writes (word, position of its first value) to shared memory.
+//   window   For a row, every lane reads its unit's bits and position from there. It loads the 32-bit words that hold
+//            its values: 2 or 3 of 5 words at 50 % and 16 bits. Neighbouring lanes read neighbouring words.
+//   expand   The window, shifted to its first value, is a queue in registers. layouts/bitmap_unit.h moves its values to
+//            their columns. Quantised values are moved as bytes. A magic number then turns them into floats.
 //
-// The windows of kBatch rows are under way at a time. A value is read as part of a window only if its bit is set and it
-// is one of the weight's `stored` values: bits beyond are dropped with the masks, so damaged offsets read nothing else
-// (but bytes in the same aligned word).
+// The loads of the windows of kBatch rows are in flight at a time. A value is read as part of a window only if its bit
+// is set and it is one of the weight's `stored` values. Bits of values past those are removed from the masks. So
+// damaged offsets cannot read other memory, except bytes in the same aligned word.
 //
-// Floor, bytes a weight at density d: d · value bits / 8 + 1/8, and what is done with the weight. The mask is read
-// twice where K is cut into segments, the second time from a cache.
+// Floor, in bytes per weight at density d: d · value bits / 8 + 1/8, and the bytes that the weight's user moves. If K
+// is divided into segments, the mask is read twice, the second time from a cache.
 #pragma once
 
 #include <type_traits>
@@ -37,16 +37,17 @@ constexpr int kBitmapWarps = 8, kBitmapThreads = 32 * kBitmapWarps;
 constexpr int kTileRows = 16;
 constexpr int kUnitBytes = 16, kRowBytes = 32 * kUnitBytes;
 
-// What a launch adds to the arguments.
+// The data that a launch adds to the arguments.
 struct BitmapPlan {
-  int segments;        // of K, 1 to 8: a power of two
-  int segment_chunks;  // of a segment
-  int chunks;          // of K
+  int segments;        // the segments of K: 1, 2, 4 or 8
+  int segment_chunks;  // the chunks of a segment
+  int chunks;          // the chunks of K
   int mask_access;     // bytes of a row of the mask that can be read at a time: 16, 8, 4 or 1
-  bool unit_scales;    // a unit's columns are in one group
-  int64_t groups;      // of scales in a row
+  bool unit_scales;    // whether the columns of every unit are in one group
+  int64_t groups;      // the groups of scales in a row
 };
 
+// The lowest `count` set bits of word.
 inline __device__ uint32_t lowest_bits(uint32_t word, int count) {
   uint32_t kept = 0;
   for (; count > 0 && word != 0; --count) {
@@ -56,27 +57,28 @@ inline __device__ uint32_t lowest_bits(uint32_t word, int count) {
   return kept;
 }
 
-// Out: the weights; raw ones are uint8_t, uint16_t or uint32_t, or in a product Float16, BFloat16 or float. kStored: bits
-// of a value in memory, 4 or 8 with scales. kUnitScales: a unit's columns are known to have one scale.
+// Out: the type of the weights. Without scales it is uint8_t, uint16_t or uint32_t, or in a product Float16, BFloat16
+// or float. kStored: the bits of a value in memory; 4 or 8 with scales. kUnitScales: every unit's columns are known to
+// have one scale.
 template <typename Out, int kStored, bool kScaled, bool kUnitScales = false>
 class BitmapTile {
  public:
-  static constexpr int kUnit = kUnitBytes / static_cast<int>(sizeof(Out));  // columns of a lane
-  static constexpr int kColumns = 32 * kUnit;                               // of a chunk
+  static constexpr int kUnit = kUnitBytes / static_cast<int>(sizeof(Out));  // the columns of a lane
+  static constexpr int kColumns = 32 * kUnit;                               // the columns of a chunk
 
  private:
-  static constexpr int kBatch = 4;                               // rows whose windows are under way at a time
-  static constexpr int kWords = kUnit, kLaneWords = kWords / 2;  // of the mask: of a row, of a lane
+  static constexpr int kBatch = 4;                               // rows whose windows are loaded at a time
+  static constexpr int kWords = kUnit, kLaneWords = kWords / 2;  // mask words of a row and of a lane in a chunk
   static constexpr int kValuesPerWord = 32 / kStored;
-  static constexpr int kQueue = kUnit * kStored > 32 ? kUnit * kStored / 32 : 1;  // words that a unit's values fill
-  static constexpr int kWindow = kStored == 32 ? kQueue : kQueue + 1;             // and may touch
-  static constexpr int kMoved = kScaled ? 8 : kStored;                            // bits of a value as it is moved
+  static constexpr int kQueue = kUnit * kStored > 32 ? kUnit * kStored / 32 : 1;  // the words that a unit's values fill
+  static constexpr int kWindow = kStored == 32 ? kQueue : kQueue + 1;             // the words that they may touch
+  static constexpr int kMoved = kScaled ? 8 : kStored;                            // the bits of a value that is moved
   static constexpr int kSteps = kUnit * kMoved / 32;
   static constexpr int kRecordBytes = kTileRows * kWords * 8, kRowsBytes = kTileRows * 8;
 
  public:
   static constexpr int kWarpBytes = kRecordBytes + kRowsBytes;
-  static constexpr int kBlockBytes = kBitmapThreads * 2 + kBitmapWarps * kWarpBytes;  // counts, then the warps'
+  static constexpr int kBlockBytes = kBitmapThreads * 2 + kBitmapWarps * kWarpBytes;  // counts, then each warp's data
 
   __device__ __forceinline__ BitmapTile(const BitmapWeight& weight, const BitmapPlan& plan, int64_t group)
       : weight_(weight), plan_(plan) {
@@ -91,8 +93,8 @@ class BitmapTile {
   __device__ __forceinline__ int64_t first_row() const { return first_row_; }
   __device__ __forceinline__ int segment() const { return segment_; }
 
-  // Of every chunk: chunk_begin(column of the lane's unit), each(row of the tile, unit) for row 0 to 15, which are constants
-  // if kUnrolled, and chunk_end(first column).
+  // For every chunk, calls chunk_begin(column of the lane's unit), then each(row of the tile, unit) for rows 0 to 15,
+  // then chunk_end(first column). With kUnrolled, the row is a constant.
   template <bool kUnrolled, typename Begin, typename Each, typename End>
   __device__ __forceinline__ void walk(const Begin& chunk_begin, const Each& each, const End& chunk_end) {
     find_rows();
@@ -104,7 +106,7 @@ class BitmapTile {
       const int64_t first_column = static_cast<int64_t>(chunk) * kColumns, column = first_column + lane() * kUnit;
       chunk_begin(column);
       find_group(column);
-      // One set for all rows: a load that may not happen takes its register's old value on.
+      // One set of windows for all rows: a load that does not happen keeps the old value of its register.
       Window windows[kBatch] = {};
 #pragma unroll(kUnrolled ? kTileRows / kBatch : 1)
       for (int first = 0; first < kTileRows; first += kBatch) {
@@ -120,9 +122,9 @@ class BitmapTile {
 
  private:
   struct Window {
-    uint32_t words[kWindow];  // anything where there is no value
-    uint32_t bits;            // of the unit's columns
-    uint32_t shift;           // bits of the first word before the unit's first value
+    uint32_t words[kWindow];  // a word without values may hold anything
+    uint32_t bits;            // the bits of the unit's columns
+    uint32_t shift;           // the number of bits before the unit's first value in the first word
     uint32_t scale;
   };
 
@@ -130,7 +132,7 @@ class BitmapTile {
     return shared_memory() + kBitmapThreads * 2 + static_cast<int>(threadIdx.x) / 32 * kWarpBytes;
   }
   static __device__ __forceinline__ uint2* records() { return reinterpret_cast<uint2*>(own()); }
-  // Of each row, the aligned word with its first value.
+  // For each row, the address of the aligned word with its first value.
   static __device__ __forceinline__ const uint32_t** row_words() {
     return reinterpret_cast<const uint32_t**>(own() + kRecordBytes);
   }
@@ -138,9 +140,9 @@ class BitmapTile {
     return reinterpret_cast<int*>(shared_memory()) + warp * kTileRows;
   }
 
-  // --- where values are ---
+  // --- the positions of values ---
 
-  // The mask words of the lane's half of its row; bits past the last column are left out.
+  // Loads the mask words of the lane's half of its row. Bits past the last column become 0.
   __device__ __forceinline__ void load_masks(uint32_t (&words)[kLaneWords], int chunk) const {
     const int64_t row = first_row_ + lane() / 2;
     const int64_t first = static_cast<int64_t>(chunk) * kColumns + lane() % 2 * kLaneWords * 32;
@@ -196,7 +198,8 @@ class BitmapTile {
     return bits;
   }
 
-  // Finds where the segment's values of the lane's row begin. Positions count from the row's aligned word on.
+  // Finds the position of the segment's first value in the lane's row. Positions count from the start of the aligned
+  // word that holds the row's first value.
   __device__ __forceinline__ void find_rows() {
     position_ = 0;
     if (plan_.segments > 1) {
@@ -225,7 +228,7 @@ class BitmapTile {
     if (lane() % 2 == 0) row_words()[lane() / 2] = reinterpret_cast<const uint32_t*>(address & ~uintptr_t{3});
   }
 
-  // Leaves the chunk's records in shared memory.
+  // Writes the chunk's records to shared memory.
   __device__ __forceinline__ void place(const uint32_t (&words)[kLaneWords]) {
     const int bits = bits_of(words), other = __shfl_xor_sync(kWholeWarp, bits, 1);
     int at = position_ + (lane() % 2 == 0 ? 0 : other);
@@ -292,7 +295,7 @@ class BitmapTile {
 
   // --- quantised values ---
 
-  // Of the unit's first column: its group, and its place there.
+  // Finds the group of the unit's first column, and the column's place in the group.
   __device__ __forceinline__ void find_group(int64_t column) {
     if constexpr (kScaled) {
       group_ = weight_.group_size >= weight_.k ? 0 : column / weight_.group_size;
@@ -302,7 +305,8 @@ class BitmapTile {
 
   __device__ __forceinline__ bool one_scale() const { return kUnitScales || plan_.unit_scales; }
 
-  // As it lies in memory: turning it into a float waits for it.
+  // The bits of a scale as they are in memory. They are not converted here, because a conversion would wait for the
+  // load to end.
   __device__ __forceinline__ uint32_t scale_bits(int row, int64_t group) const {
     const int64_t at = (first_row_ + row) * plan_.groups + group;
     return weight_.scale_dtype == Dtype::kFloat32 ? __ldg(static_cast<const uint32_t*>(weight_.scales) + at)
@@ -315,7 +319,8 @@ class BitmapTile {
                                                     : to_float(BFloat16{static_cast<uint16_t>(bits)});
   }
 
-  // `left`: columns there are from the unit's first on. `moved` holds a signed code in a byte (int8) or in its lower half (int4), 0 where no bit is set.
+  // `left` is the number of columns from the unit's first column on. A byte of `moved` holds a signed code (int4: in
+  // its lower half), or 0 if the column's bit is not set.
   __device__ __forceinline__ uint4 dequantized(const uint32_t (&moved)[kSteps], const Window& window, int row,
                                                int64_t left) const {
     constexpr uint32_t kSign = kStored == 8 ? 0x80 : 8, kMagic = 0x4B000000u;  // 2^23
@@ -331,7 +336,7 @@ class BitmapTile {
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) weights[i] *= scale;
     } else if (window.bits != 0) {
-      // A column at a time, for group sizes that are no multiple of 8: small rather than fast.
+      // For groups that do not consist of whole units. One column at a time: this code is small, not fast.
       int64_t group = group_;
       int in_group = in_group_;
 #pragma unroll 1
@@ -360,15 +365,16 @@ class BitmapTile {
   const BitmapWeight& weight_;
   const BitmapPlan& plan_;
   int64_t first_row_;
-  int segment_, begin_, end_;  // chunks
-  int position_, limit_;       // of the lane's row: its next value, and where values end
+  int segment_, begin_, end_;  // the segment has the chunks [begin_, end_)
+  int position_, limit_;       // the positions of the next value of the lane's row and of the end of all values
   int64_t group_ = 0;
   int in_group_ = 0;
 };
 
 // --- host ---
 
-// Enough warps to fill the device: segments cost a second look at the mask, rows that are too few cost more.
+// Chooses enough segments to fill the device with warps. Segments cost a second read of the mask, but too few warps
+// cost more.
 template <typename Tile>
 BitmapPlan bitmap_plan(const BitmapWeight& weight) {
   constexpr int kWarpsPerProcessor = 16;
@@ -388,7 +394,7 @@ BitmapPlan bitmap_plan(const BitmapWeight& weight) {
   return plan;
 }
 
-// Of blocks, each of kBitmapWarps / segments tiles of rows.
+// The number of groups of tiles. A thread block handles a group of kBitmapWarps / segments tiles of rows.
 inline int64_t bitmap_groups(const BitmapWeight& weight, const BitmapPlan& plan) {
   const int64_t rows = kTileRows * (kBitmapWarps / plan.segments);
   return (weight.n + rows - 1) / rows;

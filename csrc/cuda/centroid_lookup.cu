@@ -1,30 +1,33 @@
-// centroid_lookup: the clusters that a row of queries keeps, and the runs of permuted keys behind them.
+// centroid_lookup: finds the clusters that a row of queries keeps, and writes their runs of permuted keys.
 //
-// A row is a block of queries of a KV head's group: group · block_q query vectors with one selection between them. The
-// same three kernels serve a level of parents, whose runs are the clusters below, and then the clusters, of which a row
-// scores only those listed: no centroid is read whose parent the row has not kept.
+// A row is a block of queries of a KV head's group: group · block_q query vectors that share one selection. The same
+// three kernels run for the parents and for the clusters. With parents, the run of a parent is a run of clusters, and a
+// row scores only the clusters of the parents that it keeps. The centroids of other clusters are not read.
 //
-//   1 lse    a block: a tile of a row's vectors × a split of the clusters; maximum and sum of every vector in shared
-//            memory, n_j exp2(S_ij) as exp2(S_ij + log2 n_j); leaves log2 of the split's sum
+//   1 lse    A block takes a tile of a row's vectors × a split of the clusters. It keeps the maximum and sum of every
+//            vector in shared memory. n_j exp2(S_ij) is computed as exp2(S_ij + log2 n_j). It writes log2 of the
+//            split's sum.
 //
 //                   clusters, or the row's list, 128 a tile       few rows (decode):  32 × 128, 64 threads
 //                ┌─────────┬─────────┬─ ─                         many (prefill):    128 × 128, 256 threads
-//      vectors   │ S       │ S       │   walked                   both operands gathered: rows by pointers in
-//                └─────────┴─────────┴─ ─                         shared memory, empty clusters null and never read
+//      vectors   │ S       │ S       │   one after another        both operands are gathered: rows by pointers in
+//                └─────────┴─────────┴─ ─                         shared memory; empty clusters are null, never read
 //
-//   2 best   a block: 128 clusters, which all tiles of the row's vectors pass; a vector's splits join in one order;
-//            best[row][cluster] = the largest S_ij - lse_i of the vectors that keep it (S_ij > lse_i + log2 threshold)
+//   2 best   A block takes 128 clusters and all tiles of the row's vectors. A vector's splits are merged in a fixed
+//            order. best[row][cluster] = the largest S_ij - lse_i of the vectors that keep the cluster
+//            (S_ij > lse_i + log2 threshold).
 //
-//                ┌─────────┐   columns: maximum over a lane's 4 rows, then over the 8 lanes above each other,
+//                ┌─────────┐   columns: maximum over a lane's 4 rows, then over the 8 lanes of the same column,
 //                │ S       │ ↓ then over the warps, in shared memory
 //                └─────────┘
-//   3 take   a block a row: if the kept runs do not fit, the score at which they fill the capacity, two bits of it a
-//            pass; then every warp, knowing what the warps before it take, scans 32 clusters at a time and writes
-//            their runs, a run by all lanes
+//   3 take   A block takes a row. If the kept runs do not fit, it finds the score at which they fill the capacity, two
+//            bits in each pass. Then every warp scans 32 clusters at a time. It knows how much the warps before it
+//            take, and all its lanes write each run together.
 //
-// Scores are multiplied twice rather than kept. Floor: 4 · B · Hq · Nq · C · D operations; a decode step reads every
-// centroid from memory once, 2 · Hkv · C · D bytes, a second time from L2, and writes 4 bytes a kept key. Workspace: 4 ·
-// C bytes a row (8 with parents), rows in turns of 256 MiB. All orders are fixed, nothing adds with atomics.
+// Scores are computed twice and not stored. Floor: 4 · B · Hq · Nq · C · D operations. A decode step reads every
+// centroid once from memory, which is 2 · Hkv · C · D bytes, and once from L2, and writes 4 bytes per kept key.
+// Workspace: 4 · C bytes per row (8 · C with parents). Rows are processed in turns of at most 256 MiB of workspace. All
+// orders are fixed, and no sum uses atomics.
 
 #include <cmath>
 #include <cstddef>
@@ -44,24 +47,24 @@ constexpr int kColumns = Few<float>::kColumns;
 static_assert(kColumns == Many<float>::kColumns && kColumns == 2 * 64, "two warps side by side");
 constexpr int kTakeThreads = 512, kTakeWarps = kTakeThreads / 32;
 #ifdef HEADSTART_LANE_MODEL
-constexpr int64_t kTurnBytes = 1 << 10;  // several turns in a small test
+constexpr int64_t kTurnBytes = 1 << 10;  // so that a small test has several turns
 #else
 constexpr int64_t kTurnBytes = 256 << 20;
 #endif
 constexpr int64_t kMaxSplits = 64, kBlocksPerMultiprocessor = 4;
 
-// One level for the rows [first, first + rows) of all.
+// One level (parents or clusters) for the rows [first, first + rows).
 struct Turn {
   CentroidLevel level;
   bool of_parents;
   bool query_vectors, centroid_vectors;
   int64_t first, rows;
-  int tiles;  // of a row's vectors
+  int tiles;  // the tiles of a row's vectors
   int splits;
-  const int32_t* list;  // [rows][level.count]: what a row sees of the level; null: all
+  const int32_t* list;  // [rows][level.count]: the entries of the level that a row sees; null means all
   const int32_t* list_count;
   float* part;  // [splits][rows][tiles][the tile's rows]
-  float* best;  // [rows][level.count], by place in the list
+  float* best;  // [rows][level.count], indexed by the place in the list
 
   __device__ __forceinline__ int listed(int64_t row) const {
     const int all = static_cast<int>(level.count);
@@ -69,7 +72,7 @@ struct Turn {
   }
 };
 
-// Which row of queries the turn's row is.
+// The batch, KV head and first query of a row of the turn.
 struct Place {
   int64_t batch, head, first_query;
 
@@ -81,7 +84,7 @@ struct Place {
   }
 };
 
-// A query vector of a row, null past its last; `head` becomes the query head.
+// A query vector of a row, or null past its last vector. Sets `head` to the query head.
 template <typename T>
 __device__ __forceinline__ const T* vector_of(const CentroidLookupArgs& args, const Place& place, int64_t vector,
                                               int64_t& head) {
@@ -94,7 +97,8 @@ __device__ __forceinline__ const T* vector_of(const CentroidLookupArgs& args, co
 
 __device__ __forceinline__ int64_t inside(int64_t x, int64_t end) { return x < 0 ? 0 : x < end ? x : end; }
 
-// The keys below entry `id` of a level. Offsets are data that nobody has checked: they must not lead out of the array.
+// The number of keys below entry `id` of a level. Nobody has checked the offsets, so they are clamped: they must not
+// lead out of the array.
 __device__ __forceinline__ int keys_of(const CentroidLookupArgs& args, const Turn& turn, int64_t head, int64_t id) {
   int64_t begin = id, end = id + 1;
   if (turn.of_parents) {
@@ -106,7 +110,8 @@ __device__ __forceinline__ int keys_of(const CentroidLookupArgs& args, const Tur
   return offsets[end] - offsets[begin];
 }
 
-// Behind the stages: both operands of a tile, and log2 of each cluster's keys, -inf where there are none.
+// The shared memory after the stages: both operands of a tile, and log2 of each cluster's number of keys (-inf for 0
+// keys).
 template <typename T, typename Tile>
 struct Operands {
   const T* vector[Tile::kRows];
@@ -133,8 +138,8 @@ struct Operands {
 template <typename T, typename Tile>
 struct LseShared {
   Operands<T, Tile> operands;
-  float top[2][Tile::kRows], sum[2][Tile::kRows];  // of the two warps beside each other
-  Place place;                                     // here, because registers are short while tiles multiply
+  float top[2][Tile::kRows], sum[2][Tile::kRows];  // for each of the two warps that share a row of scores
+  Place place;                                     // here, because registers are scarce while tiles multiply
   int listed;
 };
 
@@ -162,7 +167,7 @@ __global__ void __launch_bounds__(Tile::kThreads, std::is_same_v<T, float> ? 1 :
   const float scale = args.scale * kLog2E;
   Tile tile;
   for (int t = begin; t < end; ++t) {
-    __syncthreads();  // the last tile's weights are read
+    __syncthreads();  // all threads have read the last tile's weights
     shared.operands.set_centroids(args, turn, shared.place, row, t * kColumns, shared.listed);
     __syncthreads();
     tile.multiply(stages, GatheredRows<T>{shared.operands.vector, turn.query_vectors},
@@ -216,12 +221,13 @@ __global__ void __launch_bounds__(Tile::kThreads, std::is_same_v<T, float> ? 1 :
 template <typename T, typename Tile>
 struct BestShared {
   Operands<T, Tile> operands;
-  float lse[Tile::kRows], limit[Tile::kRows];  // limit +inf: no such vector
-  float best[Tile::kRows / 32][kColumns];      // of the warps above each other
+  float lse[Tile::kRows], limit[Tile::kRows];  // a limit of +inf means that the vector does not exist
+  float best[Tile::kRows / 32][kColumns];      // for each of the warps that share a column of scores
 };
 
-// By a warp where there are several splits, by a thread where there is one: the vector's lse to base 2, NaN where the
-// sum is not finite. Everything compares false with NaN, so such a query keeps all clusters rather than none.
+// The base-2 lse of a vector, merged from its splits, or NaN if the sum is not finite. A whole warp calls it if there
+// are several splits, a single thread if there is one. Every comparison with NaN is false, so a query with a NaN keeps
+// all clusters instead of none.
 __device__ __forceinline__ float join_splits(const float* part, int64_t pitch, int splits) {
   if (splits == 1) return *part > -INFINITY ? *part : NAN;
   float top = -INFINITY, total = 0.0f;
@@ -239,7 +245,7 @@ template <typename T, typename Tile>
 __device__ __forceinline__ void set_vectors(const CentroidLookupArgs& args, const Turn& turn, const Place& place,
                                             int64_t row, int tile, BestShared<T, Tile>& shared) {
   const int64_t units = turn.rows * turn.tiles, unit = row * turn.tiles + tile;
-  const int together = turn.splits == 1 ? 1 : 32;  // threads of a vector
+  const int together = turn.splits == 1 ? 1 : 32;  // the threads that work on one vector
   for (int r = static_cast<int>(threadIdx.x) / together; r < Tile::kRows; r += Tile::kThreads / together) {
     int64_t head;
     const T* vector = vector_of<T>(args, place, static_cast<int64_t>(tile) * Tile::kRows + r, head);
@@ -273,7 +279,7 @@ __global__ void __launch_bounds__(Tile::kThreads, std::is_same_v<T, float> ? 1 :
   const float scale = args.scale * kLog2E;
   Tile tile;
   for (int t = 0; t < turn.tiles; ++t) {
-    __syncthreads();  // the last tile's limits are read
+    __syncthreads();  // all threads have read the last tile's limits
     set_vectors(args, turn, place, row, t, shared);
     __syncthreads();
     tile.multiply(stages, GatheredRows<T>{shared.operands.vector, turn.query_vectors},
@@ -312,10 +318,10 @@ __global__ void __launch_bounds__(Tile::kThreads, std::is_same_v<T, float> ? 1 :
 
 // --- 3: runs ------------------------------------------------------------------------------------------------------
 
-// Sums over all threads of a block, the same for each of them.
+// Replaces x by its sums over all threads of the block.
 template <int kCount>
 __device__ __forceinline__ void block_sums(uint32_t (&x)[kCount], uint32_t (*slots)[kTakeWarps]) {
-  __syncthreads();  // the last sums are read
+  __syncthreads();  // all threads have read the last sums
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const uint32_t sum = __reduce_add_sync(kWarp, x[i]);
@@ -351,7 +357,7 @@ __global__ void __launch_bounds__(kTakeThreads)
   const uint32_t room = static_cast<uint32_t>(capacity);
   int32_t* to = index + row * capacity;
 
-  // Of the entry at place i: the key of its score, 0 if it is not kept, and its run.
+  // The entry at place i: the key of its score (0 if the entry is not kept), and its run.
   struct Entry {
     uint32_t key, length;
     int32_t start;
@@ -368,7 +374,7 @@ __global__ void __launch_bounds__(kTakeThreads)
   uint32_t wanted[1] = {0};
   for (int i = thread; i < listed; i += kTakeThreads) wanted[0] += entry(i).length;
   block_sums(wanted, slots);
-  // The largest key at which the entries from it upwards fill the room; 0 if all fit.
+  // The largest key such that the entries at or above it fill the room. 0 if all entries fit.
   uint32_t cut = 0;
   if (wanted[0] > room) {
     for (int shift = 30; shift >= 0; shift -= 2) {
@@ -383,7 +389,7 @@ __global__ void __launch_bounds__(kTakeThreads)
     }
   }
 
-  // Every warp takes a stretch of the list: first all count, then each knows where to write.
+  // Every warp handles a stretch of the list. First all warps count. Then each warp knows where to write.
   const int warp = thread / 32, stretch = (listed + kTakeThreads - 1) / kTakeThreads * 32;
   const int begin = min(warp * stretch, listed), end = min(begin + stretch, listed);
   uint32_t above = 0, tied = 0;
@@ -394,7 +400,7 @@ __global__ void __launch_bounds__(kTakeThreads)
   }
   above = __reduce_add_sync(kWarp, above);
   tied = __reduce_add_sync(kWarp, tied);
-  __syncthreads();  // the last sums are read
+  __syncthreads();  // all threads have read the last sums
   if (lane_id() == 0) {
     slots[0][warp] = above;
     slots[1][warp] = tied;
@@ -420,7 +426,8 @@ __global__ void __launch_bounds__(kTakeThreads)
       const int lane = __ffs(left) - 1;
       const uint32_t length = __shfl_sync(kWarp, taken, lane), first = __shfl_sync(kWarp, at, lane);
       const int32_t start = __shfl_sync(kWarp, e.start, lane);
-      for (uint32_t j = lane_id(); j < length && first + j < room; j += 32) {  // past the room with broken offsets only
+      for (uint32_t j = lane_id(); j < length && first + j < room;
+           j += 32) {  // past the room only if offsets are invalid
         to[first + j] = start + static_cast<int32_t>(j);
       }
     }
@@ -441,7 +448,7 @@ struct Plan {
 
 int64_t vectors_of(const CentroidLookupArgs& args) { return args.heads_q / args.heads_kv * args.block_q; }
 
-// Rows of the tile that the row's vectors take.
+// The number of rows of the tile that the vectors of a row use.
 int tile_rows(const CentroidLookupArgs& args) {
   return vectors_of(args) <= kFewVectors ? Few<float>::kRows : Many<float>::kRows;
 }

@@ -1,7 +1,7 @@
-// What kernels need beyond CUDA C++: the PTX instructions of tensor cores and asynchronous copies.
+// PTX instructions that CUDA C++ does not offer, for tensor cores and asynchronous copies.
 //
-// With HEADSTART_LANE_MODEL these names, and those of CUDA that kernels use, come from tests/lane_model/lane_model.h,
-// which runs a kernel on a CPU, lane by lane.
+// With HEADSTART_LANE_MODEL, these names and the names of CUDA that kernels use come from
+// tests/lane_model/lane_model.h, which runs a kernel on a CPU, lane by lane.
 #pragma once
 
 #include <cmath>
@@ -29,21 +29,22 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return bytes;
 }
 
-// blockIdx.x, which the compiler takes for another number each time: what follows from it is not kept in registers.
+// blockIdx.x. The compiler assumes that each call may return a different number, so it does not keep values derived
+// from it in registers.
 __device__ __forceinline__ uint32_t block_id() {
   uint32_t id;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(id));
   return id;
 }
 
-// Of a byte of shared memory, as the instructions below take it.
+// The address of a byte of shared memory, in the form that the instructions below take.
 using SharedAddress = uint32_t;
 
 __device__ __forceinline__ SharedAddress shared_address(const void* at) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(at));
 }
 
-// The lowest kBytes bytes of x.
+// Stores the lowest kBytes bytes of x.
 template <int kBytes>
 __device__ __forceinline__ void store_shared(SharedAddress at, uint32_t x) {
   static_assert(kBytes == 1 || kBytes == 2 || kBytes == 4);
@@ -56,15 +57,16 @@ __device__ __forceinline__ void store_shared(SharedAddress at, uint32_t x) {
   }
 }
 
-// The same address, but the compiler does not know how it was found: it stays in registers, and a loop does not find it
-// anew.
+// Returns the same address and hides its computation from the compiler. So the address stays in registers, and a loop
+// does not compute it again.
 template <typename T>
 __device__ __forceinline__ T* opaque(T* at) {
   asm volatile("" : "+l"(at));
   return at;
 }
 
-// Four 8 × 8 matrices of 16-bit elements; layouts/mma.h says who gives and gets what.
+// Loads four 8 × 8 matrices of 16-bit elements. layouts/mma.h defines the address that a lane gives and the elements
+// that it receives.
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], SharedAddress row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -92,7 +94,7 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
   }
 }
 
-// a · b + c of two neighbours in a register, each rounded once.
+// a · b + c for the two values of a register, each rounded once.
 template <typename T>
 __device__ __forceinline__ uint32_t multiply_add_pair(uint32_t a, uint32_t b, uint32_t c) {
   uint32_t result;
@@ -104,7 +106,8 @@ __device__ __forceinline__ uint32_t multiply_add_pair(uint32_t a, uint32_t b, ui
   return result;
 }
 
-// What nothing writes while the kernel runs; left as it is if not `wanted`. L2 is told to fetch the 256 bytes around it.
+// Loads `to` from `from` if `wanted`, otherwise leaves `to` unchanged. Nothing may write to `from` while the kernel
+// runs. The load of 32 bits also tells L2 to fetch the 256 bytes around the address.
 __device__ __forceinline__ void load_if(bool wanted, uint32_t& to, const uint32_t* from) {
   asm("{ .reg .pred wanted; setp.ne.b32 wanted, %2, 0; @wanted ld.global.nc.L2::256B.b32 %0, [%1]; }"
       : "+r"(to)
@@ -117,22 +120,23 @@ __device__ __forceinline__ void load_if(bool wanted, uint4& to, const uint4* fro
       : "l"(from), "r"(static_cast<int>(wanted)));
 }
 
-// (x & mask) | bits in one instruction. Written with operators, it became two where mask and bits are constants: an
-// instruction holds one constant, and the compiler splits the expression before it looks for a register.
+// (x & mask) | bits in one instruction. Written with operators, it became two instructions when mask and bits were
+// constants. An instruction holds only one constant, and the compiler splits the expression before it looks for a
+// register.
 __device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
   uint32_t result;
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(result) : "r"(x), "r"(mask), "r"(bits));
   return result;
 }
 
-// Byte i of the result is the one that nibble i of the selector names, 0 to 3 of a, 4 to 7 of b.
+// Nibble i of the selector chooses byte i of the result: 0 to 3 are the bytes of a, 4 to 7 the bytes of b.
 __device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
   uint32_t result;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(selector));
   return result;
 }
 
-// 16 bytes from global to shared memory; zeros, and nothing read, if not `valid`.
+// Copies 16 bytes from global to shared memory. If not `valid`, writes zeros and reads nothing.
 __device__ __forceinline__ void copy_async(SharedAddress shared, const void* global, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
                : "memory");
@@ -154,7 +158,7 @@ __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 __device__ __forceinline__ float to_float(Float16 x) { return __half2float(__ushort_as_half(x.bits)); }
 
-// Rounded to the nearest.
+// Converts x to T, rounded to nearest.
 template <typename T>
 __device__ __forceinline__ T from_float(float x) {
   if constexpr (std::is_same_v<T, Float16>) {
@@ -166,7 +170,7 @@ __device__ __forceinline__ T from_float(float x) {
   }
 }
 
-// Two neighbours in a register, the first in its low half.
+// Converts two neighbours and packs them in a register, the first one in its low half.
 template <typename T>
 __device__ __forceinline__ uint32_t pair_from_floats(float low, float high) {
   uint32_t result;

@@ -1,5 +1,5 @@
-// A block of threads of int4_gemm: its stages, its multiplication, the order of its sums. Shared by the kernels of
-// int4_gemm_sm80.cu (mma.sync, multiply-adds) and int4_gemm_sm90.cu (wgmma); the first draws it.
+// A thread block of int4_gemm: its stages, its multiplication and the order of its sums. The kernels of
+// int4_gemm_sm80.cu (mma.sync, multiply-adds) and int4_gemm_sm90.cu (wgmma) share it. int4_gemm_sm80.cu has a drawing.
 #pragma once
 
 #include "int4_weight.h"
@@ -9,14 +9,14 @@
 namespace headstart {
 namespace cuda {
 
-// What a launch adds to the arguments.
+// The data that a launch adds to the arguments.
 struct Int4Plan {
-  float* parts;   // [kParts][m][n], or null: blocks add all parts
-  int64_t slabs;  // of K
+  float* parts;   // [kParts][m][n], or null if blocks add all parts
+  int64_t slabs;  // the slabs of K
   int part_slabs, group_slabs;
   int64_t groups, row_tiles;
-  int scale_bytes;                 // of one
-  bool weight_vectors, x_vectors;  // can be copied 16 bytes at a time
+  int scale_bytes;                 // the bytes of one scale
+  bool weight_vectors, x_vectors;  // whether the weight and x can be copied 16 bytes at a time
 };
 
 template <typename T, int kRowTiles, int kPanels, int kColumnWarps, int kTeams, int kSlabs, int kStages,
@@ -25,16 +25,16 @@ class Int4Block {
  public:
   static constexpr int kThreads = 32 * kColumnWarps * kTeams;
   static constexpr int kRows = mma::kColumns * kRowTiles, kColumnPanels = kPanels * kColumnWarps;
-  static constexpr int kSums = kPanels * kRowTiles * 4;  // of a lane
+  static constexpr int kSums = kPanels * kRowTiles * 4;  // the sums of a lane
 
  private:
-  using Bits = std::conditional_t<std::is_same_v<T, float>, uint32_t, uint16_t>;  // of an element of x
+  using Bits = std::conditional_t<std::is_same_v<T, float>, uint32_t, uint16_t>;  // the bits of an element of x
   static constexpr bool kTensorCores = !std::is_same_v<T, float>;
-  static constexpr int kUnrolledSlabs = kSums > 32 && !kWarpGroups ? 1 : kSlabs;  // by the registers there are
-  static constexpr int kUnit = mma::kUnitBytes / static_cast<int>(sizeof(T));     // elements of x
+  static constexpr int kUnrolledSlabs = kSums > 32 && !kWarpGroups ? 1 : kSlabs;  // limited by the registers
+  static constexpr int kUnit = mma::kUnitBytes / static_cast<int>(sizeof(T));     // elements of x in a unit
   static constexpr int kXTiles = kSlabs * int4::kSlab * static_cast<int>(sizeof(T)) / mma::kRowBytes;
   static constexpr int kSlabBytes = int4::kWordsPerSlab * 4, kSlabUnits = kSlabBytes / mma::kUnitBytes;
-  static constexpr int kScaleBytes = int4::kPanel * 4;  // room for float32
+  static constexpr int kScaleBytes = int4::kPanel * 4;  // enough for float32
   static constexpr int kScaleUnits = kScaleBytes / mma::kUnitBytes;
   static constexpr int kPanelSlabs = kTeams * kColumnPanels * kSlabs;
   static constexpr int kXTileBytes = kRows * mma::kRowBytes;
@@ -43,7 +43,7 @@ class Int4Block {
   static constexpr int kZerosAt = kScalesAt + kPanelSlabs * kScaleBytes;
   static constexpr int kAlignment = (kWarpGroups ? 8 : 1) * mma::kRowBytes;  // wgmma swizzles by address
   static constexpr int kStageBytes = (kZerosAt + kPanelSlabs * int4::kPanel + kAlignment - 1) / kAlignment * kAlignment;
-  static constexpr int kWordUnits = kPanelSlabs * kSlabUnits / kThreads;  // of a thread and stage
+  static constexpr int kWordUnits = kPanelSlabs * kSlabUnits / kThreads;  // units of words per thread and stage
   static constexpr int kXUnits = kTeams * kXTiles * kRows * mma::kUnitsPerRow / kThreads;
   static_assert(kWordUnits * kThreads == kPanelSlabs * kSlabUnits && kPanelSlabs * (kScaleUnits + 1) <= kThreads,
                 "every thread has its units");
@@ -53,7 +53,7 @@ class Int4Block {
   static_assert(kTeams * kColumnWarps * kSums * 32 * 4 <= kStages * kStageBytes || kTeams == 1, "sums fit the stages");
 
  public:
-  // Behind the stages, the sum of the parts so far, where one team walks them all.
+  // If one team goes through all parts, the sums of the parts so far follow the stages.
   static constexpr int kSharedBytes = kStages * kStageBytes + (kTeams == 1 ? kThreads * kSums * 4 : 0);
 
   __device__ __forceinline__ Int4Block(const Int4GemmArgs& args, const Int4Plan& plan) : args_(args), plan_(plan) {}
@@ -68,14 +68,14 @@ class Int4Block {
     zero(total_);
     find_sources(share);
     for (int step = 0; step < kStages - 1; ++step) load(step, steps, share, step * kStageBytes);
-    int at = 0, free_at = (kStages - 1) * kStageBytes;  // the stage to multiply, and the one that was before
+    int at = 0, free_at = (kStages - 1) * kStageBytes;  // the stage to multiply, and the stage before it
     bool wide = false;
     int group_end = begin / plan_.group_slabs * plan_.group_slabs, part_end = begin + plan_.part_slabs;  // slabs
     for (int step = 0; step < steps; ++step) {
       copy_wait<kStages - 2>();
       if constexpr (kWarpGroups) fence_async_proxy();
       __syncthreads();
-      load(step + kStages - 1, steps, share, free_at);  // everyone left that stage before the barrier
+      load(step + kStages - 1, steps, share, free_at);  // all threads left this stage before the barrier
       const unsigned char* stage = stages() + at;
       const int first = begin + step * kSlabs;
 #pragma unroll(kUnrolledSlabs)
@@ -101,7 +101,7 @@ class Int4Block {
           part_end += plan_.part_slabs;
         }
       }
-      finish_products();  // the next barrier gives the stage away
+      finish_products();  // after the next barrier, the stage is overwritten
       free_at = at;
       at = at + kStageBytes < kStages * kStageBytes ? at + kStageBytes : 0;
     }
@@ -123,7 +123,7 @@ class Int4Block {
     int64_t first_row, first_panel;
   };
 
-  // Found out again at the end rather than kept: registers are short while tiles multiply.
+  // The block's job. It is computed again at the end and not kept, because registers are scarce while tiles multiply.
   __device__ __forceinline__ Job job() const {
     const bool split = kTeams == 1 && plan_.parts != nullptr;
     int64_t at = block_id();
@@ -139,7 +139,7 @@ class Int4Block {
   static __device__ __forceinline__ float* kept_sums() {
     return reinterpret_cast<float*>(stages() + kStages * kStageBytes) + threadIdx.x;
   }
-  // Of the warp's panel p and slab s of a stage.
+  // The index in a stage of the warp's panel p and slab s.
   static __device__ __forceinline__ int panel_slab(int p, int s) {
     return ((team() * kColumnWarps + column_warp()) * kPanels + p) * kSlabs + s;
   }
@@ -158,22 +158,22 @@ class Int4Block {
 
   // --- loading ---
 
-  // Where a thread reads one of its 16-byte units of the first stage, and how much lies from there on; nothing is read
-  // past that, and the unit is zero.
+  // The address from which a thread reads one of its 16-byte units for the first stage, and the amount of data from
+  // there on. Nothing past that amount is read; a unit past it is zero.
   struct Source {
     const unsigned char* from;
-    int left;  // slabs of words, elements of x
+    int left;  // the number of slabs (words) or elements (x)
   };
 
-  // The unit of scales or zero points that a thread copies, where a group begins.
+  // The unit of scales or zero points that a thread copies when a group begins.
   struct GroupSource {
-    const unsigned char* from;  // of the group
-    int begin;                  // its first slab, counted from the first stage on
-    int slab, left;             // the unit's in a stage; up to which slab it is copied
-    int step;                   // bytes from group to group
+    const unsigned char* from;  // the unit of the current group
+    int begin;                  // the group's first slab, counted from the first stage on
+    int slab, left;             // the unit's slab in a stage; the end of the slabs for which it is copied
+    int step;                   // the bytes from group to group
   };
 
-  // `count` elements, zeros behind them, as 16 bytes of shared memory.
+  // Writes `count` elements and zeros after them, 16 bytes in all, to shared memory.
   template <typename Element, bool kVectors>
   static __device__ __forceinline__ void load_unit(SharedAddress to, const unsigned char* from, int count) {
     constexpr int kBytes = static_cast<int>(sizeof(Element));
@@ -202,7 +202,7 @@ class Int4Block {
       words_[j].left = panel < panels ? min(share, slabs - begin) - s : 0;
       words_[j].from = opaque(words_[j].from);
     }
-    const int line = thread / mma::kUnitsPerRow, tile = line / kRows;  // the first of the thread's units of x
+    const int line = thread / mma::kUnitsPerRow, tile = line / kRows;  // the thread's first unit of x
     const int64_t row = here.first_row + line % kRows;
     const int64_t k = (first + static_cast<int64_t>(tile / kXTiles) * share) * int4::kSlab +
                       (tile % kXTiles * mma::kUnitsPerRow + thread % mma::kUnitsPerRow) * kUnit;
@@ -229,7 +229,7 @@ class Int4Block {
     group_to_ = stage + (zeros ? kZerosAt + at * int4::kPanel : kScalesAt + at * kScaleBytes + unit * mma::kUnitBytes);
   }
 
-  // Copies the stage of a step to `at`, counted from the first stage on.
+  // Copies the data of a step to the stage at byte `at`, counted from the first stage on.
   __device__ __forceinline__ void load(int step, int steps, int share, int at) {
     if (step < steps) {
       const int slabs = step * kSlabs;
@@ -244,7 +244,7 @@ class Int4Block {
         load_x<false>(slabs, share, at);
       }
     }
-    copy_commit();  // possibly empty, so that the count of groups tells the stage
+    copy_commit();  // commit empty groups too, so that the number of groups tells the stage
   }
 
   template <bool kVectors>
@@ -267,7 +267,7 @@ class Int4Block {
   __device__ __forceinline__ void load_x(int slabs, int share, int at) const {
 #pragma unroll
     for (int j = 0; j < kXUnits; ++j) {
-      // Units of a thread stand whole rows of units apart: by these rows, tiles and teams, known when compiling.
+      // A thread's units are whole rows of units apart. The compiler knows these rows, tiles and teams.
       constexpr int kLines = kThreads / mma::kUnitsPerRow;
       static_assert(kLines % mma::kColumns == 0, "they are swizzled alike");
       const int rows = j * kLines % kRows, tiles = j * kLines / kRows, teams = tiles / kXTiles;
@@ -280,7 +280,8 @@ class Int4Block {
 
   // --- multiplying ---
 
-  // Takes up the scales and zeros that lie at slab s; whether a zero point of the warp is out of the ordinary.
+  // Reads the scales and zeros at slab s. Returns whether some zero point of the warp must be subtracted in two steps
+  // (Codes<BFloat16>).
   __device__ __forceinline__ bool begin_group(const unsigned char* stage, int s) {
     bool wide = false;
 #pragma unroll
@@ -298,7 +299,7 @@ class Int4Block {
     return std::is_same_v<T, BFloat16> && __ballot_sync(kWholeWarp, wide) != 0;
   }
 
-  // Words become A's fragments of two mma, of 16 k each.
+  // Turns words into A's fragments of two mma, of 16 k each.
   template <bool kWide>
   __device__ __forceinline__ void dequantize(uint32_t (&left)[kPanels][2][4], const unsigned char* stage, int s) const {
 #pragma unroll
@@ -331,7 +332,7 @@ class Int4Block {
       const unsigned char* tile = x + s / 2 * kXTileBytes;
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
-        uint32_t right[4];  // the four 8 × 8 matrices of 8 rows and 32 k: pair i of each lane's words
+        uint32_t right[4];  // the four 8 × 8 matrices of 8 rows and 32 k; matrix i belongs to pair i of a lane's words
         load_matrices(right, tile + mma::unit_offset(r * mma::kColumns + lane() % 8, s % 2 * 4 + lane() / 8));
 #pragma unroll
         for (int p = 0; p < kPanels; ++p) {
@@ -340,7 +341,7 @@ class Int4Block {
         }
       }
     } else {
-      // The same sums in the same lanes, by multiply-adds: 4 k at a time, which 2 words of a column have in one pair.
+      // The same sums in the same lanes, by multiply-adds. 4 k at a time: one pair of 2 words of a column holds them.
 #pragma unroll 1
       for (int unit = 0; unit < mma::kUnitsPerRow; ++unit) {
         float weights[kPanels][2][4];
@@ -398,7 +399,7 @@ class Int4Block {
     zero(sum_);
   }
 
-  // --- joining ---
+  // --- merging ---
 
   __device__ __forceinline__ void keep_part(bool add) {
     float* kept = kept_sums();
@@ -409,7 +410,7 @@ class Int4Block {
 
   __device__ __forceinline__ void join_teams() {
     float* sums = reinterpret_cast<float*>(stages());
-    __syncthreads();  // the last stage is read
+    __syncthreads();  // all threads have read the last stage
 #pragma unroll
     for (int i = 0; i < kSums; ++i) sums[i * kThreads + threadIdx.x] = total(i);
     __syncthreads();
@@ -453,12 +454,12 @@ class Int4Block {
 
   const Int4GemmArgs& args_;
   const Int4Plan& plan_;
-  Source words_[kWordUnits], x_;  // x_: of the thread's first unit
-  int x_rows_;                    // that are there, from its row on
+  Source words_[kWordUnits], x_;  // x_ is the source of the thread's first unit of x
+  int x_rows_;                    // the number of rows from this unit's row on
   GroupSource group_;
-  SharedAddress words_to_, x_to_, group_to_;  // where the thread's first units go in the first stage
-  float sum_[kPanels][kRowTiles][4];          // of the group so far
-  float total_[kPanels][kRowTiles][4];        // of the part; 2c + i: column 2g + c of the panel, row 2t + i of the tile
+  SharedAddress words_to_, x_to_, group_to_;  // the targets of the thread's first units in the first stage
+  float sum_[kPanels][kRowTiles][4];          // the sums of the group so far
+  float total_[kPanels][kRowTiles][4];        // sums of the part; 2c + i: column 2g + c of the panel, row 2t + i of x
   float scale_[kPanels][2];
   Codes<T> codes_[kPanels][2];
 };
@@ -496,12 +497,12 @@ const char* launch_int4(void (*kernel)(const Int4GemmArgs, const Int4Plan), cons
                 Shape::kSharedBytes, stream, args, plan);
 }
 
-// The kernels. `parts` [kParts][m][n] receives the sums of the parts if there are too few blocks to fill the device,
-// which `..._splits` tells; else it is null, and they write the output.
+// The kernels. `..._splits` returns whether there are too few blocks to fill the device. If so, the kernels write the
+// sums of the parts to `parts` [kParts][m][n]. Otherwise `parts` is null, and they write the output.
 constexpr int64_t kFewRows = 16;
 bool int4_gemm_sm80_splits(const Int4GemmArgs& args);
 const char* int4_gemm_sm80(const Int4GemmArgs& args, float* parts, CUstream_st* stream);
-bool int4_gemm_sm90_runs(const Int4GemmArgs& args);  // on the current device
+bool int4_gemm_sm90_runs(const Int4GemmArgs& args);  // whether this kernel runs on the current device
 bool int4_gemm_sm90_splits(const Int4GemmArgs& args);
 const char* int4_gemm_sm90(const Int4GemmArgs& args, float* parts, CUstream_st* stream);
 

@@ -1,10 +1,11 @@
-// int4_gemm: which kernel multiplies, the parts of K added in order, and the weight dequantised for a plain GEMM.
+// int4_gemm: chooses the kernel that multiplies, adds the parts of K in order, and dequantises the weight for a plain
+// GEMM.
 //
-//   add_parts     [4][M][N] float32 to [M][N]: part 0 + part 1 + part 2 + part 3, the bias, one rounding. 18 bytes an
-//                 output read and written, mostly in L2.
-//   dequantize    a warp two slabs of a panel: 512 bytes of words in one load of 16 bytes a lane. Shuffles then bring
-//                 each lane the words of 16 neighbouring bytes of a column, and a store of the warp fills 128 bytes of
-//                 four columns. 2.5 bytes a weight (float32: 4.5).
+//   add_parts     [4][M][N] float32 to [M][N]: part 0 + part 1 + part 2 + part 3 + bias, rounded once. Reads and writes
+//                 18 bytes per output, mostly in L2.
+//   dequantize    A warp handles two slabs of a panel: 512 bytes of words, one load of 16 bytes per lane. Shuffles then
+//                 bring each lane the words of 16 neighbouring bytes of a column. A store of the warp fills 128 bytes
+//                 of four columns. Moves 2.5 bytes per weight (float32: 4.5).
 //
 //                 lane 16 s + 4 t + j loads word t of slab s, columns 4 j .. 4 j + 3
 //                 lane  8 j + u       stores unit u of 128 bytes of column 4 j + q, for q = 0 .. 3
@@ -17,7 +18,7 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWarpSlabs = 2;  // that a warp dequantises
+constexpr int kWarpSlabs = 2;  // the slabs that a warp dequantises
 static_assert(kWarpSlabs * int4::kPanel == 32, "a lane a column and slab");
 
 template <typename T>
@@ -35,13 +36,13 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     dequantize_kernel(const Int4GemmArgs args, int64_t group_slabs, bool word_vectors, bool vectors) {
   constexpr int kUnit = mma::kUnitBytes / static_cast<int>(sizeof(T)), kSlabUnits = int4::kSlab / kUnit;
-  constexpr int kStoreSlabs = mma::kUnitsPerRow / kSlabUnits;  // in 128 bytes of a column
+  constexpr int kStoreSlabs = mma::kUnitsPerRow / kSlabUnits;  // the slabs in 128 bytes of a column
   const int64_t warp = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) / 32, slabs = int4::slabs(args.k);
   const int64_t pairs = (slabs + kWarpSlabs - 1) / kWarpSlabs, groups = (slabs + group_slabs - 1) / group_slabs;
   const int64_t panel = warp / pairs, first = warp % pairs * kWarpSlabs;
   if (panel >= int4::panels(args.n)) return;
 
-  // A lane loads four words of its half's slab, the scale and the zero point of one of its columns.
+  // A lane loads four words of the slab of its half warp, and the scale and zero point of one column.
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const int64_t slab = first + lane / int4::kPanel;
   uint32_t words[4] = {};
@@ -61,13 +62,13 @@ __global__ void __launch_bounds__(kThreads)
     codes.set(args.zeros == nullptr ? kSymmetricZero : args.zeros[group]);
   }
 
-  const int k = lane % kSlabUnits * kUnit;  // of the lane's unit, in its slab
+  const int k = lane % kSlabUnits * kUnit;  // the start of the lane's unit in its slab
 #pragma unroll
   for (int q = 0; q < 4; ++q) {
 #pragma unroll
     for (int s = 0; s < kWarpSlabs; s += kStoreSlabs) {
       const int own = s + lane % mma::kUnitsPerRow / kSlabUnits,
-                holder = own * int4::kPanel;  // its slab, who loaded it
+                holder = own * int4::kPanel;  // the unit's slab, and the first lane that loaded it
       const int column = lane / mma::kUnitsPerRow * 4 + q;
       const float unit_scale = __shfl_sync(kWholeWarp, scale, holder + column);
       const Codes<float> unit_codes{__shfl_sync(kWholeWarp, codes.offset, holder + column)};

@@ -1,29 +1,29 @@
-// int4_gemm on tensor cores from Ampere on: mma.sync, weights dequantised between shared memory and the multiplier.
+// int4_gemm on tensor cores from Ampere on: mma.sync. Weights are dequantised between shared memory and the multiplier.
 //
 //   a block:  columns (panels of 16) × rows of x × parts of K        a warp: kPanels × kRowTiles accumulators of
 //                                                                    mma.m16n8k16, twice: the group's sum, the part's
 //             x, rows                       few rows   32 columns, 8 or 16 rows, all four parts of K: 2 × 4 warps,
-//            ┌────────┐                                which join in shared memory
-//     W      │ warp 0 │  kStages stages of  many rows  128 columns, 32 or 64 rows, 4 warps; a part of K, if there are
-//     panels ├────────┤  cp.async in flight            few blocks, whose sums int4_gemm.cu adds; else all, one after
-//            │ warp 1 │                                the other, the sum of the parts so far in shared memory
-//            └────────┘
-//   a stage:  kSlabs slabs of 32 k: words (256 bytes a panel and slab, as they lie), scales and zeros of the groups
-//             that begin there, x in rows of 128 bytes, swizzled (layouts/mma.h)
+//            ┌────────┐                                which merge their sums in shared memory
+//     W      │ warp 0 │  kStages stages of  many rows  128 columns, 32 or 64 rows, 4 warps. If there are few blocks, a
+//     panels ├────────┤  cp.async in flight            block takes one part of K, and int4_gemm.cu adds the sums.
+//            │ warp 1 │                                Else it takes all parts, one after another, and keeps the sum
+//            └────────┘                                of the parts so far in shared memory.
+//   a stage:  kSlabs slabs of 32 k: words (256 bytes per panel and slab, in memory order), scales and zeros of the
+//             groups that begin there, x in rows of 128 bytes, swizzled (layouts/mma.h)
 //
-// Words go through shared memory because cp.async keeps them in flight without registers and across barriers: with four
-// stages and few rows 24 KiB of weights a block. An H100's multiprocessor has room for three blocks of up to 8 rows and
-// for two of up to 16, 72 and 48 KiB of weights; its memory wants 17 KiB (3.35 TB/s · 0.65 µs / 132). Straight into
-// registers they would take 24 of each lane's, in a loop unrolled by as many stages. A warp reads its 256 bytes of a
-// slab back in one access without bank conflicts. All warps of a part read the same fragments of x; none dequantises
-// what another does.
+// Words go through shared memory because cp.async keeps them in flight without registers and across barriers. With four
+// stages and few rows, a block has 24 KiB of weights in flight. An H100's multiprocessor has room for three blocks of
+// up to 8 rows (72 KiB of weights) and for two blocks of up to 16 rows (48 KiB). Its memory needs 17 KiB in flight
+// (3.35 TB/s · 0.65 µs / 132). Loads directly into registers would take 24 registers of each lane, in a loop that is
+// unrolled by as many stages. A warp reads its 256 bytes of a slab back in one access without bank conflicts. All warps
+// of a part read the same fragments of x. No weight is dequantised twice in a block.
 //
-// Every sum runs over k in the same order whatever the tile: groups within a part, the parts in order. So a row's
-// result does not depend on how many rows there are.
+// Every sum adds k in the same order for every tile: the groups within a part, then the parts in order. So a row's
+// result does not depend on the number of rows.
 //
-// Floor: K · N / 2 bytes, scales and zeros, at the memory's rate; x is read once a block from L2: at 8 rows as many
-// bytes as the weights of its 32 columns. Instructions a slab and panel (512 weights) beside 2 mma a row tile: 18
-// (float16) or 22 (bfloat16) to dequantise, 1 to read the words, 1 ldmatrix a row tile.
+// Floor: K · N / 2 bytes, and the scales and zeros, at the memory bandwidth. Each block reads x once from L2: at 8
+// rows, as many bytes as the weights of its 32 columns. Instructions per slab and panel (512 weights), in addition to 2
+// mma per row tile: 18 (float16) or 22 (bfloat16) to dequantise, 1 to read the words, 1 ldmatrix per row tile.
 
 #include "int4_block.h"
 

@@ -1,23 +1,25 @@
-// int4_gemm on Hopper's tensor cores: wgmma, whose operand A, the dequantised weight, comes from registers.
+// int4_gemm on Hopper's tensor cores: wgmma. Operand A is the dequantised weight and comes from registers.
 //
-//   a block:  128 columns, 64 or 128 rows of x; two groups of four warps, a panel a warp
+//   a block:  128 columns, 64 or 128 rows of x; two groups of four warps, one panel per warp
 //
 //                  x, rows: operand B, from shared memory as it was copied
 //                 ┌────────┐
-//        warp 0   │ wgmma  │  A of m64nNk16 is A of mma.m16n8k16, warp above warp: the pairs of a lane's own words
-//     W  warp 1   │        │  (int4_weight.h), no shuffle, no shared memory between dequantising and multiplying.
-//        warp 2   │        │  A slab of 32 k is two wgmma; while they run, the next slab is dequantised, and while a
-//        warp 3   └────────┘  group of warps waits for a stage's products, the other one's run.
+//        warp 0   │ wgmma  │  A of m64nNk16 is A of mma.m16n8k16, one warp after another: the pairs of a lane's own
+//     W  warp 1   │        │  words (int4_weight.h). Between dequantising and multiplying there is no shuffle and no
+//        warp 2   │        │  shared memory. A slab of 32 k is two wgmma. While they run, the next slab is dequantised.
+//        warp 3   └────────┘  While one group of warps waits for a stage's products, the other group's products run.
 //
-// Stages, groups, parts and their order are those of int4_gemm_sm80.cu. x comes by cp.async in 16-byte pieces, from
-// rows of any stride that is a multiple of 16 bytes; each thread then lets the tensor cores see its pieces before the
-// barrier. Whether wgmma and mma.sync round a sum of 16 products alike is not known here, so that on Hopper a row's
-// result does not depend on the batch among batches of up to 16 rows, and among larger ones; from one kind to the other
-// it may, by rounding.
+// Stages, groups, parts and their order are those of int4_gemm_sm80.cu. cp.async copies x in 16-byte pieces, from rows
+// of any stride that is a multiple of 16 bytes. Each thread then lets the tensor cores see its pieces before the
+// barrier.
 //
-// Floor: 2 · M · N · K operations at the tensor cores' rate. Beside the 4 wgmma of a stage and group of warps, 512
-// cycles of a multiprocessor for 128 rows and both groups, stand some 100 instructions a warp, 200 cycles of its
-// schedulers.
+// We do not know whether wgmma and mma.sync round a sum of 16 products in the same way. So on Hopper, a row's result
+// does not depend on the batch among batches of up to 16 rows, nor among larger batches. Between the two kinds it may
+// differ by rounding.
+//
+// Floor: 2 · M · N · K operations at the tensor cores' rate. For 128 rows and both groups of warps, the 4 wgmma of a
+// stage and group take 512 cycles of a multiprocessor. The other instructions, about 100 per warp, take 200 cycles of
+// its schedulers.
 
 #include "int4_block.h"
 

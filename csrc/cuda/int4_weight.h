@@ -1,10 +1,10 @@
-// What the int4 kernels share: a word of the packed layout turned into operands of the tensor cores, the cut of K.
+// The code that the int4 kernels share: turning words of the packed layout into operands of the tensor cores, and the
+// division of K into parts.
 //
-// The product is taken transposed, outᵀ = W · xᵀ: the weight is operand A, whose 16 rows are a panel's 16 output
-// columns. A lane (g = lane / 4, t = lane % 4) owns, of every slab of 32 k, the words t of columns 2g and 2g + 1, which
-// are 8 neighbouring bytes; rows g and g + 8 of A are those columns. So a warp reads a slab of a panel as 256 bytes in
-// one access, and the pairs of both words are the registers of two mma, no shuffle between them (layouts/mma.h,
-// layouts/int4.h):
+// The product is transposed, outᵀ = W · xᵀ. The weight is operand A, whose 16 rows are a panel's 16 output columns. Of
+// every slab of 32 k, a lane (g = lane / 4, t = lane % 4) owns the words t of columns 2g and 2g + 1, which are 8
+// neighbouring bytes. These columns are rows g and g + 8 of A. So a warp reads a slab of a panel as 256 bytes in one
+// access. The pairs of both words are the registers of two mma, without a shuffle (layouts/mma.h, layouts/int4.h):
 //
 //             mma of k 0..15        mma of k 16..31
 //     A 0     pair 0 of word 2g     pair 2          row g      k 2t, 2t + 1
@@ -12,10 +12,10 @@
 //     A 2     pair 1 of word 2g     pair 3          row g      k 2t + 8, 2t + 9
 //     A 3     pair 1 of word 2g+1   pair 3          row g + 8
 //
-// A pair becomes code - zero, exactly, before it is multiplied: codes are put into the mantissa of a power of two,
-// which is taken off with the zero point by one fused multiply-add. The group's scale meets float32 sums: a
-// multiply-add per accumulator and group, where scaled fragments would take a multiplication per pair of weights and a
-// rounding each.
+// Before the product, a pair becomes exactly code - zero. Each code is put into the mantissa of a power of two. One
+// fused multiply-add then subtracts this power and the zero point. The group's scale is applied to the float32 sums,
+// with one multiply-add per accumulator and group. Scaled fragments would need one multiplication per pair of weights
+// and would round each of them.
 #pragma once
 
 #include <cstdint>
@@ -28,10 +28,10 @@ namespace headstart {
 namespace cuda {
 
 constexpr int kSymmetricZero = 8;
-// K is cut into this many runs of slabs, each summed by itself, and added in order. By whom depends on the number of
-// rows; where the cuts are depends on K alone.
+// K is divided into this many runs of slabs. Each run is summed separately, and the sums are added in order. The number
+// of rows decides who adds them; the places of the cuts depend only on K.
 constexpr int kParts = 4;
-constexpr int kPartStep = 4;  // slabs: whole steps of every kernel
+constexpr int kPartStep = 4;  // a part is a multiple of this many slabs, so it consists of whole steps of every kernel
 
 inline int64_t part_slabs(int64_t k) {
   const int64_t steps = (int4::slabs(k) + kPartStep - 1) / kPartStep;
@@ -45,11 +45,11 @@ __device__ __forceinline__ uint32_t both(float x) {
   return both(static_cast<uint32_t>(from_float<T>(x).bits));
 }
 
-// Of one output column and group: takes codes out of words.
+// Extracts the codes of one output column and group from words, and subtracts the zero point.
 template <typename T>
 struct Codes;
 
-// 1024 + code for the nibble at the bottom of the mantissa, 1024 + 16 code for the one above it: 9 instructions a word.
+// 1024 + code for the lowest nibble of the mantissa, 1024 + 16 · code for the nibble above it. 9 instructions per word.
 template <>
 struct Codes<Float16> {
   static constexpr uint32_t kMagic = 0x64006400u, kOne = 0x3C003C00u, kSixteenth = 0x2C002C00u;
@@ -72,8 +72,8 @@ struct Codes<Float16> {
   }
 };
 
-// 128 + code: 11 instructions a word. 128 + zero has eight bits as long as the zero point is less than 128; a larger
-// one, which no quantiser makes but a file may hold, is taken off in two steps.
+// 128 + code. 11 instructions per word. If the zero point is less than 128, 128 + zero has eight bits. No quantiser
+// makes a larger zero point, but a file may contain one. It is subtracted in two steps.
 template <>
 struct Codes<BFloat16> {
   static constexpr uint32_t kMagic = 0x43004300u, kOne = 0x3F803F80u;
@@ -97,7 +97,7 @@ struct Codes<BFloat16> {
   }
 };
 
-// float32 has no tensor cores that keep its digits: 2^23 + code, a code at a time.
+// 2^23 + code, one code at a time. No tensor core keeps all bits of float32.
 template <>
 struct Codes<float> {
   float offset;

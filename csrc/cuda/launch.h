@@ -1,7 +1,8 @@
-// Starting kernels, what CUDA says of it, and what the device is.
+// Starts kernels, reports CUDA's errors, and queries the device.
 //
-// CUDA keeps the last error of a thread until someone asks for it. An error that is there before a launch is not the
-// launch's: an earlier call failed, and nobody asked. It is reported as such, and the kernel is not started.
+// CUDA keeps the last error of a thread until someone asks for it. An error that exists before a launch belongs to an
+// earlier call that failed and whose error nobody asked for. It is reported as an earlier error, and the kernel is not
+// started.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,7 +15,8 @@
 namespace headstart {
 namespace cuda {
 
-// What failed, in words that stay until the thread's next failure. CUDA forgets the error, so no later call reports it.
+// Describes a failure. The text stays valid until the thread's next failure. Clears CUDA's last error, so no later call
+// reports it.
 template <typename... Values>
 const char* failure(cudaError_t error, const char* format, Values... values) {
   thread_local char text[320];
@@ -28,8 +30,8 @@ inline const char* earlier_failure(cudaError_t error) {
   return failure(error, "%s", "nothing was started, because an earlier CUDA call or kernel had failed");
 }
 
-// Makes a call of CUDA. Null if it succeeds; else what failed: something before it, or the call itself, described by
-// `format` and its values. Waits for nothing.
+// Makes a CUDA call and does not wait for its end. Returns null if it succeeds. Otherwise returns a text that says what
+// failed: something before the call, or the call itself, which `format` and its values describe.
 template <typename Call, typename... Values>
 const char* checked(const Call& call, const char* format, Values... values) {
   const cudaError_t earlier = cudaPeekAtLastError();
@@ -37,7 +39,8 @@ const char* checked(const Call& call, const char* format, Values... values) {
   const cudaError_t error = call();
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();
-  // The error of a kernel that ran stays, even when someone asked for it. Ours did not run yet.
+  // The error of a kernel that ran stays even after someone asked for it. Our kernel has not run yet, so an error that
+  // stays is an earlier one.
   return cudaPeekAtLastError() != cudaSuccess ? earlier_failure(error) : failure(error, format, values...);
 }
 
@@ -63,7 +66,7 @@ const char* launch(void (*kernel)(Args...), dim3 grid, dim3 block, int shared_by
 template <typename... Args>
 const char* launch(void (*kernel)(Args...), int64_t blocks, int threads, int shared_bytes, CUstream_st* stream,
                    const std::common_type_t<Args>&... args) {
-  const auto x = static_cast<unsigned>(std::min<int64_t>(blocks, UINT32_MAX));  // CUDA says no to so many
+  const auto x = static_cast<unsigned>(std::min<int64_t>(blocks, UINT32_MAX));  // CUDA rejects so many blocks
   return launch(kernel, dim3(x), dim3(static_cast<unsigned>(threads)), shared_bytes, stream, args...);
 }
 
@@ -72,7 +75,7 @@ inline const char* zero(void* at, int64_t bytes, CUstream_st* stream) {
   return checked(set, "%lld bytes were not set to zero", static_cast<long long>(bytes));
 }
 
-// Of the current device.
+// The number of multiprocessors of the current device.
 inline int multiprocessors() {
   int device = 0, count = 1;
   cudaGetDevice(&device);
@@ -80,7 +83,7 @@ inline int multiprocessors() {
   return count;
 }
 
-// Whether wgmma is there: in the current device, and in this library, which was built for sm_90a.
+// Whether wgmma is available: the current device must have it, and this library must be built for sm_90a.
 inline bool has_warp_groups() {
 #ifdef HEADSTART_SM90A
   int device = 0, major = 0, minor = 0;

@@ -1,22 +1,24 @@
-// merge_attention: the attention of the same queries over two disjoint sets of keys, joined by their log-sum-exps.
+// merge_attention: merges the attention of the same queries over two disjoint sets of keys, with their log-sum-exps.
 //
 //   top = max(lse_a, lse_b)   w_a = exp(lse_a - top)   w_b = exp(lse_b - top)
 //   lse = top + ln(w_a + w_b)                          out = (w_a out_a + w_b out_b) / (w_a + w_b)
 //
 //                 threadIdx.x: 16 bytes of a row each, D / 8 threads for 16-bit types, D / 4 for float32
 //                ┌────┬────┬────┬─ ─ ─ ┬────┐
-//   threadIdx.y  │ t0 │ t1 │ t2 │      │    │ row r         a thread holds 16 bytes of out_a, 16 of out_b,
-//                ├────┼────┼────┼─ ─ ─ ┼────┤               and the row's two weights, in registers;
-//                │    │    │    │      │    │ row r + 1     thread 0 of a row writes its lse
-//                └────┴────┴────┴─ ─ ─ ┴────┘ ...           no shared memory, no synchronisation
+//   threadIdx.y  │ t0 │ t1 │ t2 │      │    │ row r         A thread holds 16 bytes of out_a, 16 bytes of out_b and
+//                ├────┼────┼────┼─ ─ ─ ┼────┤               the row's two weights in registers.
+//                │    │    │    │      │    │ row r + 1     Thread 0 of a row writes the row's lse.
+//                └────┴────┴────┴─ ─ ─ ┴────┘ ...           No shared memory, no synchronisation.
 //   blockIdx.x: tiles of rows of a plane      blockIdx.y: planes (batch · head)
 //
-// Contiguous tensors collapse to one plane of batch · heads · tokens rows, so that a decode step with one token a
-// head still fills its blocks. Neighbouring threads read neighbouring 16-byte words across row ends.
+// Contiguous tensors collapse to one plane of batch · heads · tokens rows, so a decode step with one token per head
+// still fills its blocks. Neighbouring threads read neighbouring 16-byte words across row ends.
 //
-// Floor: read 2 and write 1 · rows · D elements, read 8 and write 4 bytes of lse a row: rows · (3 · D · size + 12)
-// bytes at the memory's rate. Operations: 3 a pair of elements and two exponentials a thread, far below it.
-// A row, pointer or stride that is not a multiple of 16 bytes takes the same kernel one element at a time.
+// Floor: read 2 · rows · D and write rows · D elements; read 8 and write 4 bytes of lse per row. This is rows · (3 · D
+// · size + 12) bytes at the memory bandwidth. The operations take far less time: 3 per pair of elements, and two
+// exponentials per thread.
+//
+// If a row, a pointer or a stride is not a multiple of 16 bytes, the same kernel runs with one element at a time.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -54,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) merge_kernel(const MergeAttentionArg
     const float a = args.lse_a.data[offset(args.lse_a)];
     const float b = args.lse_b.data[offset(args.lse_b)];
     float top = fmaxf(a, b);
-    // Two sides that saw nothing: any finite reference keeps -inf - -inf out of the exponents.
+    // If neither side saw a key, use a finite maximum. This avoids -inf - -inf in the exponents.
     if (top == -INFINITY) top = 0.0f;
     float weight_a = expf(a - top), weight_b = expf(b - top);
     const float total = weight_a + weight_b;
@@ -90,7 +92,8 @@ const char* merge(const MergeAttentionArgs& args, CUstream_st* stream) {
   return launch(merge_kernel<T, kVec>, grid, dim3(x, y), 0, stream, args, planes);
 }
 
-// Two dimensions become one where every tensor steps evenly across their border, or where one of them is a single step.
+// Whether two dimensions can become one: their elements are evenly spaced across the border, or one dimension has size
+// 1.
 bool even(int64_t outer_stride, int64_t outer, int64_t inner_stride, int64_t inner) {
   return outer == 1 || inner == 1 || outer_stride == inner_stride * inner;
 }
@@ -102,7 +105,7 @@ void collapse(MergeAttentionArgs& args) {
   const auto change = [&](auto action) {
     action(args.out_a), action(args.out_b), action(args.lse_a), action(args.lse_b);
   };
-  // A dimension of one never steps, whatever its stride says.
+  // The stride of a dimension of size 1 is never used, so it may have any value.
   change([&](auto& x) {
     if (args.batch == 1) x.batch = 0;
     if (args.heads == 1) x.head = 0;

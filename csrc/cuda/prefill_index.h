@@ -1,5 +1,5 @@
-// What the three index builders on CUDA share: the geometry of a row of queries, operands, workspaces, jobs. Centroid
-// lookup takes operands and workspaces from here too.
+// The code that the three index builders on CUDA share: the geometry of a row of queries, operands, workspaces and
+// jobs. Centroid lookup uses the operands and workspaces, too.
 #pragma once
 
 #include <type_traits>
@@ -16,16 +16,17 @@ constexpr float kLog2E = 1.4426950408889634f;
 __host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// The first key of a sequence that is no padding, at most nk.
+// The first key of a sequence that is not padding, at most nk.
 __device__ __forceinline__ int64_t start_of(const PrefillIndexArgs& args, int64_t batch) {
   if (args.kv_start == nullptr) return 0;
   const int64_t start = args.kv_start[batch];
   return start < 0 ? 0 : start < args.nk ? start : args.nk;
 }
 
-// The key blocks that a row of queries may see, [begin, end), and must take: [begin, sink_end) and [window_begin, end).
+// The key blocks [begin, end) that a row of queries may see. It must take the blocks [begin, sink_end) and
+// [window_begin, end) (forced).
 struct RowBlocks {
-  int64_t last_position;  // of the row's queries
+  int64_t last_position;  // the position of the row's last query
   int begin, end, sink_end, window_begin;
 
   __device__ __forceinline__ RowBlocks(const PrefillIndexArgs& args, int64_t batch, int64_t row) {
@@ -53,7 +54,8 @@ __device__ __forceinline__ const T* tokens_of(const Tensor4& x, int64_t batch, i
 
 // --- host ---------------------------------------------------------------------------------------------------------
 
-// Whether every row of x can be read 16 bytes at a time. A dimension of one never steps, whatever its stride says.
+// Whether every row of x can be read 16 bytes at a time. The stride of a dimension of size 1 is never used, so it may
+// have any value.
 inline bool reads_vectors(const Tensor4& x, int64_t batch, int64_t heads, int64_t tokens, Dtype dtype) {
   const int64_t unit = dtype == Dtype::kFloat32 ? 4 : 8;
   const auto even = [unit](int64_t stride, int64_t size) { return size == 1 || stride % unit == 0; };
@@ -68,7 +70,7 @@ inline bool reads_key_vectors(const PrefillIndexArgs& a) {
   return reads_vectors(a.k, a.batch, a.heads_kv, a.nk, a.dtype);
 }
 
-// Cuts a workspace into arrays; from a null one, counts its bytes.
+// Cuts a workspace into arrays. With a null workspace, only counts the bytes.
 class Carver {
  public:
   explicit Carver(void* base) : base_(static_cast<unsigned char*>(base)) {}
@@ -88,22 +90,22 @@ class Carver {
   int64_t bytes_ = 0;
 };
 
-// Blocks of threads that stay and fetch jobs, each with a scratch of its own: as many as can run at once.
+// The number of thread blocks that stay and fetch jobs: as many as can run at once. Each has its own scratch memory.
 inline int64_t resident_blocks(int64_t jobs) {
   constexpr int64_t kPerMultiprocessor = 2;
   const int64_t room = kPerMultiprocessor * multiprocessors();
   return jobs < room ? jobs : room;
 }
 
-// The next job of the calling block, the same for all its threads; `slot` is 8 bytes of shared memory.
+// The next job of the calling block, the same for all its threads. `slot` is 8 bytes of shared memory.
 __device__ __forceinline__ int64_t next_job(unsigned long long* counter, unsigned long long* slot) {
-  __syncthreads();  // everyone is done with the last job, and has read its number
+  __syncthreads();  // all threads have finished the last job and have read its number
   if (threadIdx.x == 0) *slot = atomicAdd(counter, 1ull);
   __syncthreads();
   return static_cast<int64_t>(*slot);
 }
 
-// Calls run(T{}) with the type of the elements.
+// Calls run(T{}), where T is the type of the elements.
 template <typename Run>
 const char* by_dtype(Dtype dtype, const Run& run) {
   switch (dtype) {

@@ -1,30 +1,33 @@
-// adaptive_block_index: antidiagonal scores, softmax, mass of every block, and as many blocks as hold the goal.
+// adaptive_block_index: computes antidiagonal scores, their softmax and the mass of every block, and chooses as many
+// blocks as hold the goal.
 //
-// A query group is `stride` tokens, a key group the same, its tokens taken in reverse: the mean along the antidiagonal
-// of their tile is one dot product of depth stride · D. A block of threads fetches a job (128 query groups of a head,
-// longest first), walks the key groups it may see, and chooses the blocks of its rows at once:
+// A query group and a key group are `stride` tokens each. The tokens of the key group are taken in reverse order. So
+// the mean along the antidiagonal of their tile is one dot product of depth stride · D. A thread block fetches a job:
+// 128 query groups of a head, longest first. It walks through the key groups that they may see, and then chooses the
+// blocks of its rows:
 //
-//        128 key groups a tile                 one pass over the keys: every warp keeps, of its 32 query groups and its
-//      ┌─────────┬─────────┐                   half of every tile, the running maximum and sum in registers.
-//      │ warp 0  │ warp 1  │ ×4   128 query    To scratch go, for each query group and key block, the sum of
-//      │ 32 × 64 │         │      groups       exp2(score - maximum so far), and for each half tile that maximum.
+//        128 key groups a tile                 One pass over the keys. For its 32 query groups and its half of every
+//      ┌─────────┬─────────┐                   tile, each warp keeps the running maximum and sum. It writes to scratch:
+//      │ warp 0  │ warp 1  │ ×4   128 query    for each query group and key block, the part, which is the sum of
+//      │ 32 × 64 │         │      groups       exp2(score - maximum so far); for each half tile, that maximum.
 //      └─────────┴─────────┘
-//      then a warp a row:  mass[block] = Σ over the row's query groups of  part · exp2(maximum then - at last) / sum
-//                          cut by mass (select.h), forced blocks first, ids compacted in order
+//      Then one warp per row:  mass[block] = Σ over the row's query groups of part · exp2(maximum then - last) / sum
+//                              cut by mass (select.h), forced blocks first; ids compacted in order
 //
-// With samples, mass[block] is the largest of the groups' parts, and then as large as any of the exact shares of some
-// queries of the row. 64 sampled queries at a time, of as many of the job's rows as that holds:
+// With samples, mass[block] is the largest of the query groups' shares and of the exact shares of some queries of the
+// row. 64 sampled queries are scored at a time, from as many of the job's rows as they fill:
 //
-//        256 keys a tile                       tokens as they are, gathered rows against plain ones: D deep.
-//      ┌────────┬────────┬────────┬────────┐   To scratch goes, for each query and run of 64 keys,
+//        256 keys a tile                       Gathered query rows · plain key rows, of depth D (single tokens).
+//      ┌────────┬────────┬────────┬────────┐   Written to scratch for each query and run of 64 keys:
 //      │ warp 0 │ warp 1 │ warp 2 │ warp 3 │ ×2     lse = maximum + log2 Σ exp2(score - maximum)
-//      └────────┴────────┴────────┴────────┘   then a warp a row: lse of all runs, share = Σ over the block's runs of
-//       32 × 64                                exp2(lse of the run - lse of all), mass = max(mass, share)
+//      └────────┴────────┴────────┴────────┘   Then one warp per row: lse of all runs, share = Σ over the block's runs
+//       32 × 64                                of exp2(lse of the run - lse of all), mass = max(mass, share)
 //
-// Floor: Nq · Nk · D / (2 · stride) multiply-adds a head, causal, at the tensor cores' rate; operands stream from L2
-// as 128 + 128 rows of 128 bytes for 128 · 128 · 64 multiply-adds. Samples add Nq · Nk · D · samples / (2 · block_q),
-// where a job's rows fill tiles of 64. Scratch is [128, T] floats for each block of threads that is resident, and with
-// samples [64, Nk / 64] more, whatever B, Hq and Nq are. Shared memory: 3 stages of 32 KiB; of samples, 2 of 40 KiB.
+// Floor: Nq · Nk · D / (2 · stride) multiply-adds per head (causal) at the tensor cores' rate. Operands stream from L2:
+// 128 + 128 rows of 128 bytes for 128 · 128 · 64 multiply-adds. Samples add Nq · Nk · D · samples / (2 · block_q)
+// multiply-adds if a job's rows fill tiles of 64. The scratch is [128, T] floats for each resident thread block, and
+// [64, Nk / 64] more with samples. It does not depend on B, Hq and Nq. Shared memory: 3 stages of 32 KiB; for samples,
+// 2 stages of 40 KiB.
 
 #include <cmath>
 
@@ -43,11 +46,11 @@ constexpr float kWeightOne = 2147483648.0f;  // the mass of a full row, as an in
 template <typename T>
 using SampleTile = ScoreTile<T, 2, 4, 2>;
 constexpr int kSampled = SampleTile<float>::kRows, kSampleKeys = SampleTile<float>::kColumns;
-constexpr int kRun = 64;  // keys of a warp's part of a tile
+constexpr int kRun = 64;  // the keys of a warp's part of a tile
 static_assert(SampleTile<float>::kThreads == kThreads, "both multiply on the same threads");
 static_assert(SampleTile<float>::kSharedBytes <= Tile<float>::kSharedBytes, "and in the same stages");
 
-// Behind the stages: statistics of both halves of the tiles, and the job.
+// The shared memory after the stages: operands, statistics of both halves of the tiles, and the job.
 template <typename T>
 struct Shared {
   TileRows<T> q, k;
@@ -59,27 +62,29 @@ struct Shared {
 };
 
 struct Plan {
-  int64_t heads, rows, query_groups, chunks;  // chunks of kGroups query groups
+  int64_t heads, rows, query_groups, chunks;  // a chunk is kGroups query groups
   int64_t block_pitch, half_pitch;
   int64_t run_pitch;
   int groups_per_row, groups_per_block, runs_per_block;
-  int rows_sampled;  // at a time
+  int rows_sampled;  // the rows whose samples are scored at a time
   bool query_vectors, key_vectors;
   float* part;  // [resident][kGroups][block_pitch]
-  float* then;  // [resident][kGroups][half_pitch]: the maximum that the parts of a half tile refer to
-  float* lse;   // [resident][kSampled][run_pitch]: of the sampled queries, to base 2, of a run of keys
+  float* then;  // [resident][kGroups][half_pitch]: the maximum that was subtracted in the parts of a half tile
+  float* lse;   // [resident][kSampled][run_pitch]: base-2 log-sum-exp of a sampled query's scores in a run of keys
   unsigned long long* counter;
 
   struct Place {
     int64_t head, first_group;
   };
-  // Later groups see more keys: the last chunk of a head first. Blocks that run together share its keys in L2.
+  // Later groups see more keys, so the last chunk of a head comes first. Thread blocks that run at the same time share
+  // the head's keys in L2.
   __device__ __forceinline__ Place place(int64_t job) const {
     return {job / chunks, (chunks - 1 - job % chunks) * kGroups};
   }
 };
 
-// The rows of queries that a job chooses for. Told from its number as often as needed: registers are short.
+// The rows of queries whose blocks a job chooses. They are computed from the job's number each time, because registers
+// are scarce.
 struct JobRows {
   int64_t head, first;
   int count;
@@ -98,7 +103,7 @@ struct JobRows {
 
 __device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / 32; }
 
-// Key groups of a query group that it sees: none, or [start / stride, end).
+// The end of the key groups [start / stride, end) that a query group sees. 0 if it sees none.
 __device__ __forceinline__ int seen_end(const AdaptiveArgs& args, const Plan& plan, int64_t start, int64_t group) {
   if (group >= plan.query_groups) return 0;
   const int64_t end = (group + 1) * args.stride < args.nq ? (group + 1) * args.stride : args.nq;
@@ -106,7 +111,8 @@ __device__ __forceinline__ int seen_end(const AdaptiveArgs& args, const Plan& pl
   return last < start ? 0 : static_cast<int>(last / args.stride + 1);
 }
 
-// Sums over key blocks of kWidth groups of a row's weights in a half tile: to[0], to[1], ... in the order of the keys.
+// Adds up a row's weights in a half tile over key blocks of kWidth groups. Writes the sums to to[0], to[1], ... in the
+// order of the keys, at most `room` of them.
 template <int kWidth>
 __device__ __forceinline__ void store_parts(const float (&pair)[8], float* to, int room) {
   const int t = static_cast<int>(lane_id() % 4);
@@ -142,7 +148,7 @@ __device__ __forceinline__ void estimate(const AdaptiveArgs& args, const Plan& p
   const int64_t b = head / args.heads_q, h = head % args.heads_q;
   const int64_t start = start_of(args, b);
   const uint32_t stride = static_cast<uint32_t>(args.stride);
-  // What a row or an operand needs waits in shared memory: registers are short while tiles multiply.
+  // Keep the data of rows and operands in shared memory, because registers are scarce while tiles multiply.
   if (threadIdx.x == 0) {
     shared.q = {
         tokens_of<T>(args.q, b, h),     args.q.token,      static_cast<uint32_t>(first_group) * stride, stride, 1, 0,
@@ -174,7 +180,7 @@ __device__ __forceinline__ void estimate(const AdaptiveArgs& args, const Plan& p
 #pragma unroll
     for (int r = 0; r < 4; ++r, to += 8 * plan.block_pitch, then_to += 8 * plan.half_pitch) {
       const int row = tile.row(0, 0) + 8 * r;
-      // Groups that the row sees, counted from the tile's first.
+      // The key groups [begin, end) that the row sees, counted from the tile's first group.
       const int begin = seen_begin - first, end = shared.seen_end[row] - first;
       float& top = shared.top[tile.warp_column()][row];
       float& sum = shared.sum[tile.warp_column()][row];
@@ -227,7 +233,7 @@ __device__ __forceinline__ void estimate(const AdaptiveArgs& args, const Plan& p
   }
 }
 
-// Joins the halves: top[0] becomes a query group's maximum, sum[0] one over its sum (0 if it sees nothing).
+// Merges the halves. top[0] becomes a query group's maximum, and sum[0] becomes 1 / its sum, or 0 if it sees nothing.
 template <typename T>
 __device__ __forceinline__ void join_halves(Shared<T>& shared) {
   const int g = static_cast<int>(threadIdx.x);
@@ -239,7 +245,8 @@ __device__ __forceinline__ void join_halves(Shared<T>& shared) {
   shared.sum[0][g] = total == 0.0f ? 0.0f : 1.0f / total;
 }
 
-// By a warp: the mass of the row's visible blocks, into the first line of its parts. With samples, the largest part.
+// A warp computes the mass of the row's visible blocks and writes it to the first line of the row's parts. With
+// kLargest, the mass is the largest share of a query group; otherwise it is the sum of the shares.
 template <bool kLargest, typename T>
 __device__ __forceinline__ void gather_mass(const Plan& plan, const Shared<T>& shared, const RowBlocks& row,
                                             int first_group, float* part, const float* then) {
@@ -255,7 +262,8 @@ __device__ __forceinline__ void gather_mass(const Plan& plan, const Shared<T>& s
   }
 }
 
-// The sampled queries of a job's rows from `base` on: what each has of every run of 64 keys.
+// Scores the sampled queries of up to rows_sampled of a job's rows, from row `base` on. Writes the lse of every query
+// and run of 64 keys.
 template <typename T>
 __device__ __forceinline__ void score_samples(const AdaptiveArgs& args, const Plan& plan, unsigned char* stages,
                                               Shared<T>& shared, const JobRows& given, int base) {
@@ -269,7 +277,7 @@ __device__ __forceinline__ void score_samples(const AdaptiveArgs& args, const Pl
                 static_cast<uint32_t>(args.nk - start),       plan.key_vectors};
   }
   for (int s = static_cast<int>(threadIdx.x); s < kSampled; s += kThreads) {
-    // Spread evenly, the last one being the row's last query.
+    // The samples are spread evenly, and the last one is the row's last query.
     const int64_t end = (first_row + s / samples) * args.block_q + (s % samples + 1) * args.block_q / samples;
     const int query = s < rows * samples ? static_cast<int>(end < args.nq ? end : args.nq) - 1 : -1;
     shared.sampled_row[s] = query < 0 ? nullptr : tokens_of<T>(args.q, b, h) + query * args.q.token;
@@ -288,7 +296,7 @@ __device__ __forceinline__ void score_samples(const AdaptiveArgs& args, const Pl
 #pragma unroll
     for (int r = 0; r < 4; ++r, to += 8 * plan.run_pitch) {
       const int row = tile.row(0, 0) + 8 * r;
-      // Keys that the query sees, counted from the tile's first.
+      // The keys [begin, end) that the query sees, counted from the tile's first key.
       const int begin = start - first, end = shared.seen_end[row] - first;
       float best = -INFINITY;
 #pragma unroll
@@ -317,7 +325,7 @@ __device__ __forceinline__ void score_samples(const AdaptiveArgs& args, const Pl
   }
 }
 
-// By a warp: raises the mass of the row's visible blocks to the shares of its sampled queries.
+// A warp raises the mass of the row's visible blocks to the shares of its sampled queries.
 __device__ __forceinline__ void add_samples(const Plan& plan, const RowBlocks& row, int samples, const float* lse,
                                             float* mass) {
   const int lane = static_cast<int>(lane_id()), runs = plan.runs_per_block;
@@ -326,7 +334,7 @@ __device__ __forceinline__ void add_samples(const Plan& plan, const RowBlocks& r
     for (int run = row.begin * runs + lane; run < row.end * runs; run += 32) best = fmaxf(best, lse[run]);
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) best = fmaxf(best, __shfl_xor_sync(kWarp, best, step));
-    if (best == -INFINITY) continue;  // it stands in the padding
+    if (best == -INFINITY) continue;  // the query is in the padding
     for (int run = row.begin * runs + lane; run < row.end * runs; run += 32) total += exp2f(lse[run] - best);
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) total += __shfl_xor_sync(kWarp, total, step);
@@ -344,7 +352,7 @@ template <typename T>
 __device__ __forceinline__ void take_samples(const AdaptiveArgs& args, const Plan& plan, unsigned char* stages,
                                              Shared<T>& shared, float* part) {
   for (int base = 0; base < kGroups / plan.groups_per_row; base += plan.rows_sampled) {
-    __syncthreads();  // the last rows' scores are read
+    __syncthreads();  // all warps have read the scores of the previous rows
     if (base >= JobRows(plan, shared.job).count) return;
     score_samples(args, plan, stages, shared, JobRows(plan, shared.job), base);
     __syncthreads();
@@ -359,21 +367,21 @@ __device__ __forceinline__ void take_samples(const AdaptiveArgs& args, const Pla
   __syncthreads();
 }
 
-// By a warp: forced blocks, then the heaviest until they hold `threshold` of the mass, at most `capacity` of them.
-// All mass together is no more than `full`.
+// A warp chooses the forced blocks and then the heaviest blocks until the blocks hold `threshold` of the mass. It
+// chooses at most `capacity` blocks. The total mass is at most `full`.
 __device__ __forceinline__ Cut choose(const RowBlocks& row, const float* mass, float threshold, int full,
                                       uint32_t capacity) {
   const float unit = kWeightOne / static_cast<float>(full);
   const auto key = [&](int block) { return row.forced(block) ? kForced : key_of(mass[block]); };
   const auto weight = [&](int block) {
-    const float x = mass[block] * unit;  // a row's sum to 2^31, or hardly more
+    const float x = mass[block] * unit;  // a row's weights add up to 2^31, or slightly more
     return x > 0.0f ? __float2uint_rn(fminf(x, kWeightOne)) : 0u;
   };
   const uint32_t forced = census(row.begin, row.end, key, weight, kForced).at;
   const uint32_t total = census(row.begin, row.end, key, weight, 0).weight_above;
   const double share = threshold < 1.0f ? static_cast<double>(threshold) : 1.0;
   const uint32_t goal = share > 0.0 ? static_cast<uint32_t>(ceil(share * static_cast<double>(total))) : 0;
-  Cut cut{kForced - 1, 0};  // the forced ones alone
+  Cut cut{kForced - 1, 0};  // only the forced blocks
   uint32_t taken = forced;
   if (goal > 0) {
     const uint32_t key_at = cut_by_weight(row.begin, row.end, key, weight, goal);

@@ -1,12 +1,15 @@
-// block_topk_index: means of blocks of queries and of keys, their dot products, the best blocks of every row.
+// block_topk_index: computes the means of blocks of queries and of keys and their dot products, and chooses the best
+// blocks of every row.
 //
-//   1 pool     a block of threads a block of tokens:  threads ┌ 16 bytes of a token ┐ × tokens at once,
-//              sums in registers, joined through shared memory; float32 means to memory
-//   2 choose   a block of threads fetches a job, 64 rows of a head, longest first: tiles of 64 rows × 128 key blocks
-//              by FMA (score_tile.h) into its scratch [64, T], then a warp a row cuts and compacts (select.h)
+//   1 pool     One thread block per block of tokens. A thread reads 16 bytes of a token; several tokens are read at
+//              once. Sums are kept in registers and merged in shared memory. float32 means go to memory.
+//   2 choose   A thread block fetches a job: 64 rows of a head, longest first. It computes tiles of 64 rows × 128 key
+//              blocks with FMA (score_tile.h) into its scratch [64, T]. Then one warp per row cuts and compacts
+//              (select.h).
 //
-// Floor: 1 reads Q and K once and is bound by memory. 2 is Nq · Nk · D / (2 · 64 · 64) multiply-adds a head in float32,
-// 1 / 4096 of dense attention's products. Scratch is [64, T] floats for each block of threads that is resident.
+// Floor: step 1 reads Q and K once and is bound by memory. Step 2 takes Nq · Nk · D / (2 · 64 · 64) multiply-adds per
+// head in float32, 1 / 4096 of dense attention's products. The scratch is [64, T] floats for each resident thread
+// block.
 
 #include <cstring>
 
@@ -30,7 +33,7 @@ struct Plan {
   unsigned long long* counter;
 };
 
-// The mean of tokens [first, end) of a head; 0 of none.
+// Writes the mean of tokens [first, end) of a head, or 0 if there are no tokens.
 template <typename T>
 __device__ __forceinline__ void pool(const T* tokens, int64_t token_stride, int64_t first, int64_t end, int head_dim,
                                      bool vectors, float* to) {
@@ -73,7 +76,7 @@ __global__ void __launch_bounds__(kPoolThreads) pool_kernel(const PrefillIndexAr
   const int64_t query_blocks = plan.heads * plan.rows;
   if (blockIdx.x < query_blocks) {
     const int64_t at = blockIdx.x, head = at / plan.rows, b = head / args.heads_q, r = at % plan.rows;
-    // Query n stands at key nk - nq + n; those in the padding are left out.
+    // Query n has the position of key nk - nq + n. Queries in the padding are left out.
     const int64_t padding = start_of(args, b) - (args.nk - args.nq), begin = r * args.block_q;
     const int64_t end = begin + args.block_q < args.nq ? begin + args.block_q : args.nq;
     pool(tokens_of<T>(args.q, b, head % args.heads_q), args.q.token, begin > padding ? begin : padding, end, head_dim,

@@ -1,21 +1,22 @@
 // vertical_slash_index: the columns and bands of diagonals that the last queries attend most.
 //
-//   1 statistics   ─────────────── Nk ───────────────       a block: 64 queries × a split of 1,024 to 4,096 keys, in
-//            64 q  │ split 0 │ split 1 │  ...        │      tiles of 64 × 128 (score_tile.h); maximum and sum of every
-//                  └─────────┴─────────┴─────────────┘      query stay in registers, and leave as partials
-//   2 combine      a warp a query: its partials → maximum, 1 / sum
-//   3 sums         the tiles again, as weights, through shared memory:
+//   1 statistics   ─────────────── Nk ───────────────       A block takes 64 queries × a split of 1,024 to 4,096 keys,
+//            64 q  │ split 0 │ split 1 │  ...        │      in tiles of 64 × 128 (score_tile.h). It keeps the maximum
+//                  └─────────┴─────────┴─────────────┘      and sum of every query in registers and writes them.
+//   2 combine      One warp per query merges these partial results to the maximum and 1 / sum.
+//   3 sums         The tiles are computed again, as weights, in shared memory:
 //
-//                      128 keys              thread j adds up column j, and diagonals j and j + 128. Diagonals of a
-//                  ┌──────────────┐          split gather in shared memory; at its end a warp a band weighs them by
-//            64 q  │  ╲  ╲ │ ╲    │          the share of each that falls in the band
+//                      128 keys              Thread j adds up column j, and diagonals j and j + 128. The diagonals of a
+//                  ┌──────────────┐          split are added up in shared memory. At the end of the split, one warp per
+//            64 q  │  ╲  ╲ │ ╲    │          band adds them up, each weighted by its share that falls in the band.
 //                  └──────────────┘
-//   4 select       two blocks a head: columns, and bands (BlockSelect)
-//   5 rows         a warp a row of the index: a kept band t is block (last key) / block_k - t
+//   4 select       Two blocks per head choose the columns and the bands (BlockSelect).
+//   5 rows         One warp per row of the index: a kept band t is block (last key) / block_k - t.
 //
-// Scores are multiplied twice rather than kept: last_q · Nk floats a head would be 32 MiB at 131,072 keys. Floor: 4 · B ·
-// Hq · last_q · Nk · D multiply-adds in two passes, and twice the bytes of K (once from memory: heads of a group run
-// side by side). Kept between the kernels: [B, Hq, Nk] column sums, and partials of the splits.
+// Scores are computed twice and not stored: last_q · Nk floats per head would be 32 MiB at 131,072 keys. Floor: 4 · B ·
+// Hq · last_q · Nk · D multiply-adds in two passes, and twice the bytes of K. K comes from memory only once, because
+// the heads of a group run side by side. Stored between the kernels: [B, Hq, Nk] column sums, and partial results of
+// the splits.
 
 #include <cmath>
 
@@ -28,7 +29,7 @@ namespace {
 constexpr int kTileQ = 64, kTileK = 128;
 constexpr int kThreads = 128;
 constexpr int kWeightPitch = kTileK + 8;  // 8 rows of an accumulator fall in different banks
-constexpr int kHalves = 2;                // warps side by side on a row of scores, each with statistics of its own
+constexpr int kHalves = 2;                // two warps share a row of scores; each keeps its own statistics
 
 template <typename T>
 using Tile = ScoreTile<T, 2, 2, 2>;
@@ -38,9 +39,9 @@ static_assert(kTileQ * kWeightPitch * 4 <= Tile<float>::kSharedBytes, "weights l
 struct Plan {
   int64_t heads;  // batch · heads_q
   int last_q, query_tiles;
-  int64_t split, splits;  // keys
+  int64_t split, splits;  // the keys of a split; the number of splits
   int bands;
-  int split_bands;  // that a split can touch
+  int split_bands;  // the most bands that a split can touch
   bool query_vectors, key_vectors;
   float* partial_top;  // [heads][splits][kHalves][query_tiles · 64]
   float* partial_sum;
@@ -51,7 +52,8 @@ struct Plan {
   float* band;         // [heads][bands]
   int32_t* kept_band;  // [heads][block_capacity], ascending
 
-  // Keys of split s, and the least offset of one of them from a query, 0 if some lie behind one.
+  // The smallest offset (query position - key position) between one of the last queries and a key of split s, at least
+  // 0.
   __device__ __forceinline__ int64_t first_offset(const VerticalSlashArgs& args, int64_t s) const {
     const int64_t end = (s + 1) * split < args.nk ? (s + 1) * split : args.nk;
     const int64_t offset = args.nk - last_q - (end - 1);
@@ -63,7 +65,8 @@ __host__ __device__ int64_t band_width(const PrefillIndexArgs& a) {
   return a.block_q > a.block_k ? a.block_q : a.block_k;
 }
 
-// How far a full row's last query stands from the end of its key block; 0 where rows alternate.
+// The distance from a full row's last query to the end of its key block. 0 if block_q < block_k: then the distance
+// alternates between rows.
 __host__ __device__ int64_t edge(const PrefillIndexArgs& a) {
   return a.block_q >= a.block_k ? a.block_k - 1 - (a.nk - a.nq + a.block_q - 1) % a.block_k : 0;
 }
@@ -76,14 +79,14 @@ struct Operands {
 template <typename T>
 constexpr int kOperandsEnd = Tile<T>::kSharedBytes + static_cast<int>(sizeof(Operands<T>));
 
-// One block's queries against keys: the operands, in shared memory, and the queries' positions.
+// The queries of one thread block: the operands of their products with keys, in shared memory, and their positions.
 template <typename T>
 struct LastQueries {
   const VerticalSlashArgs& args;
   const Plan& plan;
   unsigned char* shared;  // stages, then operands
   int64_t start;
-  int first;  // of the tile, among the last queries
+  int first;  // the tile's first query, counted among the last queries
 
   __device__ __forceinline__ Operands<T>& operands() const {
     return *reinterpret_cast<Operands<T>*>(shared + Tile<T>::kSharedBytes);
@@ -110,12 +113,12 @@ struct LastQueries {
     }
   }
 
-  // Whether a tile of keys holds one that some query of the tile sees.
+  // Whether some query of the tile sees some key of the tile of keys.
   __device__ __forceinline__ bool sees(int64_t first_key) const {
     return first_key + kTileK > start && first_key <= args.nk - plan.last_q + first + kTileQ - 1;
   }
 
-  // Starts with a barrier.
+  // Multiplies the tile's queries with the keys from first_key on. All threads must call it.
   __device__ __forceinline__ void multiply(Tile<T>& tile, int64_t first_key) {
     if (threadIdx.x == 0) {
       operands().q.first = static_cast<uint32_t>(first);
@@ -125,7 +128,7 @@ struct LastQueries {
     tile.multiply(shared, operands().q, operands().k, 1, static_cast<int>(args.head_dim));
   }
 
-  // Keys of a row, counted from the tile's first, that its query sees: [begin, end).
+  // Sets [begin, end) to the keys of the tile that the row's query sees, counted from the tile's first key.
   __device__ __forceinline__ void seen(int row, int64_t first_key, int& begin, int& end) const {
     const int64_t last = args.nk - plan.last_q + first + row - first_key;
     begin = static_cast<int>(start - first_key > 0 ? start - first_key : 0);
@@ -143,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<T, float> ? 2 : 3)
   LastQueries<T> queries(args, plan, shared_memory(), head);
   queries.first = static_cast<int>(rest % plan.query_tiles) * kTileQ;
   const float scale = args.scale * kLog2E;
-  // Of the lane's own columns; lanes and warps are joined at the end and in the next kernel.
+  // Maximum and sum of the lane's own columns. Lanes are merged at the end, warps and splits in the next kernel.
   float top[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY}, sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   Tile<T> tile;
   const int64_t end_key = (split + 1) * plan.split < args.nk ? (split + 1) * plan.split : args.nk;
@@ -262,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<T, float> ? 2 : 3)
       float down = 0.0f;
       for (int row = 0; row < kTileQ; ++row) down += weights[row * kWeightPitch + thread];
       if (first_key + thread < end_key) column[first_key + thread] += down;
-      // Diagonal d of the tile holds the weights (row, d + row - 63).
+      // Diagonal d of the tile consists of the weights (row, d + row - 63).
       for (int d = thread; d < kTileK + kTileQ - 1; d += kThreads) {
         const int begin = d < kTileQ - 1 ? kTileQ - 1 - d : 0;
         const int end = kTileK + kTileQ - 1 - d < kTileQ ? kTileK + kTileQ - 1 - d : kTileQ;
@@ -274,19 +277,20 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<T, float> ? 2 : 3)
     }
     const int64_t width = band_width(args), first_edge = edge(args);
     const int64_t first_band = (plan.first_offset(args, split) + first_edge) / args.block_k;
-    // diagonal[c] has the offset zero_offset - c. A band takes the part of [x, x + width), x = offset + edge, inside it.
+    // diagonal[c] has the offset zero_offset - c. With x = offset + edge, it covers [x, x + width). A band takes the
+    // part that lies inside the band.
     const int64_t zero_offset = args.nk - plan.last_q + queries.first - key0 + kTileQ - 1;
     const int64_t size = plan.split + kTileQ;
     for (int i = thread / 32; i < plan.split_bands; i += kThreads / 32) {
       const int64_t low = (first_band + i) * args.block_k, high = low + args.block_k;
-      // x in (low - width, high)
+      // The diagonals with x in (low - width, high).
       int64_t from = zero_offset + first_edge - (high - 1), to = zero_offset + first_edge - (low - width);
       from = from > 0 ? from : 0;
       to = to < size ? to : size;
       float sum = 0.0f;
       for (int64_t c = from + lane_id(); c < to; c += 32) {
         const int64_t x = zero_offset - c + first_edge;
-        if (x < first_edge) continue;  // behind the query: nothing is there
+        if (x < first_edge) continue;  // the key is after the query, so there is no weight
         const int64_t inside = (x + width < high ? x + width : high) - (x > low ? x : low);
         sum += diagonal[c] * (static_cast<float>(inside) / static_cast<float>(width));
       }
@@ -339,7 +343,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const VerticalSlashArgs 
   const int64_t head = at / rows;
   const RowBlocks row(args, head / args.heads_q, at % rows);
   const int32_t* kept = plan.kept_band + head * capacity;
-  // Blocks ascend as bands descend: the first `count` bands, backwards.
+  // Blocks ascend when bands descend, so write the first `count` bands backwards.
   const int64_t anchor = row.end - 1, farthest = anchor - row.begin;
   int count = 0;
   for (int64_t i = lane_id(); i < round_up(capacity, 32); i += 32) {
@@ -362,7 +366,7 @@ Plan plan_of(const VerticalSlashArgs& args, Carver& carver) {
   plan.split = even < 1024 ? 1024 : even < 4096 ? even : 4096;
   plan.splits = ceil_div(args.nk, plan.split);
   plan.bands = static_cast<int>(args.nk / args.block_k + 2 + args.block_q / args.block_k);
-  // Offsets of a split span split + last_q - 1 values, each shared by up to width / block_k + 1 bands.
+  // The offsets of a split are split + last_q - 1 values. Up to width / block_k + 1 bands share an offset.
   plan.split_bands = static_cast<int>((plan.split + plan.last_q) / args.block_k + 3 + band_width(args) / args.block_k);
   plan.query_vectors = reads_query_vectors(args);
   plan.key_vectors = reads_key_vectors(args);

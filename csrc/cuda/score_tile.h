@@ -1,4 +1,4 @@
-// A tile of scores, rows of A · rows of B, on a block of threads: the multiplication of every index builder.
+// A tile of scores, rows of A · rows of B, computed by a block of threads. All index builders multiply with it.
 //
 //            B: kColumns rows of 128 bytes a stage            a warp owns 32 × 64 scores
 //               ┌────────┬────────┐                           ┌──16──┐  in registers: 2 × 8 accumulators of
@@ -9,8 +9,8 @@
 //               └────────┴────────┘
 //
 // A stage is 128 bytes deep: 64 16-bit or 32 float32 elements of one token. float16 and bfloat16 multiply on tensor
-// cores. float32 multiplies by FMA, exactly, with the same scores in the same lanes: a lane reads 4 rows of A and 16 of
-// B in 16-byte pieces, which warps share by broadcast.
+// cores. float32 multiplies with FMA, so it keeps float32's accuracy. The same lanes hold the same scores. A lane reads
+// 4 rows of A and 16 of B in 16-byte pieces, which a warp's lanes share by broadcast.
 #pragma once
 
 #include <type_traits>
@@ -20,8 +20,8 @@
 namespace headstart {
 namespace cuda {
 
-// What the rows of an operand are: tokens of one head. Row r is, in depth step s, token first + r · step + s · turn;
-// tokens outside [begin, begin + count) are zero, and never read.
+// The rows of an operand are tokens of one head. In depth step s, row r is token first + r · step + s · turn. Tokens
+// outside [begin, begin + count) count as zero and are never read.
 template <typename T>
 struct TileRows {
   const T* data;  // token 0
@@ -32,7 +32,7 @@ struct TileRows {
   bool vectors;  // rows can be read 16 bytes at a time
 };
 
-// The same, of rows listed one by one, of which those that are null are zero.
+// The rows of an operand, listed one by one. A null row counts as zero.
 template <typename T>
 struct GatheredRows {
   const T* const* rows;
@@ -46,7 +46,7 @@ class ScoreTile {
   static constexpr int kRows = 32 * kWarpRows, kColumns = 64 * kWarpColumns;
   static constexpr int kSharedBytes = kStages * (kRows + kColumns) * mma::kRowBytes;
 
-  // score[m][n][2 half + i] belongs to row(m, half) and column(n, i).
+  // score[m][n][2 half + i] is the score of row(m, half) and column(n, i).
   float score[2][8][4];
 
   static __device__ __forceinline__ int warp_row() { return static_cast<int>(threadIdx.x) / 32 / kWarpColumns; }
@@ -59,7 +59,8 @@ class ScoreTile {
     return warp_column() * 64 + n * mma::kColumns + mma::c_column(lane(), i);
   }
 
-  // All scores of the tile, over `steps` tokens of `head_dim` elements. On return the shared memory is free again.
+  // Computes all scores of the tile, over `steps` tokens of `head_dim` elements. On return the shared memory is free
+  // again.
   template <typename RowsOfA, typename RowsOfB>
   __device__ __forceinline__ void multiply(unsigned char* shared, const RowsOfA& a, const RowsOfB& b, int steps,
                                            int head_dim) {
@@ -82,13 +83,13 @@ class ScoreTile {
         load.advance(head_dim);
         load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
       }
-      copy_commit();  // possibly empty, so that the count of groups tells the stage
+      copy_commit();  // commit empty groups too, so that the number of groups tells the stage
     };
     for (int chunk = 0; chunk < kStages - 1; ++chunk) load_next(chunk);
     for (int chunk = 0; chunk < chunks; ++chunk) {
       copy_wait<kStages - 2>();
       __syncthreads();
-      load_next(chunk + kStages - 1);  // into the stage that everyone left before the barrier
+      load_next(chunk + kStages - 1);  // loads into the stage that all threads left before the barrier
       accumulate(shared + use_stage * kStageBytes, min(head_dim - use.dim, kChunk));
       use.advance(head_dim);
       use_stage = use_stage + 1 == kStages ? 0 : use_stage + 1;
@@ -117,12 +118,12 @@ class ScoreTile {
   template <int kCount>
   static __device__ __forceinline__ void load_rows(unsigned char* to, const TileRows<T>& given, Place at,
                                                    int head_dim) {
-    const TileRows<T> rows = given;  // which may lie in shared memory
+    const TileRows<T> rows = given;  // a copy, because `given` may lie in shared memory
     constexpr int kRowsAtOnce = kThreads / mma::kUnitsPerRow;
     const int unit = static_cast<int>(threadIdx.x) % mma::kUnitsPerRow;
     const int first = static_cast<int>(threadIdx.x) / mma::kUnitsPerRow;
     const int dim = at.dim + unit * kUnit;
-    // An mma is 16 deep: behind a head dim of 8 mod 16 stands one unit of zeros; what lies further is never read.
+    // An mma is 16 deep. If head_dim is 8 mod 16, one unit of zeros follows. Units further on are never read.
     if (dim >= (kTensorCores ? (head_dim + 15) / 16 * 16 : head_dim)) return;
     uint32_t token = rows.first + first * rows.step + at.step * rows.turn;
     const T* from = rows.data + static_cast<int64_t>(token) * rows.token_stride + dim;

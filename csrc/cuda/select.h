@@ -1,13 +1,14 @@
-// Choosing the best of many scores without sorting them, and writing their ids in ascending order.
+// Chooses the best of many scores without sorting them, and writes their ids in ascending order.
 //
-//   score   →  key: 32 bits that order as the scores do; 0 is never taken, kForced comes first
-//   cut     →  the smallest key that is still taken, and how many of those with just that key are
-//   compact →  the ids whose key is above the cut, and the first ones at it, by ballots and popcounts
+//   score   →  key: 32 bits in the same order as the scores; key 0 is never taken, kForced comes first
+//   cut     →  the smallest key that is still taken, and how many of the ids with exactly this key are taken
+//   compact →  the ids whose key is above the cut, and the first ids at the cut, by ballots and popcounts
 //
-// The cut is found by descending over the bits of the key, from the top: how much weight is at or above each candidate?
-// A warp tries three candidates a pass over its row, in registers (weights: 1 to take a number of ids, a share of the
-// mass to take a share). A block, for 131,072 columns and more, takes 11 bits a pass through a histogram in shared
-// memory. All sums are of integers, so their order does not matter: the same scores give the same ids, ties the lower.
+// The cut is found from the top bit of the key down. Each pass asks how much weight is at or above each candidate. A
+// warp tries three candidates in each pass over its row and keeps the sums in registers. The weight is 1 to take a
+// number of ids, or a share of the mass to take a share. A block, for 131,072 columns and more, finds 11 bits in each
+// pass, through a histogram in shared memory. All sums are sums of integers, so their order does not matter: the same
+// scores give the same ids. Of equal scores, the lower ids are taken.
 #pragma once
 
 #include "device.h"
@@ -18,19 +19,19 @@ namespace cuda {
 constexpr uint32_t kForced = 0xFFFFFFFFu;
 constexpr uint32_t kWarp = 0xFFFFFFFFu;
 
-// At least 1. Both zeros are one score; NaN is some score.
+// The key of a score, at least 1. +0 and -0 have the same key. NaN has a key, too.
 __device__ __forceinline__ uint32_t key_of(float score) {
   const uint32_t bits = __float_as_uint(score + 0.0f);
   const uint32_t key = bits ^ ((bits >> 31) != 0 ? 0xFFFFFFFFu : 0x80000000u);
   return key == 0 ? 1 : key;
 }
 
-// Takes keys above `key`, and the `ties` lowest ids of those at it.
+// Takes the ids with keys above `key`, and the `ties` lowest ids with exactly this key.
 struct Cut {
   uint32_t key, ties;
 };
 
-// What stands at and above a cut, by number and by weight.
+// The number and the weight of the ids above a cut, and the number of the ids at it.
 struct Census {
   uint32_t above, at, weight_above, weight_of_one;
 };
@@ -41,7 +42,7 @@ __device__ __forceinline__ uint32_t lower_lanes() { return (1u << lane_id()) - 1
 // --- by a warp ----------------------------------------------------------------------------------------------------
 // Key and Weight are functions of the id in [begin, end).
 
-// The largest key such that the ids at or above it weigh `goal` or more; 0 if all together do not.
+// The largest key such that the ids at or above it weigh `goal` or more. 0 if all ids together weigh less.
 template <typename Key, typename Weight>
 __device__ __forceinline__ uint32_t cut_by_weight(int begin, int end, const Key& key, const Weight& weight,
                                                   uint32_t goal) {
@@ -71,14 +72,14 @@ __device__ __forceinline__ Census census(int begin, int end, const Key& key, con
       count.weight_above += weight(id);
     } else if (k == cut) {
       ++count.at;
-      count.weight_of_one = weight(id);  // the same for all that share a key, but for forced ones
+      count.weight_of_one = weight(id);  // ids with the same key have the same weight, except forced ids
     }
   }
   return {__reduce_add_sync(kWarp, count.above), __reduce_add_sync(kWarp, count.at),
           __reduce_add_sync(kWarp, count.weight_above), __reduce_max_sync(kWarp, count.weight_of_one)};
 }
 
-// The `count` best.
+// The cut that takes the `count` best ids.
 template <typename Key>
 __device__ __forceinline__ Cut cut_by_count(int begin, int end, const Key& key, uint32_t count) {
   const auto one = [](int) { return 1u; };
@@ -86,7 +87,7 @@ __device__ __forceinline__ Cut cut_by_count(int begin, int end, const Key& key, 
   return {cut, count - census(begin, end, key, one, cut).above};
 }
 
-// Writes the ids in [begin, end) that pass `cut` to `to` and returns how many.
+// Writes the ids in [begin, end) that pass `cut` to `to` and returns their number.
 template <typename Key>
 __device__ __forceinline__ int compact(int begin, int end, const Key& key, Cut cut, int32_t* to) {
   int written = 0;
@@ -105,7 +106,7 @@ __device__ __forceinline__ int compact(int begin, int end, const Key& key, Cut c
   return written;
 }
 
-// Unused entries of a list are 0.
+// Sets the unused entries of a list to 0.
 __device__ __forceinline__ void clear_rest(int32_t* list, int64_t written, int64_t capacity) {
   for (int64_t i = written + lane_id(); i < capacity; i += 32) list[i] = 0;
 }
@@ -116,17 +117,18 @@ struct BlockSelect {
   static constexpr int kThreads = 1024, kWarps = kThreads / 32;
   static constexpr int kDigitBits = 11, kBins = 1 << kDigitBits, kBinsPerLane = kBins / 32;
 
-  // Shared memory.
+  // This struct lies in shared memory.
   uint32_t bins[kBins];
   uint32_t above[kWarps], at[kWarps];
   uint32_t prefix, left;
   int done;
 
-  // Writes the `count` best ids of [0, n), ascending, to list[0, count); 0 where there are fewer. Returns how many.
+  // Writes the `count` best ids of [0, n), ascending, to list[0, count). If there are fewer, the rest of the list is 0.
+  // Returns the number of ids.
   template <typename Key>
   __device__ __forceinline__ int best(int n, const Key& key, uint32_t count, int32_t* list) {
     const Cut cut = find(n, key, count);
-    // Every warp takes a run of ids: first all count, then each knows where to write.
+    // Every warp handles a run of ids. First all warps count. Then each warp knows where to write.
     const int warp = static_cast<int>(threadIdx.x) / 32;
     const int64_t run = (static_cast<int64_t>(n) + kThreads - 1) / kThreads * 32;
     const int begin = static_cast<int>(warp * run < n ? warp * run : n);
@@ -182,20 +184,20 @@ struct BlockSelect {
     return {prefix, left};
   }
 
-  // By the first warp: the bin, from the top, in which the number still to take is reached.
+  // The first warp finds the bin, from the top, in which the number of ids still to take is reached.
   __device__ __forceinline__ void choose_bin(int low) {
     const uint32_t lane = lane_id();
     const uint32_t* own = bins + lane * kBinsPerLane;
     uint32_t sum = 0;
     for (uint32_t i = 0; i < kBinsPerLane; ++i) sum += own[(i + lane) % kBinsPerLane];  // no two lanes in one bank
-    uint32_t from_here = sum;                                                           // and all lanes above
+    uint32_t from_here = sum;  // becomes the sum of this lane and all lanes above
     for (int step = 1; step < 32; step *= 2) {
       const uint32_t other = __shfl_down_sync(kWarp, from_here, step);
       from_here += lane + step < 32 ? other : 0;
     }
     const uint32_t want = left;
     __syncwarp();
-    if (lane == 0 && from_here < want) done = 1;  // fewer than asked for: all are taken
+    if (lane == 0 && from_here < want) done = 1;  // there are fewer ids than wanted: take all
     if (from_here >= want && from_here - sum < want) {
       uint32_t held = from_here - sum;
       int bin = kBinsPerLane - 1;

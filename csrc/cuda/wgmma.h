@@ -1,5 +1,5 @@
-// Hopper's instructions of four warps together (layouts/wgmma.h). They exist for sm_90a alone: elsewhere these
-// functions are empty, and kernels that call them must not be launched.
+// Hopper's instructions for four warps together (layouts/wgmma.h). They exist only for sm_90a. For other architectures
+// these functions are empty, and kernels that call them must not be launched.
 #pragma once
 
 #include "../layouts/wgmma.h"
@@ -14,14 +14,14 @@
 namespace headstart {
 namespace cuda {
 
-// Lets the tensor cores see what this thread has written to shared memory; before the barrier.
+// Lets the tensor cores see this thread's writes to shared memory. Call it before the barrier.
 __device__ __forceinline__ void fence_async_proxy() {
 #ifdef HEADSTART_WGMMA
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 
-// Before products whose registers were written since the last ones.
+// Call it before a product if its registers were written since the last product.
 __device__ __forceinline__ void group_fence() {
 #ifdef HEADSTART_WGMMA
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -34,7 +34,7 @@ __device__ __forceinline__ void group_commit() {
 #endif
 }
 
-// Waits for all products; the sums are there only now.
+// Waits for all products. The sums are valid only after this call.
 template <int kTiles>
 __device__ __forceinline__ void group_wait(float (&c)[kTiles][4]) {
 #ifdef HEADSTART_WGMMA
@@ -47,7 +47,8 @@ __device__ __forceinline__ void group_wait(float (&c)[kTiles][4]) {
   }
 }
 
-// c += a · b for 16 deep of `tile` (layouts/wgmma.h), some time before group_wait; by four whole warps.
+// c += a · b for 16 elements of depth of `tile` (layouts/wgmma.h). Four whole warps call it. c is valid only after
+// group_wait.
 #define HEADSTART_SUMS(i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])
 
 template <typename T>

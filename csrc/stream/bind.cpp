@@ -1,4 +1,4 @@
-// headstart._stream: the streamer for Python. Waiting releases the GIL, and wakes for signals.
+// headstart._stream: the streamer for Python. While a caller waits, the GIL is released, and signals are handled.
 
 #include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
@@ -23,7 +23,8 @@ Source source_named(const std::string& name) {
   throw std::invalid_argument("Streamer: source: expected 'auto', 'direct' or 'cached', got '" + name + "'");
 }
 
-// Runs a handler of Python's, such as Ctrl-C's; what it raises goes on to the caller.
+// Runs Python's signal handlers, such as the one of Ctrl-C. Returns whether one of them raised an exception, which then
+// goes to the caller.
 bool signalled() {
   const py::gil_scoped_acquire gil;
   return PyErr_CheckSignals() != 0;
@@ -94,18 +95,18 @@ class PyStreamer {
   Streamer& streamer() { return *streamer_; }
 
  private:
-  std::vector<py::buffer_info> exports_;  // the memory stays where it is as long as these are held
+  std::vector<py::buffer_info> exports_;  // they keep the buffers' memory in place
   std::unique_ptr<Streamer> streamer_;
 };
 
 }  // namespace
 
 PYBIND11_MODULE(_stream, m) {
-  m.doc() = "Reads weights from storage ahead of the layers that want them; headstart/stream/ring.py is how to use it.";
+  m.doc() = "Reads weights from storage ahead of the layers that need them. headstart/stream/ring.py uses it.";
   py::register_exception_translator([](std::exception_ptr p) {
     try {
       if (p) std::rethrow_exception(p);
-    } catch (const Interrupted&) {  // the handler of the signal has set the exception
+    } catch (const Interrupted&) {  // the signal handler has already set the exception
     } catch (const ReadError& error) {
       PyErr_SetString(PyExc_OSError, error.what());
     }
@@ -116,26 +117,38 @@ PYBIND11_MODULE(_stream, m) {
            py::arg("files"), py::arg("layers"), py::arg("buffers"), py::arg("schedule"), py::kw_only(),
            py::arg("threads") = Options().threads, py::arg("block") = Options().block, py::arg("source") = "auto",
            py::arg("bytes_per_second") = 0.0,
-           R"(Fills `buffers` with the layers of `schedule`, round and round.
+           R"(Fills `buffers` with the layers of `schedule`, which repeats without end.
 
-files: paths. layers: of each a name and its extents (file, begin, end, position): bytes [begin, end) of a file come to
-lie at `position` of a buffer; begin and position are multiples of 4096. buffers: writable, from a multiple of 4096.
-source: "auto" (the page cache where it has the pages, else O_DIRECT), "direct" or "cached". bytes_per_second: no faster
-than this, if it is positive. Not to be used in a process that was forked after it was made.)")
+A process that was forked from the one that made the streamer must not use it.
+
+Args:
+    files: the paths.
+    layers: a name and a list of extents (file, begin, end, position) per layer. Bytes [begin, end) of a file are read
+        to `position` of a buffer. begin and position are multiples of 4096.
+    buffers: writable memory that starts at a multiple of 4096.
+    schedule: indices of layers, in the order of their use.
+    threads: the number of reading threads.
+    block: the bytes of one read, a multiple of 4096.
+    source: "auto" (the page cache if it has the pages, else O_DIRECT), "direct" or "cached".
+    bytes_per_second: if positive, reads are not faster than this.
+
+Raises:
+    OSError: a file cannot be opened.
+    ValueError: an argument is invalid or does not fit the others.)")
       .def(
-          "start", [](PyStreamer& s) { s.streamer().start(); }, "Begins to read ahead.")
+          "start", [](PyStreamer& s) { s.streamer().start(); }, "Starts to read ahead.")
       .def("acquire", &PyStreamer::acquire, py::arg("layer"),
-           "The buffer that holds a layer, once it is read. OSError names the layer and the file that could not be "
-           "read.")
+           "Waits until a layer is read, and returns the index of the buffer that holds it until release. Raises an "
+           "OSError that names the file and the layer if it cannot be read.")
       .def(
           "ready", [](PyStreamer& s, int layer) { return s.streamer().ready(layer); }, py::arg("layer"),
-          "Whether acquire would not wait.")
+          "Whether acquire of the layer would return or raise without waiting.")
       .def(
           "release", [](PyStreamer& s, int slot) { s.streamer().release(slot); }, py::arg("slot"))
       .def("close", &PyStreamer::close, "Ends the reading threads.")
       .def("statistics", &PyStreamer::statistics,
            "Bytes by how they were read, counts of layers, and seconds of reading and of waiting.")
       .def("take_events", &PyStreamer::take_events,
-           "(kind, layer, begin, end, bytes) since the last call: kind is read, wait or hold; seconds as "
-           "perf_counter's.");
+           "Returns the events (kind, layer, begin, end, bytes) since the last call. kind is read, wait or hold. begin "
+           "and end are seconds on the clock of time.perf_counter.");
 }

@@ -60,7 +60,8 @@ class File {
     other.map_ = MAP_FAILED;
   }
 
-  // Reads [offset, offset + bytes) to `to`, and no further than the next page; an error in words, or "".
+  // Reads [offset, offset + bytes) to `to`. May read on to the end of the last page, but not further. Returns the text
+  // of an error, or "".
   std::string read(char* to, int64_t offset, int64_t bytes, Statistics& counted) const {
     int64_t done = 0;
     if (const int64_t resident = resident_bytes(offset, bytes); resident > 0) {
@@ -73,7 +74,7 @@ class File {
       if (!error.empty()) return error;
       counted.direct += std::max<int64_t>(std::min(done, bytes) - before, 0);
     }
-    while (done < bytes) {  // no O_DIRECT here, or a file's last bytes
+    while (done < bytes) {  // there is no O_DIRECT, or these are the last bytes of the file
       const ssize_t n = pread(plain_, to + done, bytes - done, offset + done);
       if (n < 0 && errno == EINTR) continue;
       if (n < 0) return cause(errno);
@@ -90,9 +91,10 @@ class File {
   const std::string& path() const { return path_; }
 
  private:
-  // How much the page cache has of it, from the start. A read with RWF_NOWAIT would tell as well, but Linux then begins
-  // to read what is not there into the cache, which soon serves everything. Of a file that belongs to somebody else
-  // and cannot be written, Linux claims all.
+  // The number of bytes, counted from `offset`, that the page cache holds without a gap. A read with RWF_NOWAIT would
+  // tell this, too. But then Linux starts to read the missing pages into the cache, and soon the cache serves
+  // everything. For a file that belongs to somebody else and cannot be written, Linux reports that all pages are
+  // cached.
   int64_t resident_bytes(int64_t offset, int64_t bytes) const {
     static const int64_t page = sysconf(_SC_PAGESIZE);
     const int64_t begin = offset / page * page, end = std::min(offset + bytes, mapped_);
@@ -103,7 +105,7 @@ class File {
     return std::min(begin + (missing - pages.begin()) * page, end) - offset;
   }
 
-  // What of it is still in the page cache, from the start, without waiting for the storage.
+  // Reads the first bytes that are still in the page cache, without waiting for the storage. Returns their number.
   int64_t read_cached(char* to, int64_t offset, int64_t bytes) const {
 #ifdef RWF_NOWAIT
     iovec part{to, static_cast<size_t>(bytes)};
@@ -114,12 +116,15 @@ class File {
 #endif
   }
 
-  // Moves `done`, a multiple of kPage, on as far as O_DIRECT goes: to `bytes` or past it, or to what plain reads must do.
+  // Reads with O_DIRECT from `done` on, which is a multiple of kPage, and moves `done` to the end of the bytes read.
+  // This end is at `bytes` or past it, or it is the place from which plain reads must continue. Returns the text of an
+  // error, or "".
   std::string read_direct(char* to, int64_t offset, int64_t bytes, int64_t& done) const {
     while (done < bytes) {
       const ssize_t n = pread(direct_, to + done, page_up(bytes) - done, offset + done);
       if (n < 0 && errno == EINTR) continue;
-      if (n < 0 && (errno == EINVAL || errno == EOPNOTSUPP)) return "";  // this file system has it in name only
+      if (n < 0 && (errno == EINVAL || errno == EOPNOTSUPP))
+        return "";  // the file system accepts O_DIRECT but cannot do it
       if (n < 0) return cause(errno);
       done += n;
       if (n == 0 || done % kPage != 0) return "";  // the end of the file
@@ -130,7 +135,7 @@ class File {
   std::string path_;
   Source source_;
   int plain_ = -1, direct_ = -1;
-  void* map_ = MAP_FAILED;  // nothing is read through it; it tells which pages are in the cache
+  void* map_ = MAP_FAILED;  // used only to find out which pages are in the cache
   int64_t mapped_ = 0;
 };
 
@@ -140,15 +145,15 @@ struct Chunk {
 };
 
 struct Slot {
-  enum State { kFree, kAhead, kHeld, kDropped } state = kFree;  // dropped: free once its reads have ended
+  enum State { kFree, kAhead, kHeld, kDropped } state = kFree;  // a dropped slot becomes free when its reads have ended
   Buffer buffer;
   int layer = -1;
-  size_t issued = 0, in_flight = 0, done = 0;  // chunks
+  size_t issued = 0, in_flight = 0, done = 0;  // numbers of chunks
   double begin = 0;
   std::string error;
 };
 
-void block_signals() {  // they are for the threads of the program
+void block_signals() {  // the threads of the program handle them
   sigset_t all;
   sigfillset(&all);
   pthread_sigmask(SIG_BLOCK, &all, nullptr);
@@ -165,16 +170,16 @@ struct Streamer::State {
   Options options;
   pid_t pid = getpid();
 
-  std::mutex mutex;                      // guards all below
-  std::condition_variable work, filled;  // for the reading threads; for the callers
-  bool taken = false;                    // by a caller that waits for a layer, or ends the threads: they take turns
+  std::mutex mutex;                      // protects all members below
+  std::condition_variable work, filled;  // work wakes the reading threads, filled wakes the callers
+  bool taken = false;                    // a caller waits for a layer or ends the threads; callers take turns
   std::vector<Slot> slots;
   std::deque<int> ahead;  // slots being filled or full, in the order of the schedule
-  size_t next = 0;        // what to read next, in the schedule
+  size_t next = 0;        // the place in the schedule of the next layer to read
   bool started = false, stopping = false;
-  size_t reads = 0;  // in flight
+  size_t reads = 0;  // the number of reads in flight
   double reading_since = 0;
-  Clock::time_point store_free{};  // when a store of `bytes_per_second` has delivered what was asked for
+  Clock::time_point store_free{};  // when a storage of `bytes_per_second` would have finished all reads so far
   Statistics counted;
   std::deque<Event> events;
   std::vector<std::thread> threads;
@@ -186,7 +191,8 @@ struct Streamer::State {
 
   bool whole(const Slot& slot) const { return slot.done == chunks[slot.layer].size(); }
 
-  // The slot whose next chunk is to be read, or null. Takes a free slot for the next layer where it can.
+  // The slot whose next chunk is to be read, or null. If all chunks of the slots ahead are issued, it takes a free slot
+  // for the next layer.
   Slot* next_work() {
     for (int i : ahead) {
       if (slots[i].error.empty() && slots[i].issued < chunks[slots[i].layer].size()) return &slots[i];
@@ -215,7 +221,10 @@ struct Streamer::State {
       const Chunk& chunk = chunks[slot->layer][slot->issued++];
       ++slot->in_flight;
       if (reads++ == 0) reading_since = now();
-      if (!delivered(lock, chunk.bytes)) break;
+      if (!delivered(lock, chunk.bytes)) {
+        if (--reads == 0) counted.reading += now() - reading_since;
+        break;
+      }
       Statistics read;
       lock.unlock();
       const File& file = files[chunk.file];
@@ -242,7 +251,8 @@ struct Streamer::State {
     }
   }
 
-  // Waits as long as a store of `bytes_per_second` would take, one read after another; false to stop.
+  // Waits as long as a storage of `bytes_per_second` would take that does one read after another. Returns false if the
+  // thread must stop.
   bool delivered(std::unique_lock<std::mutex>& lock, int64_t chunk_bytes) {
     if (options.bytes_per_second <= 0) return true;
     const std::chrono::duration<double> took(chunk_bytes / options.bytes_per_second);
@@ -259,7 +269,7 @@ struct Streamer::State {
     counted.dropped += slot.issued > 0;
   }
 
-  // Makes `layer` the first of what is read ahead, or to be read.
+  // Makes `layer` the first of the layers ahead, or the next layer to read. Drops the layers ahead that are before it.
   void aim_at(int layer) {
     started = true;
     const bool expected = ahead.empty() ? schedule[next] == layer : slots[ahead.front()].layer == layer;
@@ -275,7 +285,7 @@ struct Streamer::State {
     }
   }
 
-  // A caller's turn, from its construction to its end; waits for it as `acquire` waits.
+  // A caller's turn. It lasts as long as this object. The constructor waits for the turn, as `acquire` waits.
   struct Turn {
     State& s;
     Turn(State& s, std::unique_lock<std::mutex>& lock, const std::function<bool()>& interrupted) : s(s) {
@@ -288,7 +298,7 @@ struct Streamer::State {
     }
   };
 
-  // Until something may have changed, and a little at most.
+  // Waits until something may have changed, but at most kSignalsEvery. Then it calls `interrupted`.
   void wait(std::unique_lock<std::mutex>& lock, const std::function<bool()>& interrupted) {
     if (filled.wait_for(lock, kSignalsEvery) == std::cv_status::no_timeout) return;
     lock.unlock();
@@ -357,7 +367,7 @@ Streamer::Streamer(const std::vector<std::string>& files, std::vector<Layer> lay
     for (int i = 0; i < options.threads; ++i) {
       state_->threads.emplace_back([state = state_.get()] { state->read_ahead(); });
     }
-  } catch (...) {  // no more threads to be had: those that run must end before the state does
+  } catch (...) {  // a thread could not be started; the running threads must end before the state is destroyed
     close();
     throw;
   }
@@ -390,7 +400,7 @@ int Streamer::acquire(int layer, const std::function<bool()>& interrupted) {
         const std::string error = slot.error;
         while (!s.ahead.empty()) s.drop_front();
         s.next = std::find(s.schedule.begin(), s.schedule.end(), layer) - s.schedule.begin();
-        s.started = false;  // until somebody asks again
+        s.started = false;  // read nothing until somebody asks again
         throw ReadError(error);
       }
       if (s.whole(slot)) break;

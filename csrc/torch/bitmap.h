@@ -1,8 +1,8 @@
 // The bitmap operators: checks, output allocation and plain arguments, the same for every device.
 //
-// `Kernels` has the kernels as static functions (args, a tensor on the device); cpu.cpp and cuda.cpp give their own. Its
-// `check_data(check, weight)` may look at the tensors' contents where that costs no synchronisation. With kHasDense,
-// 16-bit activations of bitmap_dense_rows() rows or more take a GEMM of torch with the decompressed weight.
+// `Kernels` holds the kernels as static functions (args, a tensor on the device). cpu.cpp and cuda.cpp each define one.
+// `Kernels::check_data(check, weight)` may read the tensors' contents if that needs no synchronisation. If kHasDense is
+// true and 16-bit activations have at least bitmap_dense_rows() rows, the weight is decompressed and torch multiplies.
 #pragma once
 
 #include <algorithm>
@@ -45,6 +45,7 @@ inline BitmapWeight bitmap_weight(const Checks& check, const Tensor& values, con
   check.tensor("row_offsets", row_offsets, {ScalarType::Long}, {n + 1}, &values);
   if (scales.has_value()) {
     check.expect(group_size == -1 || group_size > 0, "group_size", "a positive number, or -1 (a row)", group_size);
+    if (group_size >= cols) group_size = -1;  // so that no kernel multiplies or rounds up a huge number
     check.floating("scales", *scales, {n, group_size == -1 ? 1 : ceil_div(cols, group_size)});
     check.same_device("scales", *scales, values);
   }

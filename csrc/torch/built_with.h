@@ -1,6 +1,7 @@
-// Which torch a library was built with, to be read from the file even where it cannot be loaded (_library.py).
+// The torch version that a library was built with. _library.py reads this string from the library's file, so it can
+// report the version even if the library does not load.
 //
-// For one source file of each library.
+// Include this header in exactly one source file of each library.
 #pragma once
 
 extern "C" __attribute__((used, visibility("default"))) const char headstart_built_with[] =

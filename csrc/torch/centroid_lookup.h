@@ -1,6 +1,6 @@
 // centroid_lookup as an operator: checks, output allocation and plain arguments, the same for every device.
 //
-// `Kernels` has the kernel as a static function (args, q); cpu.cpp and cuda.cpp give their own.
+// `Kernels` holds the kernel as a static function (args, q). cpu.cpp and cuda.cpp each define one.
 #pragma once
 
 #include <algorithm>
@@ -34,8 +34,9 @@ inline void check_threshold(const Checks& check, const char* argument, const Ten
                "1, " + std::to_string(hkv) + " or " + std::to_string(hq) + " values", n);
 }
 
-// What the CPU looks at before it follows it; elsewhere that would wait for the device. Every head's offsets rise from
-// 0, to `last` unless that is negative, and thresholds are numbers.
+// Checks the contents of a level: the offsets of every head must start at 0 and not fall, and thresholds must not be
+// nan. If `last` is not negative, the offsets must end at `last`. Call it only for tensors on the CPU, because reading
+// the contents would wait for any other device.
 inline void check_level_data(const Checks& check, const char* offsets_name, const char* threshold_name,
                              const CentroidLevel& level, int64_t heads, int64_t last) {
   const int32_t* offsets = level.run_offsets;
@@ -55,7 +56,7 @@ inline void check_level_data(const Checks& check, const char* offsets_name, cons
   }
 }
 
-// The last offset of every head is the number of its keys. Waits for the device.
+// The largest number of keys of a head, which is the head's last offset. Waits for the device.
 inline int64_t most_keys(Tensor cluster_offsets) {
   const Tensor last = torch::stable::narrow(cluster_offsets, 1, cluster_offsets.size(1) - 1, 1);
   const Tensor here = dense(torch::stable::to(last, torch::stable::Device(torch::headeronly::DeviceType::CPU)));

@@ -1,7 +1,7 @@
-// Input checks with the words of `python/headstart/ops/_checks.py`: `op: argument: expected X, got Y`.
+// Input checks with the messages of `python/headstart/ops/_checks.py`: `op: argument: expected X, got Y`.
 //
-// For callers who enter a compiled kernel through torch.ops directly. Throws std::runtime_error, which torch hands to
-// Python as RuntimeError.
+// They protect callers who call a compiled kernel directly through torch.ops. A failed check throws std::runtime_error,
+// and torch turns that into Python's RuntimeError.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -56,7 +56,7 @@ inline std::string dtype_name(ScalarType type) {
   }
 }
 
-// As Python prints a float: as few digits as tell it apart, and a point in whole numbers.
+// Prints x as Python does: with the fewest digits that identify the float, and with ".0" after a whole number.
 inline std::string number(double x) {
   char text[32];
   for (int digits = 1; digits <= 17; ++digits) {
@@ -66,7 +66,7 @@ inline std::string number(double x) {
   return std::string(text) + (std::strpbrk(text, ".en") == nullptr ? ".0" : "");
 }
 
-// One dimension of an expected shape: a number, or a name for one that is free.
+// One dimension of an expected shape: a fixed size, or a name for a dimension of any size.
 struct Dim {
   Dim(int64_t n) : size(n), name(std::to_string(n)) {}
   Dim(const char* free) : size(-1), name(free) {}
@@ -147,7 +147,7 @@ class Checks {
     expect(std::isfinite(value), argument, "a finite number", value);
   }
 
-  // q [B, Hq, Nq, D] and k [B, Hkv, Nk, D] as every attention operator takes them.
+  // Checks q [B, Hq, Nq, D] and k [B, Hkv, Nk, D] for the attention operators and the index builders.
   void query_key(const Tensor& q, const Tensor& k, bool causal) const {
     floating("q", q, {"B", "Hq", "Nq", "D"});
     tensor("k", k, {q.scalar_type()}, {q.size(0), "Hkv", "Nk", q.size(3)}, &q);

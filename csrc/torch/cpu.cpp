@@ -1,7 +1,7 @@
-// The CPU kernels as implementations of torch.ops.headstart.*: the threads, and the tier's table (kernels.inc).
+// Registers the CPU kernels of the tier in use (kernels.inc) as implementations of torch.ops.headstart.*.
 //
-// Only torch's stable ABI is used, so one build serves every torch from 2.11 on. Schemas and fake kernels are Python's
-// (python/headstart/ops/).
+// The kernels run on torch's threads. The library uses only torch's stable ABI, so one build serves every torch from
+// 2.11 on. Schemas and fake kernels are defined in Python (python/headstart/ops/).
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -31,7 +31,7 @@ const Parallel& threads() {
   return parallel;
 }
 
-// Each kernel of the tier in use as a static function, under its own name.
+// Each kernel of the tier in use as a static function of the same name.
 struct TierKernels {
 #define HEADSTART_KERNEL(name, Args) \
   static void name(const Args& args, const Tensor&) { kernels().name(args, threads()); }
@@ -42,7 +42,8 @@ struct TierKernels {
 struct CpuKernels : TierKernels {
   static constexpr bool kHasDense = false;
 
-  // No row may reach past the values. Only those that could, with every bit set, have their bits counted.
+  // Checks that no row reads past the stored values. A row's bits are counted only if the row would read past them with
+  // every bit set.
   static void check_data(const Checks& check, const BitmapWeight& w) {
     const int64_t bytes = ceil_div(w.k, 8);
     for (int64_t n = 0; n < w.n; ++n) {

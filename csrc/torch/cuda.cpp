@@ -1,7 +1,9 @@
-// The CUDA kernels as implementations of torch.ops.headstart.*: the device, its stream, and workspaces.
+// Registers the CUDA kernels as implementations of torch.ops.headstart.*. Selects the device and its current stream and
+// allocates the workspaces.
 //
-// Only torch's stable ABI is used, so one build serves every torch from 2.11 on. Schemas and fake kernels are Python's
-// (python/headstart/ops/). Compile with -DUSE_CUDA, which the shim asks for before it declares the stream.
+// The library uses only torch's stable ABI, so one build serves every torch from 2.11 on. Schemas and fake kernels are
+// defined in Python (python/headstart/ops/). Compile with -DUSE_CUDA: without it, torch's shim.h does not declare
+// aoti_torch_get_current_cuda_stream.
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -35,7 +37,7 @@ void expect_launched(const char* op, const char* error) {
   if (error != nullptr) throw std::runtime_error(std::string(op) + ": " + error);
 }
 
-// Calls launcher(args, workspace, stream) on q's device and its current stream.
+// Allocates the workspace and calls launcher(args, workspace, stream) on q's device and its current stream.
 template <typename Args>
 void launch(const char* op, const Args& args, const Tensor& q, int64_t (*workspace_bytes)(const Args&),
             const char* (*launcher)(const Args&, void*, CUstream_st*)) {
@@ -44,9 +46,10 @@ void launch(const char* op, const Args& args, const Tensor& q, int64_t (*workspa
   expect_launched(op, launcher(args, workspace.mutable_data_ptr(), current_stream(q)));
 }
 
-// From so many rows on, writing a weight of 16 bits and reading it again (5 bytes a weight) costs less than the fused
-// kernels' slower products. Not yet measured on a GPU: `bench/gpu/run.py --only crossovers` times both ways and prints
-// what should stand here. From here on a row's result may depend on the number of rows, as torch's does.
+// The crossovers. From this number of rows on, a product first writes the weight in 16 bits and then multiplies with
+// torch. Writing the weight and reading it again moves 5 bytes a weight, but the fused kernels' products are slower.
+// These numbers are not yet measured on a GPU: `bench/gpu/run.py --only crossovers` times both ways and prints the
+// values to put here. From the crossover on, a row's result may depend on the number of rows, as torch's results do.
 constexpr int64_t kInt4DenseRows = 1024, kBitmapDenseRows = 97;
 
 struct DenseRows {
@@ -88,7 +91,7 @@ struct CudaKernels {
     return weight;
   }
 
-  static void check_data(const Checks& check, const BitmapWeight& weight) {}  // would wait for the device
+  static void check_data(const Checks& check, const BitmapWeight& weight) {}  // a check would wait for the device
   static void bitmap_decompress(const BitmapDecompressArgs& args, const Tensor& like) {
     const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
     expect_launched("bitmap_decompress", cuda::bitmap_decompress(args, current_stream(like)));
@@ -102,7 +105,7 @@ struct CudaKernels {
 }  // namespace
 }  // namespace headstart
 
-// For measurements: 0 brings a crossover back to what it is built with.
+// Sets the crossovers, for measurements. 0 restores the built-in value.
 extern "C" __attribute__((visibility("default"))) void headstart_cuda_set_dense_rows(int64_t int4, int64_t bitmap) {
   headstart::dense_rows.int4 = int4 > 0 ? int4 : headstart::kInt4DenseRows;
   headstart::dense_rows.bitmap = bitmap > 0 ? bitmap : headstart::kBitmapDenseRows;

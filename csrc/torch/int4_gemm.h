@@ -1,8 +1,8 @@
 // The int4 operators: checks, output allocation and plain arguments, the same for every device.
 //
-// `Kernels` has the kernels as static functions (args, a tensor on the device); cpu.cpp and cuda.cpp give their own.
-// With kHasDense, 16-bit activations of int4_dense_rows() rows or more take a GEMM of torch with the weight that
-// `dequantized(args, x)` returns.
+// `Kernels` holds the kernels as static functions (args, a tensor on the device). cpu.cpp and cuda.cpp each define one.
+// If kHasDense is true and 16-bit activations have at least int4_dense_rows() rows, torch multiplies them with the
+// weight that `Kernels::dequantized(args, x)` returns.
 #pragma once
 
 #include <string>
@@ -39,6 +39,7 @@ Tensor int4_gemm(const Tensor x, const Tensor packed, const Tensor scales, const
   check_int4_packed(check, packed, n, k, &x);
   check.expect(group_size == -1 || (group_size > 0 && group_size % int4::kSlab == 0), "group_size",
                "a positive multiple of 32, or -1 (one group a row)", group_size);
+  if (group_size >= k) group_size = -1;  // so that no kernel multiplies or rounds up a huge number
   const std::vector<Dim> panels{int4::panels(n), group_size == -1 ? 1 : ceil_div(k, group_size), int4::kPanel};
   check.floating("scales", scales, panels);
   check.same_device("scales", scales, packed);

@@ -1,6 +1,6 @@
 // The index builders as operators: checks, output allocation and plain arguments, the same for every device.
 //
-// `Kernels` has the kernels as static functions (args, q); cpu.cpp and cuda.cpp give their own.
+// `Kernels` holds the kernels as static functions (args, q). cpu.cpp and cuda.cpp each define one.
 #pragma once
 
 #include <algorithm>
@@ -54,7 +54,7 @@ struct PrefillIndexBuilder {
 
   void positive(const char* argument, int64_t value) { check.expect(value >= 1, argument, "at least 1", value); }
 
-  // The cap, or `otherwise` if there is none.
+  // min(cap, otherwise), or `otherwise` if there is no cap.
   int64_t capped(const char* argument, const std::optional<int64_t>& cap, int64_t otherwise) {
     if (cap.has_value()) positive(argument, *cap);
     return cap.has_value() ? std::min(*cap, otherwise) : otherwise;
@@ -122,7 +122,7 @@ Pair adaptive_block_index(const Tensor q, const Tensor k, double threshold, int6
     build.check.tensor("head_threshold", *head_threshold, {ScalarType::Float}, {args.heads_q}, &q);
     thresholds = dense(head_threshold);
     args.head_threshold = static_cast<const float*>(thresholds->const_data_ptr());
-    // Elsewhere, looking at the values would wait for the device.
+    // Only values on the CPU are checked: reading them on another device would wait for it.
     for (int64_t h = 0; head_threshold->is_cpu() && h < args.heads_q; ++h) {
       const float t = args.head_threshold[h];
       build.check.expect(t > 0 && t <= 1, "head_threshold", "shares of the mass, above 0 and up to 1", t);

@@ -1,6 +1,6 @@
 // sparse_attention and merge_attention as operators: checks, output allocation and plain arguments, for every device.
 //
-// `Kernels` has the kernels as static functions (args, a tensor on the device); cpu.cpp and cuda.cpp give their own.
+// `Kernels` holds the kernels as static functions (args, a tensor on the device). cpu.cpp and cuda.cpp each define one.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 namespace headstart {
 
-// Lists must be ascending and inside [0, limit): an id twice would count its keys twice.
+// Checks that the ids of a list are strictly ascending and lie in [0, limit). A repeated id would count its keys twice.
 inline void check_ids(const Checks& check, const char* count_name, const char* index_name, const int32_t* count,
                       const int32_t* index, int64_t capacity, int64_t limit, const char* what) {
   if (*count < 0 || *count > capacity) {
@@ -98,7 +98,7 @@ Pair sparse_attention(const Tensor q, const Tensor k, const Tensor v, const Tens
     index.column_index_batch = bi == 1 ? 0 : columns->stride(0);
     index.column_index_head = hi == 1 ? 0 : columns->stride(1);
   }
-  // Each distinct list once: batch and head may be expanded, in the lists of blocks and of columns independently.
+  // Check each distinct list once. Batch and head may be expanded, separately for the block lists and the column lists.
   const auto distinct = [](int64_t n, int64_t stride, int64_t other) { return stride == 0 && other == 0 ? 1 : n; };
   for (int64_t ib = 0; ib < distinct(bi, index.count_batch, index.index_batch); ++ib) {
     for (int64_t ih = 0; ih < distinct(hi, index.count_head, index.index_head); ++ih) {

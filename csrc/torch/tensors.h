@@ -1,4 +1,4 @@
-// From tensors to plain arguments, for both libraries. Torch's stable ABI only.
+// Conversions from tensors to plain arguments, for the CPU and the CUDA library. Uses only torch's stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -38,7 +38,7 @@ inline const int32_t* ints(const OptionalTensor& x) {
   return x.has_value() ? static_cast<const int32_t*>(x->const_data_ptr()) : nullptr;
 }
 
-// At least one element behind the pointer, so that empty tensors need no special case below.
+// x itself if it is contiguous, otherwise a contiguous copy.
 inline Tensor dense(const Tensor& x) { return torch::stable::contiguous(x); }
 
 inline OptionalTensor dense(const OptionalTensor& x) {
@@ -52,11 +52,12 @@ inline Tensor new_ints(const Tensor& like, std::initializer_list<int64_t> shape)
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// x as rows of K: (rows, distance of two). Leading dims that do not run on evenly take a copy.
+// x [..., K] as a matrix of rows: sets `rows` to their number and `stride` to the distance between two rows, in
+// elements. If the leading dimensions have no common stride, the result is a contiguous copy.
 inline Tensor as_rows(const Tensor& x, int64_t& rows, int64_t& stride) {
   rows = 1;
   stride = 0;
-  int64_t expected = 0;  // the stride that goes on with the rows so far
+  int64_t expected = 0;  // the stride that dimension i must have to continue the rows found so far
   for (int64_t i = x.dim() - 2; i >= 0; --i) {
     if (x.size(i) != 1) {
       if (rows == 1) {

@@ -1,7 +1,7 @@
 """headstart: LLM inference made faster by work done ahead of time.
 
-Operators for engines (`torch.ops.headstart.*` and the functions below), and a shim that puts them under a Hugging
-Face model: `headstart.patch(model)`. `headstart doctor` tells what runs here and why.
+It has operators for engines (`torch.ops.headstart.*` and the functions below), and `headstart.patch(model)`, which
+makes a Hugging Face model use them. `headstart doctor` reports what runs on this machine and why.
 """
 
 import importlib
@@ -22,11 +22,12 @@ from .weights.int4_linear import Int4Linear
 __version__ = "0.2.0"
 
 
-# What needs transformers or rich, by its module. It is imported when it is first asked for.
+# The names that need transformers or rich, with their modules. A module is imported when its name is first used.
 _LATER = {
     "Context": ".context.context",
     "prune": ".commands.prune",
     "quantize": ".commands.quantize",
+    "save_compressed_tensors": ".weights.sources.sparse_bitmask",
     "search": ".commands.search",
 }
 
@@ -61,6 +62,7 @@ __all__ = [
     "patch",
     "prune",
     "quantize",
+    "save_compressed_tensors",
     "search",
     "sparse_attention",
     "unpatch",

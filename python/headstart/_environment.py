@@ -1,4 +1,4 @@
-"""The machine and the versions that a measurement was taken with."""
+"""The machine and the software versions of a measurement."""
 
 from __future__ import annotations
 

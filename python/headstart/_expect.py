@@ -1,4 +1,4 @@
-"""The one form of an error about a value: where it was found, which field, what was expected, what was got."""
+"""All errors about a value have the same form: where it was found, its field, what was expected and what was got."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def expect(good: bool, where: object, field: str, expected: str, got: object) ->
 
 
 def expect_value(good: bool, where: object, field: str, expected: str, got: object) -> None:
-    """As `expect`, for a value out of a file: text is quoted, so that '4' and 4 look different."""
+    """Like `expect`, for a value from a file. Text is quoted, so that '4' and 4 look different."""
     if not good:
         fail(where, field, expected, repr(got))
 
 
 def checker(where: object) -> Callable[[bool, str, str, object], None]:
-    """`expect_value` for one file: called with (good, field, expected, got)."""
+    """`expect_value` for one file: a function of (good, field, expected, got)."""
 
     def check(good: bool, field: str, expected: str, got: object) -> None:
         expect_value(good, where, field, expected, got)

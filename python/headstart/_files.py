@@ -1,9 +1,9 @@
-"""Files and folders appear whole or not at all.
+"""Writes files and folders so that they appear whole or not at all.
 
-What is written stands under a temporary name, `.NAME.<random>.partial`, until it is complete. The name is random and is
-claimed by creating it, because a process id is not unique: every container has a process 1, and threads share an id.
-Only what a call created itself is ever removed, except for the file or folder that the result replaces. A run that is
-killed leaves its temporary name behind; later runs neither use nor remove it.
+A file or folder has a temporary name, `.NAME.<random>.partial`, until it is complete. The name is random, and a call
+claims it by creating it. A process id would not be unique, because every container has a process 1, and threads share
+an id. A call removes only what it created itself, and the file or folder that the result replaces. A run that is killed
+leaves its temporary file or folder behind. Later runs neither use nor remove it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from typing import Any
 
 from ._expect import checker
 
-LONGEST_NAME = 200  # bytes of a name that a temporary name repeats; file systems allow 255 in all
+LONGEST_NAME = 200  # a temporary name repeats at most this number of bytes of a name; file systems allow 255 in total
 
 
 def write_whole(path: str | os.PathLike, save: Callable[[Path], object]) -> None:
-    """Calls `save` with a temporary name beside `path`, and renames what it wrote."""
+    """Calls `save` with a temporary file beside `path`, and then renames this file to `path`."""
     path = _resolved(path)
     partial = _claim(path, "partial", _create_file)
     try:
@@ -34,9 +34,9 @@ def write_whole(path: str | os.PathLike, save: Callable[[Path], object]) -> None
 
 
 def write_whole_folder(path: str | os.PathLike, save: Callable[[Path], object]) -> None:
-    """Calls `save` with an empty folder beside `path`, and puts it in the place of what was at `path`.
+    """Calls `save` with an empty folder beside `path`, and then replaces the folder at `path` with it.
 
-    If several writers do so at once, the folder of the last one stays.
+    If several writers do this at once, the folder of the last one stays.
     """
     path = _resolved(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def write_whole_folder(path: str | os.PathLike, save: Callable[[Path], object]) 
 
 
 def _resolved(path: str | os.PathLike) -> Path:
-    """Absolute and without links: `save` may change the working directory, and a link stays a link."""
+    """The path, absolute and with links resolved. `save` may change the working directory, and a link stays a link."""
     return Path(path).resolve()
 
 
@@ -87,7 +87,7 @@ def _replace_folder(new: Path, path: Path) -> None:
 
 
 def _moved(folder: Path, path: Path) -> bool:
-    """Renames a folder to `path`; False if another folder with content is there."""
+    """Renames a folder to `path`. False if another folder with content is there."""
     try:
         os.rename(folder, path)
     except OSError as error:
@@ -98,7 +98,7 @@ def _moved(folder: Path, path: Path) -> bool:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; a ValueError names the file if there is none."""
+    """The object in a JSON file. Raises a ValueError that names the file if it does not contain one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

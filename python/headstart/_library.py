@@ -1,11 +1,11 @@
-"""Where operators are defined and compiled libraries are loaded.
+"""Defines operators and loads compiled libraries.
 
-Every operator is defined in Python, once, by `define`: its schema, its fake kernel, and a plain-torch reference
-as the implementation of last resort. A compiled library (`_cpu.so`, `_cuda.so`) or a Triton kernel only *adds*
-implementations for a device. So the operators exist, and run, whatever failed to build or load. The failure is kept,
-and a warning on the first call that would have used the library tells it with its cure.
+Every operator is defined once, in Python, by `define`. It has a schema, a fake kernel, and a plain-torch reference,
+which runs if there is no other implementation. A compiled library (`_cpu.so`, `_cuda.so`) or a Triton kernel only
+*adds* implementations for a device. So the operators exist and run even if a library failed to build or load. The
+failure is kept. The first call that would have used the library warns of the failure and names its cure.
 
-The namespace is named here and nowhere else, in Python (`NAMESPACE`) as in C++ (`HEADSTART_NAMESPACE`).
+`NAMESPACE` is the only place in Python that names the namespace. In C++ it is `HEADSTART_NAMESPACE`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 
 NAMESPACE = "headstart"
-OLDEST_TORCH = "2.11"  # that the libraries were built against and loaded into (CMakeLists.txt)
+OLDEST_TORCH = "2.11"  # the oldest torch that the libraries were built against and loaded into (CMakeLists.txt)
 
 _definitions = torch.library.Library(NAMESPACE, "FRAGMENT")
 _package = Path(__file__).parent
-triton_kernels: dict[str, Callable] = {}  # Triton's implementations, by operator
+triton_kernels: dict[str, Callable] = {}  # the Triton implementations, by operator
 
 
 def define(
@@ -38,11 +38,15 @@ def define(
     triton: Callable | None = None,
     tags: tuple[torch.Tag, ...] = (),
 ) -> torch._ops.OpOverload:
-    """Defines `torch.ops.headstart.<name>` and returns it; ``"op.out"`` names an overload.
+    """Defines `torch.ops.headstart.<name>` and returns it.
 
-    `schema` is the part after the name, e.g. ``(Tensor x, *, float? scale=None) -> Tensor``. `reference` serves
-    every device that has no kernel; `fake` gives the outputs' shapes and dtypes, and makes the same input checks;
-    `triton` serves CUDA where no compiled library does.
+    Args:
+        name: the operator. ``"op.out"`` names an overload.
+        schema: the part after the name, e.g. ``(Tensor x, *, float? scale=None) -> Tensor``.
+        reference: the implementation for every device that has no kernel.
+        fake: gives the shapes and dtypes of the outputs, and makes the same input checks.
+        triton: the implementation for CUDA if no compiled library has one.
+        tags: tags for torch, in addition to ``pt2_compliant_tag``.
     """
     _definitions.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, *tags))
 
@@ -60,12 +64,12 @@ def define(
 
 
 def has_kernel(name: str, device: str) -> bool:
-    """Whether an operator has an implementation of its own on a device (``"CPU"``, ``"CUDA"``)."""
+    """Whether an operator has a kernel, not only the reference, for a device (``"CPU"``, ``"CUDA"``)."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", device)
 
 
 def served_by(name: str, device: str) -> str:
-    """What runs an operator on a device: ``"_cpu.so"``, ``"_cuda.so"``, ``"Triton"`` or ``"torch"``, the reference."""
+    """What runs an operator on a device: ``"_cpu.so"``, ``"_cuda.so"``, ``"Triton"`` or ``"torch"`` (the reference)."""
     if not has_kernel(name, device):
         return "torch"
     # The dispatcher remembers the file that registered each kernel.
@@ -75,7 +79,7 @@ def served_by(name: str, device: str) -> str:
 
 
 class CompiledLibrary:
-    """A shared library of kernels beside this file, and why it is not loaded, if it is not."""
+    """A shared library of kernels in the folder of this file. If it is not loaded, `error` says why."""
 
     def __init__(self, device: str, cure: str):
         self.device = device
@@ -96,13 +100,13 @@ class CompiledLibrary:
             torch.ops.load_library(str(self.path))
             self.handle = ctypes.CDLL(str(self.path))
         except OSError as error:
-            # torch's own error names the file alone; what the loader said is its cause.
+            # torch's own error names only the file. Its cause is the error of the loader.
             cause = str(error.__cause__ or error)
             where = "" if str(self.path) in cause else f"{self.path}: "
             self.error = f"{where}{cause} ({self._built_with()}; torch here is {torch.__version__})"
 
     def operators(self) -> list[str]:
-        """The operators that the library serves, as csrc/kernels.inc lists them; none if it is not loaded."""
+        """The operators in the library, which csrc/kernels.inc lists. The list is empty if it is not loaded."""
         names = getattr(self.handle, f"headstart_{self.device}_operators", None)
         if names is None:
             return []
@@ -110,7 +114,7 @@ class CompiledLibrary:
         return names().decode().split()
 
     def _built_with(self) -> str:
-        """What CMakeLists.txt left in the file, which tells it even where the file cannot be loaded."""
+        """The torch version that CMakeLists.txt wrote into the file. It can be read even if loading the file fails."""
         note = re.search(rb"headstart: (built with torch [\w.+]+)", self.path.read_bytes())
         return note[1].decode() if note else "it does not tell which torch it was built with"
 
@@ -139,11 +143,11 @@ def load_compiled_libraries() -> None:
 
 
 def register_triton_kernels() -> None:
-    """Lets Triton serve the CUDA operators that no compiled library does, where there are CUDA and Triton."""
+    """Registers Triton kernels for the CUDA operators that are in no compiled library, if there are CUDA and Triton."""
     if torch.version.cuda is None or importlib.util.find_spec("triton") is None:
         return
-    # A machine without nvcc has no `_cuda.so`, and Triton is what is meant to run there. One that is there and does not
-    # load must not be replaced in silence.
+    # A machine without nvcc has no `_cuda.so`, and Triton is meant to run there. But if there is a `_cuda.so` and it
+    # does not load, Triton must not replace it without a warning.
     broken = cuda.error is not None and cuda.path.exists()
     for name, function in triton_kernels.items():
         if not has_kernel(name, "CUDA"):
@@ -163,7 +167,10 @@ _warned: set[str] = set()
 
 
 def _warn_if_kernel_is_missing(name: str, args: tuple) -> None:
-    """A reference runs: on a CPU because its library is missing, on a GPU also where there is no kernel by design."""
+    """Warns once if a reference runs because a library is not loaded.
+
+    On a GPU, an operator that has no kernel by design does not cause a warning.
+    """
     device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), None)
     library = {"cpu": cpu, "cuda": cuda if name in triton_kernels else None}.get(device)
     if library is not None and library.error is not None:
@@ -185,9 +192,10 @@ def _warn_once(library: CompiledLibrary, consequence: str) -> None:
 
 
 def missing_gpu_kernels() -> tuple[str, str] | None:
-    """(cause, cure) if not every operator of `_cuda.so` runs from it on a GPU here; None if all do.
+    """None if every operator of `_cuda.so` runs from it on a GPU of this machine, otherwise (cause, cure).
 
-    What claims to test or to time the CUDA kernels asks this first: elsewhere Triton or torch would stand in for them.
+    Tests and benchmarks of the CUDA kernels call this first. Otherwise Triton or torch could run in place of the
+    kernels.
     """
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA", "install a CUDA build of torch"
@@ -207,7 +215,7 @@ def missing_gpu_kernels() -> tuple[str, str] | None:
 
 
 def cpu_tiers() -> list[str]:
-    """The instruction-set tiers this CPU can run, lowest first, e.g. ``["generic", "avx2", "avx512"]``."""
+    """The instruction-set tiers that this CPU can run, lowest first, e.g. ``["generic", "avx2", "avx512"]``."""
     if cpu.handle is None:
         return []
     cpu.handle.headstart_cpu_tiers.restype = ctypes.c_char_p
@@ -215,7 +223,7 @@ def cpu_tiers() -> list[str]:
 
 
 def cpu_tier() -> str | None:
-    """The tier in use: the highest of `cpu_tiers`, unless `HEADSTART_ISA` or `set_cpu_tier` asked for a lower one."""
+    """The tier in use: the highest of `cpu_tiers`, unless `HEADSTART_ISA` or `set_cpu_tier` chose a lower one."""
     if cpu.handle is None:
         return None
     cpu.handle.headstart_cpu_tier.restype = ctypes.c_char_p
@@ -223,15 +231,18 @@ def cpu_tier() -> str | None:
 
 
 def set_cpu_tier(name: str) -> None:
-    """Makes the CPU kernels of this process run in tier `name` (for tests and measurements)."""
+    """Makes the CPU kernels of this process run in tier `name`, for tests and measurements.
+
+    Raises a ValueError if this CPU cannot run the tier.
+    """
     if name not in cpu_tiers():
         raise ValueError(f"set_cpu_tier: name: expected one of {cpu_tiers()}, got {name!r}")
     cpu.handle.headstart_set_cpu_tier(name.encode())
 
 
 def set_cuda_dense_rows(int4: int = 0, bitmap: int = 0) -> None:
-    """From how many rows on int4_gemm and bitmap_gemm multiply a dense copy of the weight on a GPU, in this process.
+    """Sets from which number of rows of x on int4_gemm and bitmap_gemm multiply a dense copy of the weight on a GPU.
 
-    For measurements; 0 means what the library is built with.
+    It is for measurements, and holds for this process. 0 means the number that the library was built with.
     """
     cuda.handle.headstart_cuda_set_dense_rows(ctypes.c_int64(int4), ctypes.c_int64(bitmap))

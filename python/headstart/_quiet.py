@@ -1,8 +1,9 @@
 """Turns off transformers' progress bars and reports for one call, and for nobody else.
 
 transformers has one switch for the bars of the whole process. A call that turns it off and on again would do so for
-other threads too. transformers also has a hook that makes the bars. Ours is put in once and stays. It asks whether the
-thread that wants a bar is in a call without bars. Streams, logging and the switch are left alone.
+other threads too. transformers also has a hook that makes the bars. headstart installs its own hook once, and the hook
+stays. The hook checks whether the thread that wants a bar is in a call without bars. Streams, logging and the switch
+are not changed.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from contextvars import ContextVar
 _without_bars: ContextVar[bool] = ContextVar("headstart_without_progress_bars", default=False)
 _without_reports: ContextVar[bool] = ContextVar("headstart_without_reports", default=False)
 _lock = threading.Lock()
-# from_pretrained replaces what belongs to the whole process, and puts back what it found: PreTrainedModel.tie_weights,
-# torch's default dtype. Two threads at once can leave it replaced, and every later model has an output layer of random
-# numbers where it should share the embedding's weights.
+# from_pretrained replaces things that belong to the whole process, PreTrainedModel.tie_weights and torch's default
+# dtype, and afterwards puts back what it found. If two threads do this at once, the replacement can stay. Then the
+# output layer of every later model has random numbers, where it should share the embedding's weights.
 _one_load = threading.RLock()
 
 
 @contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """transformers makes no progress bars in this thread while it lasts."""
+    """Within this context, transformers makes no progress bars in this thread."""
     _install()
     token = _without_bars.set(True)
     try:
@@ -35,10 +36,12 @@ def no_progress_bars() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """As `no_progress_bars`, one load at a time. transformers does not report which weights it loaded either, since
-    `load` checks these itself."""
+    """Like `no_progress_bars`, and only one load runs at a time.
+
+    transformers also does not report which weights it loaded, because `load` checks them itself.
+    """
     logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(_is_wanted)  # does nothing the second time; the logger's level belongs to all threads
+    logger.addFilter(_is_wanted)  # a second call does nothing; the logger's level belongs to all threads
     with _one_load, no_progress_bars():
         token = _without_reports.set(True)
         try:
@@ -55,11 +58,11 @@ def _install() -> None:
     from transformers import modeling_gguf_pytorch_utils
     from transformers.utils import logging as messages
 
-    if not hasattr(messages, "set_tqdm_hook"):  # an earlier transformers, whose bars stay
+    if not hasattr(messages, "set_tqdm_hook"):  # an earlier version of transformers; its bars stay
         return
     with _lock:
-        modeling_gguf_pytorch_utils.tqdm = messages.tqdm  # it makes bars of its own, which no switch reaches
-        if not hasattr(messages._tqdm_hook, "of_headstart"):  # ours, which somebody may have replaced meanwhile
+        modeling_gguf_pytorch_utils.tqdm = messages.tqdm  # it makes its own bars, which no switch turns off
+        if not hasattr(messages._tqdm_hook, "of_headstart"):  # other code may have replaced our hook
             messages.set_tqdm_hook(_hook_over(messages._tqdm_hook, messages.EmptyTqdm))
 
 

@@ -14,52 +14,54 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="LLM inference made faster by work done ahead of time.",
+    help="headstart makes LLM inference faster by work that it does ahead of time.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-contexts = typer.Typer(help="Read a text once, and ask many questions of it.", no_args_is_help=True)
+contexts = typer.Typer(help="Read a text once, then ask many questions about it.", no_args_is_help=True)
 demos = typer.Typer(invoke_without_command=True)
 app.add_typer(contexts, name="context")
 app.add_typer(demos, name="demo")
 SOURCE_TREE = Path(__file__).resolve().parents[2]
 
 
-Report = Annotated[Path, typer.Option(help="Folder for the JSON and the picture.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")]
-Seed = Annotated[int, typer.Option(help="Seed of the clusters, and of random weights.")]
+Report = Annotated[Path, typer.Option(help="The folder for report.json and report.png.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="The number of CPU threads. Default: torch decides.")]
+Seed = Annotated[int, typer.Option(help="The seed of the clusters and of random weights.")]
 REPORT = Path("demo-report")
 
 
 @demos.callback()
 def demo(
     command: typer.Context,
-    tokens: Annotated[int, typer.Option(min=1, help="How many the model reads.")] = 8192,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="The number of tokens to read. Default: 8192, or 4096 on a slow CPU.")
+    ] = None,
     report: Report = REPORT,
-    pattern: Annotated[list[str] | None, typer.Option(help="Run this pattern; may be repeated.")] = None,
-    all: Annotated[bool, typer.Option("--all", help="Run every pattern, those that lose much too.")] = False,
+    pattern: Annotated[list[str] | None, typer.Option(help="Run this pattern. You can give it several times.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Run every pattern, and read a second text.")] = False,
     threads: Threads = None,
 ) -> None:
-    """Show headstart at work on a real model: by itself, SmolLM2-135M reads a long text with headstart and without."""
+    """Show a real model with headstart and without it. Without a subcommand, SmolLM2-135M reads a long text."""
     if command.invoked_subcommand is not None:
         return
-    if pattern and all:
+    if pattern and every:
         raise ValueError("demo: all: expected one of --all and --pattern, got both")
     _set_threads(threads)
     from headstart.commands.demo import PATTERNS, run
 
-    run(tokens, report, patterns=PATTERNS if all else pattern)
+    run(tokens, report, patterns=PATTERNS if every else pattern)
 
 
 @demos.command("context")
 def demo_context(
-    tokens: Annotated[int | None, typer.Option(min=1, help="How many the text has.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="The number of tokens in the text.")] = None,
     report: Report = REPORT,
     threads: Threads = None,
     seed: Seed = 0,
 ) -> None:
-    """Ask many questions about one long text: transformers with the keys in memory against a stored context."""
+    """Ask many questions about one long text. Compare a stored context with transformers and its cache."""
     _set_threads(threads)
     from headstart.commands.demo.context import run
 
@@ -68,15 +70,17 @@ def demo_context(
 
 @demos.command("offload")
 def demo_offload(
-    tokens: Annotated[int | None, typer.Option(min=1, help="How many the model writes.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="The number of tokens that the model writes.")] = None,
     report: Report = REPORT,
     threads: Threads = None,
     seed: Seed = 0,
-    size: Annotated[str | None, typer.Option(help="smollm2, or 1b with random weights.")] = None,
-    budget: Annotated[str | None, typer.Option(help='Memory for weights, such as "600MB"; 30 % of them.')] = None,
-    files: Annotated[Path | None, typer.Option(help="A folder where the models stay.")] = None,
+    size: Annotated[str | None, typer.Option(help="The model: smollm2, or 1b, which has random weights.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help='The memory for weights, such as "600MB". Default: 30 % of their size.')
+    ] = None,
+    files: Annotated[Path | None, typer.Option(help="A folder that keeps the models for the next run.")] = None,
 ) -> None:
-    """Run a model in less memory than its weights take, against accelerate's disk offload."""
+    """Run a model in less memory than its weights need. Compare this with accelerate's disk offload."""
     _set_threads(threads)
     from headstart.commands.demo.offload import run
 
@@ -91,18 +95,23 @@ def _given(**options: object) -> dict[str, object]:
 @app.command()
 def search(
     model: Annotated[str, typer.Argument(help="A directory, a .gguf file, or smollm2.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The plan's JSON file.")] = Path("plan.json"),
+    output: Annotated[Path, typer.Option("-o", "--output", help="The JSON file to write the plan to.")] = Path(
+        "plan.json"
+    ),
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="A UTF-8 file to search on; may be repeated. Texts of Python's own if none."),
+        typer.Option(help="A UTF-8 file to search on. You can give several. Default: texts that Python brings."),
     ] = None,
-    max_error: Annotated[float | None, typer.Option(help="Budget: the cheapest plan within this error.")] = None,
-    density: Annotated[float | None, typer.Option(help="Budget: the most accurate plan within this density.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens of a window; 8192, or what model and texts have.")] = None,
-    windows: Annotated[int, typer.Option(help="Windows of each text.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the windows' places.")] = 0,
+    max_error: Annotated[float | None, typer.Option(help="Find the cheapest plan within this error.")] = None,
+    density: Annotated[float | None, typer.Option(help="Find the most accurate plan within this density.")] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="The number of tokens in a window. Default: 8192, or what the model and the texts allow."),
+    ] = None,
+    windows: Annotated[int, typer.Option(help="The number of windows in each text.")] = 1,
+    seed: Annotated[int, typer.Option(help="The seed that places the windows.")] = 0,
 ) -> None:
-    """Find the best sparse pattern of every attention head, and write the plan. An interrupted search goes on."""
+    """Find the best sparse pattern of each attention head and write the plan. An interrupted search continues."""
     from headstart.commands.search import search as run
 
     budget = {"max_error": max_error, "density": density}
@@ -111,17 +120,25 @@ def search(
 
 @app.command()
 def inspect(
-    plan: Annotated[Path | None, typer.Argument(help="A prefill plan's JSON file.")] = None,
-    model: Annotated[str | None, typer.Option(help="Read a text with it: a directory, a .gguf file, smollm2.")] = None,
-    text: Annotated[Path | None, typer.Option(help="A UTF-8 file; Python's help texts if not given.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="How many tokens to read; 4096, or what there is.")] = None,
-    prefill: Annotated[str | None, typer.Option(help="Without a plan: the pattern of all heads; adaptive.")] = None,
-    head: Annotated[list[str] | None, typer.Option(help="Draw the blocks of LAYER.HEAD; may be repeated.")] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the page and the picture.")] = Path(
+    plan: Annotated[Path | None, typer.Argument(help="The JSON file of a prefill plan.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The model that reads a text: a directory, a .gguf file, or smollm2.")
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="A UTF-8 file to read. Default: Python's help texts.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="The number of tokens to read. Default: 4096, or the whole text.")
+    ] = None,
+    prefill: Annotated[
+        str | None, typer.Option(help="The pattern of all heads, where no plan is given. Default: adaptive.")
+    ] = None,
+    head: Annotated[
+        list[str] | None, typer.Option(help="Draw the blocks of this head, LAYER.HEAD. You can give several.")
+    ] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The folder for the page and the picture.")] = Path(
         "inspect-report"
     ),
 ) -> None:
-    """Show which pattern and density every attention head has, and the blocks that it attends."""
+    """Show the pattern and the density of each attention head, and the blocks that it attends."""
     from headstart.commands.inspect import run
 
     run(plan, model=model, text=text, tokens=tokens, prefill=prefill, heads=head or (), output=output)
@@ -131,14 +148,18 @@ def inspect(
 def quantize(
     model: Annotated[str, typer.Argument(help="A directory, a .gguf file, or smollm2.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale: a multiple of 32, or -1, a row.")] = 128,
-    symmetric: Annotated[bool, typer.Option("--symmetric", help="Without zero points.")] = False,
-    dtype: Annotated[str | None, typer.Option(help="Of the rest and the scales: bfloat16, float16, float32.")] = None,
+    group_size: Annotated[
+        int, typer.Option(help="How many weights share a scale: a multiple of 32, or -1 for a row.")
+    ] = 128,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="Use no zero points.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="The dtype of scales and of other weights: bfloat16, float16, float32.")
+    ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option(help="A layer, or a pattern of layers, that stays as it is; may be repeated.")
+        list[str] | None, typer.Option(help="A layer, or a pattern of layers, to leave as it is. You can give several.")
     ] = None,
 ) -> None:
-    """Write a model whose linear layers have 4 bits, for from_pretrained and headstart.load. Uses no texts."""
+    """Write a model with 4-bit linear layers, for from_pretrained and headstart.load. It reads no texts."""
     from headstart.commands.quantize import quantize as run
 
     run(model, output, group_size=group_size, symmetric=symmetric, dtype=dtype, exclude=exclude or ())
@@ -148,18 +169,29 @@ def quantize(
 def prune(
     model: Annotated[str, typer.Argument(help="A directory, a .gguf file, or smollm2.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")],
-    sparsity: Annotated[float, typer.Option(help="The share of zeros in every row of the linear layers.")] = 0.5,
-    method: Annotated[str, typer.Option(help="magnitude, or wanda, which reads texts.")] = "wanda",
+    sparsity: Annotated[float, typer.Option(help="The share of zeros in each row of the linear layers.")] = 0.5,
+    method: Annotated[
+        str, typer.Option(help="How weights are chosen: magnitude, or wanda, which reads texts.")
+    ] = "wanda",
     text: Annotated[
         list[Path] | None,
-        typer.Option(help="A UTF-8 file: its beginning to measure on, the rest for wanda; may be repeated."),
+        typer.Option(
+            help="A UTF-8 file. The loss is measured on its beginning; wanda reads the rest. You can give several."
+        ),
     ] = None,
-    values: Annotated[str, typer.Option(help="What is left: same (as it is), int8 or int4.")] = "same",
-    group_size: Annotated[int, typer.Option(help="Of int8 and int4: columns that share a scale; -1, a row.")] = 128,
-    tokens: Annotated[int | None, typer.Option(help="Tokens of a window; 2048, or what model and texts have.")] = None,
-    windows: Annotated[int, typer.Option(help="Windows that wanda reads, of all texts together.")] = 8,
+    values: Annotated[
+        str, typer.Option(help="How the other weights are stored: same (unchanged), int8 or int4.")
+    ] = "same",
+    group_size: Annotated[
+        int, typer.Option(help="How many columns share a scale in int8 and int4; -1 for a row.")
+    ] = 128,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="The number of tokens in a window. Default: 2048, or what the model and the texts allow."),
+    ] = None,
+    windows: Annotated[int, typer.Option(help="The number of windows that wanda reads, over all texts.")] = 8,
 ) -> None:
-    """Write a model with zeros in its linear layers, as bitmaps; tell the loss before and after."""
+    """Set weights of the linear layers to zero and write them as bitmaps. Report the loss before and after."""
     from headstart.commands.prune import prune as run
 
     options = {"values": values, "group_size": group_size, "tokens": tokens, "windows": windows}
@@ -169,17 +201,19 @@ def prune(
 @contexts.command("build")
 def build_context(
     model: Annotated[str, typer.Argument(help="A directory, a .gguf file, or smollm2.")],
-    text: Annotated[Path, typer.Argument(help="A UTF-8 file.")],
+    text: Annotated[Path, typer.Argument(help="A UTF-8 file to read.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The folder to write.")] = Path("context"),
     tokens: Annotated[
-        int | None, typer.Option(help="How many of the text's tokens; as many as the model takes.")
+        int | None, typer.Option(help="The number of tokens to read. Default: as many as the model can take.")
     ] = None,
-    clusters: Annotated[float, typer.Option(help="Clusters, as a share of the keys.")] = 0.05,
-    parents: Annotated[float | None, typer.Option(help="Clusters of a level above; none if not given.")] = None,
-    prefill: Annotated[str, typer.Option(help="The attention that reads the text.")] = "adaptive",
-    seed: Annotated[int, typer.Option(help="Seed of the clustering.")] = 0,
+    clusters: Annotated[float, typer.Option(help="The number of clusters, as a share of the keys.")] = 0.05,
+    parents: Annotated[
+        float | None, typer.Option(help="The number of parent clusters, as a share of the keys. Default: no parents.")
+    ] = None,
+    prefill: Annotated[str, typer.Option(help="The attention pattern that reads the text.")] = "adaptive",
+    seed: Annotated[int, typer.Option(help="The seed of the clustering.")] = 0,
 ) -> None:
-    """Read a text with a model, cluster its keys, and write what questions start from."""
+    """Read a text with a model, cluster its keys, and write the context that questions start from."""
     from headstart.commands.context import build
 
     options = {"clusters": clusters, "parents": parents, "prefill": prefill, "seed": seed}
@@ -188,10 +222,12 @@ def build_context(
 
 @app.command()
 def tune(
-    show: Annotated[bool, typer.Option("--show", help="Print what is in use; measure nothing.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's choice if not given.")] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the costs in use, and measure nothing.")] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="The number of CPU threads. Default: torch decides.")
+    ] = None,
 ) -> None:
-    """Time attention on this CPU, so that patched models take the path that is the fastest here."""
+    """Time attention on this CPU. Patched models then take the path that is fastest here."""
     from headstart.commands.tune import run
 
     _set_threads(threads)
@@ -200,7 +236,7 @@ def tune(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
-    """Measure the operators against their baselines; needs the source tree. Options go to bench/run.py."""
+    """Compare the operators with their baselines. This needs the source tree; options go to bench/run.py."""
     script = SOURCE_TREE / "bench" / "run.py"
     if not script.exists():
         raise FileNotFoundError(f"{script} does not exist; the benchmarks run from a source tree: `make bench`")
@@ -210,16 +246,18 @@ def bench(context: typer.Context) -> None:
 @app.command()
 def doctor(
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
-    gpu: Annotated[bool, typer.Option("--gpu", help="Only fail, and say why, where a CUDA kernel cannot run.")] = False,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="Only check that every CUDA kernel can run; fail and say why if not.")
+    ] = False,
 ) -> None:
-    """Report what runs here, with which kernels, and why something does not."""
+    """Report what runs here, on which kernels, and why something does not run."""
     from headstart_launcher import load
 
     raise typer.Exit(load("doctor").main(["--json"] * json + ["--gpu"] * gpu))
 
 
 def _set_threads(threads: int | None) -> None:
-    """Of the whole process, so only commands do it: the process is theirs."""
+    """Changes the whole process. Only commands may do this, because the process belongs to them."""
     if threads is not None:
         import torch
 
@@ -227,7 +265,7 @@ def _set_threads(threads: int | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; what can go wrong without a bug in headstart ends in one line, not in a traceback."""
+    """Runs a command. An error that is no bug of headstart ends in one line, not in a traceback."""
     try:
         return app(args=arguments, prog_name="headstart", standalone_mode=False) or 0
     except typer.Abort:

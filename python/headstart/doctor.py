@@ -1,7 +1,7 @@
-"""`headstart doctor`: what runs here, with which kernels, and if something does not, why and what to do.
+"""`headstart doctor` reports what runs on this machine, with which kernels, and how to repair what does not run.
 
-The report must come out where `import headstart` fails or even kills the process, so this file imports nothing but
-the standard library, and looks at the package from a second Python process (`probe`), whose failure is a finding.
+The report must work even if `import headstart` fails or kills the process. So this file imports only the standard
+library, and examines the package in a second Python process (`probe`). If that process fails, the report says so.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MARK = "headstart-probe:"
 
 
 def probe() -> dict:
-    """Imports torch, then headstart, and tells what it finds. Runs in a process of its own."""
+    """Imports torch, then headstart, and returns what it finds. It runs in a separate process."""
     found: dict = {}
     try:
         import torch
@@ -78,9 +78,10 @@ def _words(error: BaseException) -> str:
 
 def _run_probe() -> dict:
     environment = dict(os.environ)
-    if importlib.util.find_spec("headstart") is None:  # called by path in a tree that is not installed
+    if importlib.util.find_spec("headstart") is None:  # run by path in a source tree that is not installed
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), str(PACKAGE.parent)]))
-    # -c rather than the file itself: with a file, Python would put this folder, with its triton/, ahead of the rest.
+    # With -c and not with the file, because then Python would put this folder first on its path, and this folder has a
+    # triton/.
     script = f"import runpy; runpy.run_path({str(Path(__file__).resolve())!r}, run_name='__probe__')"
     command = [sys.executable, "-c", script]
     try:
@@ -102,7 +103,7 @@ def _run_probe() -> dict:
 
 
 def examine() -> dict:
-    """Everything the report says, as plain data."""
+    """The whole report as plain data."""
     found = _run_probe()
     installed = {name: _version(name) for name in PACKAGES}
     requested = os.environ.get("HEADSTART_ISA")
@@ -157,7 +158,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> tuple[str, list[str]]:
-    """The CPU's name and those of its features that matter to a kernel here, as Linux tells them."""
+    """The CPU's name, and those of its features that matter to headstart's kernels, according to Linux."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -168,7 +169,7 @@ def _cpu() -> tuple[str, list[str]]:
 
 
 def lines(report: dict) -> list[tuple[str, str]]:
-    """The report as text: pairs of a style ("title", "good", "bad", "plain") and a line."""
+    """The lines of the report, as pairs of a style ("title", "good", "bad" or "plain") and a text."""
     out: list[tuple[str, str]] = []
 
     def row(name: str, value: object, style: str = "plain") -> None:
@@ -222,7 +223,7 @@ def lines(report: dict) -> list[tuple[str, str]]:
 
 
 def show(report: dict) -> None:
-    """Prints the report, in colour where rich can be imported and the output is a terminal."""
+    """Prints the report. It is in colour if rich can be imported and the output is a terminal."""
     try:
         from rich.console import Console
         from rich.text import Text
@@ -238,7 +239,10 @@ def show(report: dict) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints the report; 0 if the package and its CPU kernels work, else 1."""
+    """Prints the report. Returns 0 if the package and its CPU kernels work, else 1.
+
+    With ``--gpu``, it prints nothing and returns 0 if every CUDA kernel can run, else it says why not and returns 1.
+    """
     parser = argparse.ArgumentParser(prog="headstart doctor", description="What runs here, on which kernels, and why.")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument(
@@ -262,5 +266,5 @@ def main(arguments: list[str] | None = None) -> int:
 if __name__ == "__probe__":
     print(MARK + json.dumps(probe()), flush=True)
 elif __name__ == "__main__":
-    sys.path.pop(0)  # this folder, whose triton/ would hide the real one
+    sys.path.pop(0)  # removes this folder, because its triton/ would hide the real one
     sys.exit(main())

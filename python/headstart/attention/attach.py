@@ -20,8 +20,10 @@ Model = TypeVar("Model", bound=torch.nn.Module)
 def attach(op: str, model: torch.nn.Module, plan: PrefillPlan) -> None:
     """Makes every attention module of a model use headstart's attention with a plan.
 
+    `op` is the function that the errors name.
+
     Raises:
-        ValueError: with the name `op`, if no layer can use it, or if the plan is for another model.
+        ValueError: no layer can use headstart's attention, or the plan is for another model.
     """
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"{op}: model: expected a transformers model, got {type(model).__name__}")
@@ -76,7 +78,7 @@ def _is_attention(module: torch.nn.Module) -> bool:
 
 
 def _own_implementation(config) -> str | None:
-    """The attention implementation of a config; if a model with this config is patched, the one from before."""
+    """The attention implementation of a config. If a model with this config is patched, the one before the patch."""
     here = forward.attachment_for(config)
     return config._attn_implementation if here is None else here.own
 

@@ -1,14 +1,14 @@
 """Predicts how long a layer's attention takes on this CPU, and which path is the fastest.
 
 There are three paths: the model's own SDPA, headstart's kernel on all blocks, and headstart's kernel on the blocks of
-an index, which must be built first. The time of each is a sum of a few non-negative terms,
+an index, which must be built first. The time of each is a sum of a few non-negative terms, for example
 
     seconds = fixed + pair · heads · pairs + pair_dim · heads · pairs · head_dim + key_dim · kv_heads · keys · head_dim
 
 `headstart tune` (`tune.py`) fits the coefficients to timings of the machine, and writes them to a file. If this machine
-has no file, the coefficients come from `default_costs/`, which another machine measured in the same way. This module
-measures nothing. A file that cannot be used is a warning and never an error, because a forward may be the first to read
-it.
+has no file, the coefficients come from `default_costs/`, which were measured in the same way on another machine. This
+module measures nothing. If a file cannot be used, there is a warning and never an error, because a forward may be the
+first to read the file.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ ENVIRONMENT_VARIABLE = "HEADSTART_TUNE"
 DEFAULTS = Path(__file__).parent / "default_costs"
 DEFAULT_THREADS = 2
 
-# A sparse index loses a little of the attention. It must be this much faster than the fastest exact path.
+# A sparse index loses a little of the attention. It is chosen only if the fastest exact path takes longer by more than
+# this share.
 SPARSE_MARGIN = 0.25
-# With up to so many query rows for the same keys, the CPU kernel reads keys in place (kFewRows in
+# With at most this number of query rows for the same keys, the CPU kernel reads keys in place (kFewRows in
 # sparse_attention_decode.h).
 FEW_ROWS = 16
 
@@ -68,7 +69,7 @@ class Call(NamedTuple):
 
 
 def sdpa_terms(call: Call) -> tuple[str, dict[str, float]]:
-    """With a mask, SDPA computes all pairs. The keys are repeated for each query head."""
+    """The model's own SDPA. With a mask, it computes all pairs. The keys are repeated for each query head."""
     rows, keys = call.batch * call.heads, call.masked_keys or call.nk
     if call.nq == 1:
         return "sdpa_decode", {"fixed": 1, "key_dim": rows * keys * call.head_dim}
@@ -83,7 +84,7 @@ def sdpa_terms(call: Call) -> tuple[str, dict[str, float]]:
 
 
 def kernel_terms(call: Call, share: float = 1.0, columns: float = 0) -> tuple[str, dict[str, float]]:
-    """headstart's kernel on a share of the pairs. `columns` is the number of single keys, over all heads."""
+    """headstart's kernel on a share of the pairs. `columns` is the number of single keys of all heads together."""
     rows, pairs = call.batch * call.heads, call.pairs * share
     key_dim = call.batch * call.kv_heads * call.nk * call.head_dim
     if share == 1 and call.nq * (call.heads // call.kv_heads) <= FEW_ROWS:
@@ -116,7 +117,7 @@ def index_terms(pattern: HeadPattern, call: Call) -> tuple[str, dict[str, float]
 
 
 def stitch_terms(call: Call) -> tuple[str, dict[str, float]]:
-    """Heads of several families in one layer: their queries and keys are copied, and their indices are combined."""
+    """The extra work for heads of several families in one layer: copying queries and keys, and combining indices."""
     rows = call.batch * call.heads
     linear = rows * (call.nq + call.nk) * call.head_dim
     return "stitch", {"fixed": 1, "linear": linear, "blocks": rows * call.pairs / 64**2}
@@ -154,7 +155,11 @@ class Costs:
     source: str  # says where they come from
 
     def seconds(self, dtype: torch.dtype, kind: str, terms: Mapping[str, float]) -> float:
-        """For a dtype that was not timed, headstart's own work is assumed to take as long as in bfloat16."""
+        """The predicted seconds of work of a kind.
+
+        If a dtype was not timed, headstart's own work is assumed to take as long as in bfloat16. The result for SDPA is
+        then infinite.
+        """
         by_kind = self.coefficients.get(dtype_name(dtype))
         if by_kind is None:
             if kind.startswith("sdpa"):
@@ -192,10 +197,10 @@ class Costs:
         return total
 
     def fastest(self, call: Call, plan: PrefillPlan, layer: int, *, own: str | None, sparse: bool) -> str:
-        """ "sparse", "dense" or "own".
+        """The fastest path: "sparse", "dense" or "own".
 
         Args:
-            own: the attention implementation of the model before; only the cost of "sdpa" is known.
+            own: the attention implementation that the model had before. Only the cost of "sdpa" is known.
             sparse: whether the sparse path is allowed.
         """
         dense = self.dense(call)
@@ -211,7 +216,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _density(pattern: HeadPattern, nq: int, nk: int, tokens: int | None, measured: float | None) -> float:
-    """`measured` is the density of the pattern. It is an argument because patterns that differ in it compare equal."""
+    """`density`, cached. `measured` is `pattern.density`, an argument because patterns that differ in it are equal."""
     return density(pattern, nq, nk, tokens)
 
 
@@ -269,7 +274,7 @@ def read(path: Path) -> Costs:
 
 
 def load(path: Path, machine: Mapping[str, Any]) -> Costs:
-    """Like `read`; also a ValueError if the file is from another machine or from other software."""
+    """Like `read`, but a file from another machine or from other software is also a ValueError."""
     costs = read(path)
     for name, here in machine.items():
         if costs.machine.get(name) != here:
@@ -279,8 +284,10 @@ def load(path: Path, machine: Mapping[str, Any]) -> Costs:
 
 @functools.cache
 def defaults(tier: str | None, threads: int) -> Costs:
-    """The default coefficients of a tier, measured with two threads on an AVX-512 machine. All terms but the fixed ones
-    are assumed to shrink with the number of threads."""
+    """The default coefficients of a tier, measured with two threads on an AVX-512 machine.
+
+    All terms except the fixed ones are assumed to be inversely proportional to the number of threads.
+    """
     name = next((name for name in ("avx512", "avx2") if (tier or "").startswith(name)), "generic")
     costs = read(DEFAULTS / f"{name}.json")
     scale = DEFAULT_THREADS / threads
@@ -298,8 +305,10 @@ _in_use: dict[tuple, Costs] = {}
 
 
 def in_use() -> Costs:
-    """The coefficients in use: those of the file if it is from this machine, otherwise the defaults. A warning says
-    once why a file cannot be used."""
+    """The coefficients in use: those of the file if it is from this machine, otherwise the defaults.
+
+    If the file cannot be used, one warning says why.
+    """
     path, threads, tier = tune_path(), torch.get_num_threads(), _library.cpu_tier()
     key = (path, threads, tier)
     if key not in _in_use:
@@ -320,7 +329,7 @@ def in_use() -> Costs:
 
 
 def forget() -> None:
-    """The next `in_use` reads the file again."""
+    """Makes the next `in_use` read the file again."""
     _in_use.clear()
 
 

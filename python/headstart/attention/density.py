@@ -17,10 +17,12 @@ SEARCH_TOKENS = 4096
 
 
 def density(pattern: HeadPattern, nq: int, nk: int, tokens: int | None = None) -> float:
-    """Which share of the visible (query, key) pairs is computed for nq queries, the last of nk tokens.
+    """The share, 0 to 1, of the visible (query, key) pairs that a pattern computes for the last nq of nk tokens.
 
     Args:
-        pattern: of one head. If it has a measured `density`, a prompt of `tokens` tokens gave it.
+        pattern: the pattern of one head.
+        nq, nk: the numbers of queries and keys.
+        tokens: the length of the prompt on which a search measured `pattern.density`. None means `SEARCH_TOKENS`.
     """
     everything = _visible(nk) - _visible(nk - nq)
     return (_attended(pattern, nk, nk, tokens) - _attended(pattern, nk - nq, nk, tokens)) / everything
@@ -34,7 +36,8 @@ def _attended(pattern: HeadPattern, n: int, nk: int, tokens: int | None) -> floa
     """The number of attended pairs of the first n queries, in a call with nk keys."""
     share = _estimate(pattern, n, nk)
     if pattern.density is not None and 0 < share < 1:
-        # Scales the odds of a missed pair by the error of the estimate at the measured length. Odds keep it a share.
+        # Scales the odds that a pair is missed by the error of the estimate at the measured length. With odds, the
+        # result always stays between 0 and 1.
         tokens = tokens or SEARCH_TOKENS
         estimated = _odds(_estimate(pattern, tokens, tokens))
         if estimated > 0:
@@ -67,7 +70,7 @@ def _estimate(pattern: HeadPattern, n: int, nk: int) -> float:
 
 
 def _window_share(n: int, blocks: int) -> float:
-    """The share if each row takes this many blocks. One of them is on the diagonal, and half visible."""
+    """The share of the pairs if each row takes this many blocks. One is on the diagonal, and half of it is visible."""
     keys = min(max(blocks * BLOCK - BLOCK / 2, 0), n)
     return (_visible(keys) + (n - keys) * keys) / _visible(n)
 

@@ -1,10 +1,10 @@
 """The attention function that transformers calls, under the name "headstart".
 
 The mask (`mask.py`) says what a query may see. headstart's operators handle causality, a sliding window, left padding
-and packed sequences. If a query sees the whole past, the plan's sparse pattern runs. If a window hides a part of it,
-the blocks of the window run. Packed sequences run one by one. The keys of a `ContextCache` are `ContextKeys`: they
-bring a fixed context, which does the attention itself (`context/context.py`). In all other cases the attention that the
-model had before runs, with the mask that it expects.
+and packed sequences. If a query sees the whole past, the plan's sparse pattern runs. If a window hides a part of the
+past, the blocks of the window run. Packed sequences run one by one. The keys of a `ContextCache` are `ContextKeys`.
+They belong to a fixed context, which computes the attention itself (`context/context.py`). In all other cases the
+attention that the model had before runs, with the mask that it expects.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from .plan import PrefillPlan
 
 NAME = "headstart"
 
-# Fewer queries than one block of rows, as in decoding, are always exact.
+# The attention of fewer queries than this, one block of rows, is always exact. Decoding is an example.
 FEW_QUERIES = 64
-# For a device whose costs are not known: a shorter prompt is read exactly, because building an index would not pay.
+# If the costs of a device are not known, a prompt shorter than this gets exact attention, because building an index
+# would take more time than it saves.
 SHORT_PROMPT = 1024
 
 # Arguments that do not change which keys a query attends.
@@ -64,12 +65,12 @@ class Attachment:
 
     plan: PrefillPlan
     own: str | None  # the attention implementation that the model had
-    warned: set[str] = field(default_factory=set)  # the reasons that a warning has named; one set for a model's layers
+    warned: set[str] = field(default_factory=set)  # the reasons that a warning named; a model's layers share it
     paths: dict[tuple, str] = field(default_factory=dict, repr=False)  # the choices of `choose_path`, by shape
 
 
 _patched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
-_patched_lock = threading.Lock()  # models are patched, and their layers go away, while other threads look
+_patched_lock = threading.Lock()  # other threads may look while a model is patched or deleted
 
 
 def attachment(module: torch.nn.Module) -> Attachment | None:
@@ -86,7 +87,7 @@ def set_attachment(module: torch.nn.Module, attached: Attachment | None) -> None
 
 
 def attachment_for(config) -> Attachment | None:
-    """The attachment of some layer that has this very config object: models may share one."""
+    """The attachment of a patched layer that has this config object, or None. Several models may share a config."""
     with _patched_lock:
         return next((attachment(module) for module in _patched if module.config is config), None)
 
@@ -101,12 +102,15 @@ def choose_path(
     has_kernel: bool,
     window: int | None = None,
 ) -> str:
-    """How a layer's call runs: "sparse", "dense" (headstart's kernel on every block), "window" (headstart's kernel on
-    the blocks of a sliding window that hides some keys), or "own" (the model's own attention, whose cost is known for
-    SDPA).
+    """The path of a layer's call.
 
-    This function keeps the promise that a patched model is never slower than before. On a CPU it compares the costs
-    that `headstart tune` fitted. It rounds lengths down, by less than a sixteenth, so a choice is kept while a cache
+    - "sparse": headstart's kernel on the blocks of the plan's index;
+    - "dense": headstart's kernel on every block;
+    - "window": headstart's kernel on the blocks of a sliding window that hides some keys;
+    - "own": the model's own attention, whose cost is known only for SDPA.
+
+    This function exists so that a patched model is never slower than before. On a CPU it compares the costs that
+    `headstart tune` fitted. It rounds lengths down, by less than a sixteenth, so a choice stays valid while a cache
     grows.
     """
     forced = _forced.get()
@@ -144,8 +148,11 @@ _forced: ContextVar[str | None] = ContextVar("headstart_forced_path", default=No
 
 @contextmanager
 def force_path(path: str) -> Iterator[None]:
-    """All calls of this thread take this path, whatever it costs. With "sparse", calls that are never sparse are dense.
-    A sliding window that hides keys is still respected; with "own", the model's own attention does so."""
+    """Makes all calls of this thread take one path of `PATHS`, whatever it costs.
+
+    With "sparse", a call that cannot be sparse is dense. A sliding window that hides keys still counts: with "own", the
+    model's own attention applies it, and otherwise the path is "window". Raises a ValueError for an unknown path.
+    """
     if path not in PATHS:
         raise ValueError(f"force_path: path: expected one of {', '.join(PATHS)}, got {path!r}")
     token = _forced.set(path)
@@ -156,15 +163,15 @@ def force_path(path: str) -> Iterator[None]:
 
 
 def splitting_pays(sequences: int, batch: int, tokens: int) -> bool:
-    """Whether packed sequences are attended one by one. A call is assumed to cost as much as 64 × 64 pairs."""
+    """Whether attending packed sequences one by one is faster. A call is assumed to cost as much as 64 × 64 pairs."""
     return sequences * FEW_QUERIES**2 <= batch * tokens**2
 
 
 class ContextKeys(torch.Tensor):
     """The keys of a question, together with a fixed context. A `ContextCache` gives them to the attention of a layer.
 
-    ``own`` are the keys as a plain tensor. ``context`` attends for them. Only headstart's attention can use these keys.
-    Any other operation would leave the context out, so it is an error.
+    ``own`` are the keys as a plain tensor. ``context`` computes their attention. Only headstart's attention can use
+    these keys. Any other operation would leave the context out, so it is an error.
     """
 
     @staticmethod
@@ -200,8 +207,10 @@ def headstart_attention(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """From q [B, Hq, Nq, D] and k, v [B, Hkv, Nk, D] to the output [B, Nq, Hq, D] and the attention weights. Only the
-    model's own eager attention has weights; otherwise they are None."""
+    """The output [B, Nq, Hq, D] and the attention weights for q [B, Hq, Nq, D] and k, v [B, Hkv, Nk, D].
+
+    Only the model's own eager attention returns weights. Otherwise they are None.
+    """
     here = attachment(module)
     if not torch.compiler.is_compiling():
         recording.add_queries(module, query)
@@ -248,7 +257,7 @@ def headstart_attention(
         out = _attend(here, module, path, query, key[:, :, :nk], value[:, :, :nk], attention_mask, scaling)
         return out.transpose(1, 2).contiguous(), None
 
-    # The model's own attention would read them all at once, with a mask of all pairs.
+    # The model's own attention would compute all sequences at once, with a mask of all pairs.
     alone = call._replace(batch=1, masked_keys=0)
     paths = [path_of(alone._replace(nq=end - begin, nk=end - begin), None) for _, begin, end in sequences]
     if "own" in paths or not splitting_pays(len(sequences), batch, nq):
@@ -261,7 +270,7 @@ def headstart_attention(
 
 
 def _attend(here: Attachment, module, path: str, q, k, v, mask: DeferredMask, scale: float | None) -> torch.Tensor:
-    """The output of q [B, Hq, Nq, D] over those of k and v [B, Hkv, Nk, D] that the mask shows."""
+    """The output of q [B, Hq, Nq, D] over the keys k and values v [B, Hkv, Nk, D] that the mask allows."""
     nq, nk = q.shape[2], k.shape[2]
     window = mask.window if path == "window" else None
     if path == "dense":
@@ -303,8 +312,11 @@ def _unsupported(own, module, query, key, value, mask, dropout, is_causal, kwarg
 
 
 def _contradiction(mask: DeferredMask, given: dict[str, Any], own: str | None) -> str | None:
-    """An argument that contradicts the mask, or None. The model's own attention decides which of the two counts: eager
-    and SDPA follow the mask, flash attention follows the arguments."""
+    """Names an argument that contradicts the mask, or None.
+
+    In such a case the model's own attention must run. Eager and SDPA follow the mask; flash attention follows the
+    arguments.
+    """
     window = given.get("sliding_window")
     if window is not None and window < mask.num_keys and window != mask.window:
         return "a sliding window that the mask does not have"
@@ -333,7 +345,8 @@ def _warn_once(here: Attachment, module: torch.nn.Module, reason: str) -> None:
 
 
 def _own_attention(module, query, key, value, mask, **kwargs):
-    # A model that is not patched may share its config with one that is. Another thread may have unpatched it just now.
+    # A model that is not patched may share its config with a patched model. And another thread may have just unpatched
+    # this model.
     here = attachment(module) or attachment_for(module.config)
     own = (module.config._attn_implementation if here is None else here.own) or "eager"
     if isinstance(mask, DeferredMask):
@@ -346,7 +359,7 @@ def _own_attention(module, query, key, value, mask, **kwargs):
 
 
 def modeling_attribute(module: torch.nn.Module, name: str) -> Any:
-    """The value of a name in the file that defines a module's class, or a base class of it; None if no file has it."""
+    """The value of a name in the file that defines a module's class or a base class of it. None if no file has it."""
     files = (sys.modules.get(cls.__module__) for cls in type(module).__mro__)
     return next((getattr(file, name) for file in files if hasattr(file, name)), None)
 

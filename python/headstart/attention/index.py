@@ -1,4 +1,4 @@
-"""The index of a layer: which blocks of keys its queries attend, by the patterns of its heads."""
+"""The index of a layer: the blocks of keys that its queries attend under the patterns of its heads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .patterns import HeadPattern
 
 @functools.lru_cache(maxsize=16)
 def full_index(nq: int, nk: int, device: torch.device) -> BlockIndex:
-    """All key blocks that causality shows to a query block. One head and one batch entry serve all."""
+    """All key blocks that a query block sees under causality. One index head serves all heads and sequences."""
     rows, blocks = -(-nq // 64), -(-nk // 64)
     last_query = torch.arange(1, rows + 1, device=device).mul(64).clamp(max=nq) - 1
     count = ((last_query + nk - nq) // 64 + 1).to(torch.int32)
@@ -29,12 +29,12 @@ def _shared_a_shape(nq: int, nk: int, sink: int, local: int, device: torch.devic
 
 
 def window_index(nq: int, nk: int, window: int, device: torch.device) -> BlockIndex:
-    """All key blocks that a sliding window shows to a query block. One head and one batch entry serve all."""
+    """All key blocks that a query block sees in a sliding window. One index head serves all heads and sequences."""
     return _shared_a_shape(nq, nk, 0, window, device)
 
 
 def pattern_index(patterns: Sequence[HeadPattern], q, k, kv_start, scale) -> BlockIndex:
-    """The index of heads of one family: their patterns differ only in their thresholds."""
+    """The index of heads of one family, whose patterns differ only in their thresholds."""
     name, params = patterns[0].name, dict(patterns[0].params)
     nq, nk = q.shape[2], k.shape[2]
     if name == "dense":
@@ -54,7 +54,7 @@ def pattern_index(patterns: Sequence[HeadPattern], q, k, kv_start, scale) -> Blo
 
 
 def stitch(parts: Sequence[tuple[Sequence[int], BlockIndex]], batch: int) -> BlockIndex:
-    """One index from several. Each part is a list of heads and the index of these heads; no head is in two parts."""
+    """Combines several indices to one. Each part is a list of heads and their index. No head is in two parts."""
     order = torch.tensor([head for heads, _ in parts for head in heads]).argsort().tolist()
     capacity = max(index.block_index.shape[-1] for _, index in parts)
     counts = [index.block_count.expand(batch, len(heads), -1) for heads, index in parts]

@@ -20,8 +20,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 def _known_parts() -> dict[Any, str]:
     """The names of the functions from which transformers makes masks, by their code objects.
 
-    Functions from one `def` share their code, and keep their arguments in their closures. Each function is tried on an
-    example first; one that computes something else is left out.
+    Functions from one `def` share their code, and keep their arguments in their closures. Each function is first tried
+    on an example. If it computes something else, it is left out.
     """
     q, k = torch.arange(6)[:, None], torch.arange(6)
     batch = head = torch.zeros(1, 1, dtype=torch.long)
@@ -40,7 +40,7 @@ def _known_parts() -> dict[Any, str]:
             function = getattr(masking_utils, name)(*arguments)
             if torch.equal(function(batch, head, q, k), expected):
                 parts[function.__code__] = name
-        except Exception:  # another version of transformers has no such function: its masks are unknown
+        except Exception:  # this version of transformers does not have the function, so such masks are unknown
             continue
     return parts
 
@@ -53,7 +53,7 @@ class _Rule(NamedTuple):
 
     window: int | None = None
     packed: torch.Tensor | None = None  # [B or 1, N]: the sequence of each token
-    positions: torch.Tensor | None = None  # [B or 1, N]: positions within the sequences; causality and window use them
+    positions: torch.Tensor | None = None  # [B or 1, N]: positions within the sequences, for causality and the window
 
 
 def _rule(function) -> _Rule | None:
@@ -110,12 +110,12 @@ class DeferredMask(torch.Tensor):
     """A boolean mask [B, 1, Nq, Nk] that is built when a torch operation first uses it.
 
     - ``unknown``: None if the other attributes describe the mask completely; otherwise the reason why they do not.
-    - ``num_keys``: the keys that are filled; a static cache has room for more. The queries are the last of these keys,
-      and see no key after their own.
-    - ``window``: how many keys, up to its own, a query sees; None for all.
-    - ``kv_start``: int32 [B], the first real key of each row; None if all are real.
-    - ``sequences``: the sequences that are packed in the batch, each of which sees only itself; None if each row is
-      one.
+    - ``num_keys``: the number of keys that are filled. A static cache has room for more. The queries stand at the last
+      of these keys, and a query sees no key after its own.
+    - ``window``: the number of keys, ending with its own, that a query sees. None means all.
+    - ``kv_start``: int32 [B], the first real key of each row. None means that all keys are real.
+    - ``sequences``: the sequences that are packed in the batch. Each of them sees only itself. None means that each row
+      is one sequence.
     """
 
     @staticmethod
@@ -202,7 +202,7 @@ class DeferredMask(torch.Tensor):
 
 
 def _sequences(batch: int, tokens: int, rule: _Rule) -> list[PackedSequence] | None:
-    """The sequences that are packed in a batch; None if a sequence is in pieces, or if its positions have gaps."""
+    """The sequences that are packed in a batch. None if a sequence is in pieces or its positions have gaps."""
     step = rule.packed.expand(batch, tokens).diff(dim=-1)
     follows = step >= 0
     if rule.positions is not None:

@@ -51,7 +51,7 @@ def _measured(expected: str, least: float, most: float) -> _Parameter:
     return _Parameter(None, expected, lambda x: x is None or (type(x) in (int, float) and least <= x <= most))
 
 
-# What a search measures of a head's pattern.
+# The numbers that a search measures for the pattern of a head.
 MEASURED: dict[str, _Parameter] = {
     "score": _measured("a finite number", -sys.float_info.max, sys.float_info.max),
     "error": _measured("a finite number, at least 0", 0, sys.float_info.max),
@@ -60,7 +60,7 @@ MEASURED: dict[str, _Parameter] = {
 
 
 class PlanError(ValueError):
-    """A value that a plan cannot have. `field` names its place."""
+    """A value that a plan cannot have. `field` says where in the plan it is."""
 
     def __init__(self, field: str, expected: str, got: object):
         super().__init__(f"PrefillPlan: {field}: expected {expected}, got {got!r}")
@@ -69,10 +69,11 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class HeadPattern:
-    """One head's pattern: ``HeadPattern.of("a_shape", sink=64)``. Parameters that are not given have their defaults.
+    """One head's pattern, made by `of`, for example ``HeadPattern.of("a_shape", sink=64)``.
 
     A search adds what it measured: ``score`` (as in MInference's files), ``error``, the relative error of the head's
-    output, and ``density``, the share of the attention that it computes. They do not change what is computed.
+    output, and ``density``, the share of the attention that the head computes. These do not change what is computed,
+    and patterns that differ only in them are equal.
     """
 
     name: str
@@ -91,6 +92,10 @@ class HeadPattern:
         density: float | None = None,
         **params,
     ) -> HeadPattern:
+        """A pattern by its name, a key of `PATTERNS`. Parameters that are not given have their defaults.
+
+        Raises a PlanError (a ValueError) if the name, a parameter or its value is wrong.
+        """
         if not isinstance(pattern, str) or pattern not in PATTERNS:
             raise PlanError("pattern", f"one of {', '.join(PATTERNS)}", pattern)
         known = PATTERNS[pattern]

@@ -1,7 +1,7 @@
 """A prefill plan: which sparse pattern each attention head uses when a prompt is read.
 
-A plan is one pattern for all heads, or a default with exceptions by layer and head, as a search finds them. Its file is
-JSON. MInference's pattern files are read and written too.
+A plan has one pattern for all heads, or a default and other patterns for some heads of some layers, which a search
+finds. Its file is JSON. This module also reads and writes MInference's pattern files.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ FINGERPRINT = ("model_type", "num_hidden_layers", "num_attention_heads", "num_ke
 class PrefillPlan:
     """The pattern of every head of a model.
 
-    ``layers[i][h]`` is the pattern of head h in layer i. A head that is not listed has the pattern ``default``.
-    ``model`` is the fingerprint of a model, or None; a plan with a fingerprint is accepted for that model only.
-    ``provenance`` says how a search found the plan: the machine, the texts, the versions, the budget.
+    - ``default``: the pattern of every head that ``layers`` does not list.
+    - ``layers``: ``layers[i][h]`` is the pattern of head h in layer i.
+    - ``model``: the fingerprint of a model, or None. A plan with a fingerprint is accepted for this model only.
+    - ``provenance``: how a search found the plan: the machine, the texts, the versions, the budget.
     """
 
     default: HeadPattern
@@ -42,8 +43,12 @@ class PrefillPlan:
 
     @classmethod
     def uniform(cls, pattern: str = "adaptive", **params) -> PrefillPlan:
-        """One pattern for all heads: dense, a_shape(sink, local), vertical_slash(vertical_size, slash_size),
-        block_topk(top_k) or adaptive(threshold, stride). Each also takes the other options of its index builder."""
+        """A plan with one pattern for all heads.
+
+        The patterns are dense, a_shape(sink, local), vertical_slash(vertical_size, slash_size), block_topk(top_k) and
+        adaptive(threshold, stride). `patterns.py` lists all options of each. Raises a ValueError if the pattern or an
+        option is wrong.
+        """
         return cls(HeadPattern.of(pattern, **params))
 
     def for_model(self, model) -> PrefillPlan:
@@ -51,16 +56,18 @@ class PrefillPlan:
         return replace(self, model=fingerprint(model.config.get_text_config()))
 
     def heads(self, layer: int, num_heads: int) -> list[HeadPattern]:
+        """The patterns of the heads of a layer."""
         listed = self.layers[layer] if layer < len(self.layers) else {}
         return [listed.get(head, self.default) for head in range(num_heads)]
 
     @property
     def is_dense(self) -> bool:
+        """Whether all patterns of the plan are dense."""
         listed = [pattern for layer in self.layers for pattern in layer.values()]
         return all(pattern.name == "dense" for pattern in [self.default, *listed])
 
     def check(self, model: Mapping[str, Any]) -> None:
-        """Raises ValueError if the plan is not for the model with this fingerprint. The error names what differs."""
+        """Raises a ValueError, which names what differs, if the plan is not for the model with this fingerprint."""
         differing = [
             f"{name}: expected {self.model[name]!r}, got {model[name]!r}"
             for name in FINGERPRINT
@@ -83,7 +90,13 @@ class PrefillPlan:
         kv_start: torch.Tensor | None = None,
         scale: float | None = None,
     ) -> BlockIndex:
-        """The keys that a layer's queries [B, Hq, Nq, D] attend among its keys [B, Hkv, Nk, D]."""
+        """The index of a layer: the keys that its queries attend.
+
+        Args:
+            q, k: queries [B, Hq, Nq, D] and keys [B, Hkv, Nk, D], as in the index builders (`ops/prefill_index.py`).
+            kv_start: int32 [B], the first real key of each sequence of a left-padded batch.
+            scale: 1 / sqrt(D) if None.
+        """
         patterns = self.heads(layer, q.shape[1])
         families: dict[HeadPattern, list[int]] = {}
         for head, pattern in enumerate(patterns):
@@ -103,7 +116,7 @@ class PrefillPlan:
         return stitch(parts, q.shape[0])
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the plan as JSON; the file appears whole or not at all."""
+        """Writes the plan as JSON. The file appears whole or not at all."""
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -116,7 +129,11 @@ class PrefillPlan:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> PrefillPlan:
-        """Reads what `save` wrote. A damaged file is a ValueError that names the file and the field."""
+        """Reads a file that `save` wrote.
+
+        Raises a ValueError that names the file and the field if the file is damaged, and a FileNotFoundError if there
+        is no file.
+        """
         content = _read_json("PrefillPlan.load", path)
         if isinstance(content, list):
             raise ValueError(f"{path}: a list, as in MInference's files: read it with PrefillPlan.from_minference")
@@ -142,16 +159,20 @@ class PrefillPlan:
     def from_minference(cls, path: str | os.PathLike) -> PrefillPlan:
         """Reads MInference's file: a list over layers of {head: [type, number, number, score]}.
 
-        Types and numbers are vertical_and_slash (columns, diagonals), stream_llm (sink, local) and block_sparse
-        (blocks a row, and 1; MInference's own kernel always takes 100 blocks). As in MInference, a head that is not
-        listed is vertical-slash with 1,000 columns and 6,096 diagonals.
+        The types are vertical_and_slash (the numbers are columns and diagonals), stream_llm (sink and local) and
+        block_sparse (blocks a row, and 1; MInference's own kernel always takes 100 blocks). As in MInference, a head
+        that is not listed is vertical-slash with 1,000 columns and 6,096 diagonals. The errors are those of `load`.
         """
         layers = _read_json("PrefillPlan.from_minference", path)
         return cls(_MINFERENCE_DEFAULT, _layers_from_json(path, "layers", layers, _pattern_from_minference))
 
     def to_minference(self, path: str | os.PathLike) -> None:
-        """Writes MInference's file. The file has no place for some options (sink, local, last_q); they are left out. It
-        does not know some patterns (adaptive, dense); they are a ValueError that names the layer and the head."""
+        """Writes MInference's file.
+
+        The file has no place for some options (sink, local, last_q), which are left out. It has no adaptive or dense
+        pattern: a plan with one raises a ValueError that names the layer and the head. A plan that does not know its
+        numbers of layers and heads also raises a ValueError; `for_model` adds them.
+        """
         if self.model is not None:
             count, heads = self.model["num_hidden_layers"], self.model["num_attention_heads"]
             layers = [dict(enumerate(self.heads(layer, heads))) for layer in range(count)]
@@ -172,7 +193,7 @@ class PrefillPlan:
 
 
 def plan_of(op: str, prefill: str | os.PathLike | PrefillPlan) -> PrefillPlan:
-    """The plan that a user means by a plan, the name of a pattern, or the path of a file."""
+    """The plan that a user gave: a plan itself, the name of a pattern, or the path of a plan's file."""
     if isinstance(prefill, PrefillPlan):
         return prefill
     if isinstance(prefill, str) and prefill in PATTERNS:
@@ -184,7 +205,7 @@ def plan_of(op: str, prefill: str | os.PathLike | PrefillPlan) -> PrefillPlan:
 
 
 def fingerprint(config) -> dict[str, Any]:
-    """What identifies a model for a plan, from its transformers (text) config."""
+    """The fields of a transformers (text) config that identify a model for a plan."""
     heads = config.num_attention_heads
     return {
         "model_type": config.model_type,

@@ -1,6 +1,6 @@
-"""What a forward attended: the indices of its layers, their last queries, and the blocks that an index names.
+"""Records what a forward attended: the indices of its layers, their last queries, and the blocks of an index.
 
-A recording collects the forwards of the thread that began it. What other threads run meanwhile is not in it.
+A recording collects only the forwards of the thread that began it. Other threads may run forwards at the same time.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from ..reference.sparse_attention import scatter_blocks
 
 
 class Recorded(NamedTuple):
+    """One attention call of a layer: its index, its numbers of queries and keys, the path it took, and its window."""
+
     layer: int
     index: BlockIndex
     nq: int
@@ -28,6 +30,8 @@ class Recorded(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class QueryRecording:
+    """A running `record_queries`."""
+
     layers: frozenset[torch.nn.Module]
     count: int
     advance: Callable[[], object]
@@ -39,7 +43,7 @@ class QueryRecording:
             self.advance()
 
 
-# What a thread collects is its own: a forward that another thread runs meanwhile is not recorded.
+# Each thread has its own recordings, so a forward of another thread is not in them.
 _recordings: ContextVar[tuple[list[Recorded], ...]] = ContextVar("headstart_recordings", default=())
 _query_recordings: ContextVar[tuple[QueryRecording, ...]] = ContextVar("headstart_query_recordings", default=())
 
@@ -69,8 +73,11 @@ def record() -> Iterator[list[Recorded]]:
 def record_queries(
     layers: Iterable[torch.nn.Module], count: int, advance: Callable[[], object] = lambda: None
 ) -> Iterator[dict[int, torch.Tensor]]:
-    """Collects the last `count` queries [B, Hq, count, D] of some attention modules of a patched model, by layer
-    number, while this thread runs them. Calls `advance` for each. Other models that run meanwhile are not recorded."""
+    """Collects the last `count` queries [B, Hq, count, D] of some attention modules of a patched model.
+
+    It collects them, by layer number, while this thread runs these modules, and calls `advance` for each. Other models
+    that run at the same time are not recorded.
+    """
     recording = QueryRecording(frozenset(layers), count, advance)
     token = _query_recordings.set((*_query_recordings.get(), recording))
     try:
@@ -90,6 +97,7 @@ class Attended(NamedTuple):
 
 
 def attended(entry: Recorded) -> Attended:
+    """The blocks that a recorded call attended. Blocks that causality hides are left out."""
     index = entry.index
     key_blocks = -(-entry.nk // index.block_k)
     blocks = scatter_blocks(index.block_count[0], index.block_index[0], key_blocks)
@@ -108,7 +116,7 @@ def visible_blocks(nq: int, nk: int, block_q: int, block_k: int) -> torch.Tensor
 
 
 def attended_share(entry: Recorded) -> torch.Tensor:
-    """float [heads, query blocks, key blocks]: which share of a key block a row attends."""
+    """float [heads, query blocks, key blocks]: the share of a key block that a row attends."""
     blocks, columns = attended(entry)
     if columns is None:
         return blocks.float()

@@ -11,8 +11,8 @@ The errors of different heads are assumed to be independent, so the squared erro
 One Lagrange multiplier gives the best plan for a budget: every head takes the candidate with the least ``error² +
 multiplier · cost``.
 
-MInference 1.0 (arXiv 2407.02490, section 3.2 and algorithm 4) searches on one prompt, each head by itself, at one fixed
-cost.
+In MInference 1.0 (arXiv 2407.02490, section 3.2 and algorithm 4), the search uses one prompt, and looks at each head
+separately, at one fixed cost.
 """
 
 from __future__ import annotations
@@ -52,9 +52,12 @@ ROUNDING = 1 + 1e-9
 
 
 def candidates(tokens: int) -> list[HeadPattern]:
-    """Dense, adaptive with several thresholds, and A-shape, vertical-slash and block top-k with budgets for about
-    `SHARES` of the pairs of a text of `tokens` tokens."""
-    keys = tokens / 2  # what a query sees on average
+    """The candidate patterns for texts of `tokens` tokens.
+
+    They are dense, adaptive with several thresholds, and A-shape, vertical-slash and block top-k. The budgets of the
+    last three give about `SHARES` of the pairs.
+    """
+    keys = tokens / 2  # the number of keys that a query sees on average
     found = [HeadPattern.of("dense")]
     found += [HeadPattern.of("adaptive", threshold=threshold) for threshold in THRESHOLDS]
     for share in SHARES:
@@ -74,8 +77,8 @@ class Measured:
 
     error: torch.Tensor  # squared, float64 [candidates, heads]
     density: torch.Tensor  # float64 [candidates, heads]
-    index_seconds: torch.Tensor  # float64 [candidates], of all heads
-    seconds: torch.Tensor  # float64 [candidates], attention of all heads
+    index_seconds: torch.Tensor  # float64 [candidates], to build the index of all heads
+    seconds: torch.Tensor  # float64 [candidates], for the attention of all heads
 
 
 def search_prefill_plan(
@@ -105,14 +108,16 @@ def search_prefill_plan(
         model: a transformers model whose attention goes through AttentionInterface.
         texts: token ids, int64 [n], by name.
         tokens: the length of a window, at most that of the shortest text.
-        windows: the number of windows of each text. The text is cut into as many equal parts, and `seed` chooses the
-            place of one window in each part.
-        patterns: the candidates; `candidates(tokens)` if None. Without dense among them, a budget may be out of reach.
+        windows: the number of windows of each text. The text is cut into this number of equal parts, and `seed` chooses
+            the place of one window in each part.
+        seed: see `windows`.
+        patterns: the candidates; `candidates(tokens)` if None. If dense is not one of them, it may be impossible to
+            meet a budget.
         measurements: a file that keeps the measurements, layer by layer. An interrupted search continues from it, and
             another budget for the same search needs no new measurement.
         advance: called after every layer of every window, `windows · len(texts) · layers` times.
 
-    A sliding window shorter than `tokens` is a pattern already, so layers that have one are left out of the plan.
+    A sliding window shorter than `tokens` is already a sparse pattern, so layers with one are left out of the plan.
 
     Returns:
         A `PrefillPlan` tied to the model, with every head's error and density, and `provenance`.
@@ -185,8 +190,11 @@ def choose(
     max_error: float | None = None,
     density: float | None = None,
 ) -> torch.Tensor:
-    """Chooses the candidate of every head, int64 [layers, heads]: the cheapest ones within an error, or the most
-    accurate ones within a density. Squared errors, costs and densities are [layers, candidates, heads]."""
+    """Chooses the candidate of every head, int64 [layers, heads].
+
+    With `max_error`, the choice is the cheapest one within this error. With `density`, it is the most accurate one
+    within this density. `error` (squared), `cost` and `share` (the densities) are [layers, candidates, heads].
+    """
 
     def pick(multiplier: float) -> torch.Tensor:
         return (error + multiplier * (cost if density is None else share)).argmin(1)
@@ -313,8 +321,7 @@ def _output_projection(module: torch.nn.Module, heads: int, head_dim: int) -> to
 
 
 def _run_search(module: torch.nn.Module, *args, **kwargs):
-    """The attention that transformers calls under NAME. `_measure_window` stores the function on modules of its
-    view."""
+    """The attention that transformers calls under NAME. `_measure_window` stores the function on its view's modules."""
     return module._headstart_search(module, *args, **kwargs)
 
 
@@ -365,8 +372,10 @@ class _Record:
         write_whole(self.path, lambda partial: partial.write_text(content, encoding="utf-8"))
 
     def totals(self, patterns: Sequence[HeadPattern]) -> tuple[list[int], torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The layers, and the means over all windows of squared error, density and cost, each float64 [layers,
-        candidates, heads]."""
+        """The numbers of the searched layers, and the means of squared error, density and cost over all windows.
+
+        The means are float64 [layers, candidates, heads].
+        """
         searched = sorted(next(iter(self.measured.values())))
         windows = [[x for _, x in sorted(layers.items())] for layers in self.measured.values()]
         error, share, index_seconds, seconds = (

@@ -1,8 +1,8 @@
 """Times attention on this CPU, and fits the coefficients of `cost.py` to the times. `headstart tune` runs it.
 
 It times what a patched model calls: transformers' SDPA function, headstart's kernel, and the index of a plan. The works
-of one shape take turns, and the fastest round of each is kept, because a disturbance only adds time. (On a busy machine
-the medians of calls of 100 µs were 10 to 40 ms, a time slice.)
+of one shape run in turns. Only the shortest time of each work is kept, because a disturbance can only add time. (On a
+busy machine, calls of 100 µs had medians of 10 to 40 ms, which is a time slice.)
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ MIXED = ("adaptive", "vertical_slash")
 
 
 class Work(NamedTuple):
+    """A call to time, and the kind and amounts of its work, as in `cost.py`."""
+
     name: str
     call: Callable[[], object]
     kind: str
@@ -72,7 +74,10 @@ def measured_shapes() -> list[Call]:
 
 
 def measure(seconds: float = 45.0, advance: Callable[[], object] = lambda: None) -> list[Sample]:
-    """Times every shape. On a slow machine the long ones are left out when `seconds` are over."""
+    """Times every shape. After `seconds`, shapes with more than `ALWAYS` keys are left out.
+
+    Calls `advance` after each shape. Raises a ValueError if the CPU kernels are not loaded.
+    """
     if not _library.has_kernel("sparse_attention", "CPU"):
         raise ValueError(f"tune: no CPU kernels: {_library.cpu.error}. Cure: {_library.cpu.cure}")
     begin, samples = time.perf_counter(), []
@@ -131,8 +136,7 @@ def _works(shape: Call) -> list[Work]:
 
 
 def _inputs(shape: Call) -> tuple[torch.Tensor, ...]:
-    """q, k, v in the layout of a model. They have an attention sink and slowly changing topics, which an index
-    finds."""
+    """q, k, v in the layout of a model. They have an attention sink and slowly changing topics for an index to find."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(heads: int, n: int) -> torch.Tensor:
@@ -174,7 +178,7 @@ def _sdpa(q, k, v, mask) -> torch.Tensor:
 
 
 def fit(samples: Sequence[Sample], source: str = "a measurement") -> Costs:
-    """Coefficients for every dtype and kind of work: none is negative, and the relative errors are small."""
+    """Fits the coefficients of every dtype and kind of work. None is negative, and the fit is to relative errors."""
     coefficients: dict[str, dict[str, dict[str, float]]] = {}
     residuals: dict[str, dict[str, dict[str, float]]] = {}
     costs = Costs(
@@ -186,7 +190,7 @@ def fit(samples: Sequence[Sample], source: str = "a measurement") -> Costs:
         for kind in sorted({sample.kind for sample in mine}, key=lambda kind: kind == "stitch"):
             of_kind = [sample for sample in mine if sample.kind == kind]
             names = list(of_kind[0].terms)
-            # A mixed index includes the indices of its families, whose coefficients are known by now.
+            # A mixed index includes the indices of its families. Their coefficients are already known at this point.
             known = [_families(costs, sample) if kind == "stitch" else 0.0 for sample in of_kind]
             values = non_negative_fit(
                 [[sample.terms[name] / sample.seconds for name in names] for sample in of_kind],
@@ -212,8 +216,10 @@ def _families(costs: Costs, sample: Sample) -> float:
 
 
 def non_negative_fit(rows: Sequence[Sequence[float]], targets: Sequence[float]) -> list[float]:
-    """The x ≥ 0 with the least Σ |rows · x - targets|, by reweighted least squares. So one shape whose timing was
-    disturbed does not spoil the fit of the others."""
+    """The x ≥ 0 with the least Σ |rows · x - targets|, found by reweighted least squares.
+
+    With this sum of absolute values, one shape with a disturbed timing does not spoil the fit of the others.
+    """
     matrix, target = np.array(rows), np.array(targets)
     weights = np.ones(len(target))
     for _ in range(15):
@@ -223,7 +229,7 @@ def non_negative_fit(rows: Sequence[Sequence[float]], targets: Sequence[float]) 
 
 
 def non_negative_least_squares(matrix: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """The x ≥ 0 with the least |matrix · x - target|². Tries every set of non-zero coefficients; there are few."""
+    """The x ≥ 0 with the least |matrix · x - target|². It tries every set of non-zero coefficients. There are few."""
     scale = abs(matrix).max(0) + 1e-300
     matrix = matrix / scale
     best, least = np.zeros(len(scale)), target @ target

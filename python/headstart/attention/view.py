@@ -1,7 +1,7 @@
-"""A view of a model: modules, hooks and configs of its own, over the weights of the model.
+"""A view of a model has its own modules, hooks and configs, and shares the weights of the model.
 
-A call may have to change what a model does: the attention that runs, hooks that look on. It makes the change in a view.
-The model itself stays as it is, so other threads may run it, or make views of it, at the same time.
+A call may have to change what a model does, for example its attention, or add hooks. It makes the change in a view. The
+model itself stays unchanged, so other threads may run it, or make views of it, at the same time.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def view_of(model: Model) -> Model:
     """A model that computes what `model` computes, and shares its parameters and buffers.
 
     The modules of both have the same dictionaries of parameters and buffers. If a weight is replaced in the model, as
-    streamed weights are, the view has the new one too. A hook or a forward that is a closure over a module of the model
-    still uses that module.
+    happens with streamed weights, the view has the new one too. A hook or a forward that is a closure over a module of
+    the model still uses the model's module.
     """
     copies: dict[int, Any] = {id(module): object.__new__(type(module)) for module in model.modules()}
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .._expect import expect, expect_value
-from ..model.load import find, load_model
+from ..model.load import find_checkpoint, load_model
 from ..weights.convert import Original, check_output, convert
 from ..weights.files import FILE
 from ..weights.int4_quantize import Quantize, choose_layers
@@ -65,7 +65,7 @@ def quantize(
 
 
 def _original(model: str | os.PathLike, dtype: torch.dtype | None) -> Original:
-    folder, gguf = find(model, OP)
+    folder, gguf = find_checkpoint(model, OP)
     if gguf is None:
         return Original.of_folder(OP, folder)
     reader, tokenizer = load_model(model, dtype=dtype)

@@ -1,14 +1,14 @@
-"""A fixed context that many questions share. It is read once and clustered, and questions look up what they need of it.
+"""A fixed context that many questions share. It is read once and clustered. A question looks up the keys that it needs.
 
     context = Context.build(model, ids)            # or Context.load(folder)
     cache = context.cache(density=0.2)
     model.generate(question, past_key_values=cache)
     cache.reset()                                   # the next question
 
-The context's tokens have the positions -N to -1. So a question begins at position 0, and for `generate` it is an
-ordinary prompt with a mask, padding and length of its own. This is exact, because rotary embeddings depend only on
-differences of positions. A layer attends the context by `centroid_lookup` and `sparse_attention`; all rows of a batch
-share its keys and values. It attends the question densely. `merge_attention` combines both.
+The context's tokens have the positions -N to -1. So a question begins at position 0. For `generate` it is an ordinary
+prompt with its own mask, padding and length. This is exact, because rotary embeddings depend only on differences of
+positions. A layer attends the context by `centroid_lookup` and `sparse_attention`. All rows of a batch share the
+context's keys and values. The layer attends the question densely. `merge_attention` combines both.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .layer import BLOCK, BUDGETS, WINDOW, LayerContext, Rope, arrange, concat_l
 DEFAULT_DENSITY = 0.2
 SELECTIONS = ("threshold", "top_k", "top_p")
 # If the keys of a layer have fewer values than this (heads · tokens · head dim), the whole context is attended, because
-# a lookup takes longer than attending all. Measured (docs/measurements/context.md, "A fixed context").
+# a lookup takes longer than attending all keys. This was measured (docs/measurements/context.md, "A fixed context").
 BREAK_EVEN = 2**20
 
 
@@ -47,10 +47,12 @@ BREAK_EVEN = 2**20
 class Context:
     """The clustered keys and values of a text, for every layer of a model.
 
-    - ``layers``: a `LayerContext` for each layer;
-    - ``model``: the fingerprint of the model that read the text, and a checksum of some of its weights;
-    - ``tokens``: the number of tokens; ``token_hash``: SHA-256 of their ids as little-endian int64;
-    - ``rope``: how the model rotates keys by their position; if this is unknown, None, and `concat` cannot work;
+    - ``layers``: a `LayerContext` for each layer.
+    - ``model``: the fingerprint of the model that read the text, and a checksum of some of its weights.
+    - ``tokens``: the number of tokens.
+    - ``token_hash``: SHA-256 of the token ids as little-endian int64. For a context made by `concat`, it is SHA-256 of
+      the parts' hashes.
+    - ``rope``: how the model rotates keys by their position. None if this is unknown; then `concat` cannot work.
     - ``settings``: the arguments that made the clusters.
     """
 
@@ -77,17 +79,18 @@ class Context:
         """Reads input_ids [1, N] once and clusters every layer's keys.
 
         Args:
-            model: a transformers model with rotary embeddings, whose layers attend all earlier tokens. If it is
-                patched, it reads as it is patched; if not, it reads with the attention that `prefill` names. The model
-                is not changed, and may run in other threads meanwhile.
+            model: a transformers model with rotary embeddings, whose layers attend all earlier tokens. A patched model
+                reads with the plan of its patch. Any other model reads with the attention that `prefill` names. The
+                model is not changed, and other threads may run it at the same time.
+            input_ids: int64 or int32 [1, N], at least 64 tokens.
             clusters: the number of clusters, as a share of the keys.
-            parents: the number of clusters of a second level above them, as a share of the keys; None for one level.
+            parents: the number of clusters of a second level above them, as a share of the keys. None means one level.
             prefill: as in `headstart.patch`.
-            seed: for the clustering; the same seed gives the same context.
-            advance: called when a layer reads the text, and after it is clustered.
+            seed: for the clustering. The same seed gives the same context.
+            advance: called when a layer reads the text, and after the layer is clustered.
 
         Raises:
-            ValueError: if an argument is wrong, or if the model does not work with a context. The error says why.
+            ValueError: an argument is wrong, or the model does not work with a context. The error says why.
         """
         op = "Context.build"
         _checks.tensor(op, "input_ids", input_ids, (torch.int64, torch.int32), (1, "N"))
@@ -126,15 +129,17 @@ class Context:
     @classmethod
     @torch.inference_mode()
     def concat(cls, contexts: Sequence[Context]) -> Context:
-        """Makes one context of several, one after another, without reading them again. Keys and centroids are rotated
-        to their new positions; the clusters stay the same.
+        """Joins several contexts, one after another, without reading their texts again.
+
+        Keys and centroids are rotated to their new positions. The clusters stay the same. The thresholds are those of
+        the last context.
 
         When a later text was read, it did not attend the earlier ones (as in TurboRAG, Lu et al., 2024, arXiv
         2410.07590). A text that was cut in two lost 0.07 nats a token on source code, and nothing on help texts
-        (docs/measurements/context.md, "A fixed context"). The thresholds are those of the last context.
+        (docs/measurements/context.md, "A fixed context").
 
         Raises:
-            ValueError: if the contexts are of different models, or if it is unknown how the model rotates its keys.
+            ValueError: the contexts are of different models, or it is unknown how the model rotates its keys.
         """
         op, contexts = "Context.concat", list(contexts)
         _checks.expect(len(contexts) > 0, op, "contexts", "at least one", 0)
@@ -160,16 +165,20 @@ class Context:
         )
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes a folder with context.safetensors and context.json, whole or not at all."""
+        """Writes a folder with context.safetensors and context.json, whole or not at all.
+
+        Raises a ValueError if the folder exists and is neither empty nor the folder of a context.
+        """
         context_file.save(folder, **vars(self))
 
     @classmethod
     def load(cls, folder: str | os.PathLike, *, verify: bool = True) -> Context:
-        """Opens what `save` wrote. The tensors are mapped, not copied. With `verify`, they are read once, and their
-        checksums are compared.
+        """Opens a folder that `save` wrote.
+
+        The tensors are mapped, not copied. With `verify`, they are read once, and their checksums are compared.
 
         Raises:
-            ValueError or FileNotFoundError: if a file or a field is damaged or missing. The error names it.
+            ValueError or FileNotFoundError: a file or a field is damaged or missing. The error names it.
         """
         return cls(**context_file.load(folder, verify=verify))
 
@@ -183,23 +192,25 @@ class Context:
         budget: str = "measured",
         hierarchical: bool | None = None,
     ) -> ContextCache:
-        """A cache for `past_key_values` of a patched model. It holds this context, and has room for a batch of
-        questions.
+        """A cache to pass as `past_key_values` to a patched model. It holds this context and a batch of questions.
 
         Args:
-            batch_size: the number of questions; `generate` may use several rows for each.
+            batch_size: the number of questions. `generate` may use several rows for each.
             density: the share of the clustered keys that a query attends, above 0 and up to 1. It is a mean over
-                layers, heads and the calibrating queries. With 1, queries attend everything. Sinks and the last keys
-                are always attended.
-            selection: "threshold" takes the clusters whose score exceeds a threshold; "top_k" takes the same number of
-                keys for every query; "top_p" takes the fewest clusters that have the share `mass` of a query's
-                attention, whatever the density.
-            mass: for "top_p", above 0 and up to 1.
-            budget: how the heads share the attended keys. "measured" has the least error for the calibrating queries;
-                "equal" gives all heads the same share, as top-k always does; "global" has one threshold for all layers
+                layers, heads and the calibrating queries. With 1, queries attend all keys. Sinks and the last keys are
+                always attended.
+            selection: "threshold" takes the clusters whose score is above a threshold. "top_k" takes the same number of
+                keys for every query. "top_p" takes the fewest clusters that have the share `mass` of a query's
+                attention; it does not use the density.
+            mass: for "top_p" only, above 0 and up to 1.
+            budget: how the heads share the attended keys. "measured" has the least error for the calibrating queries.
+                "equal" gives all heads the same share, as top-k always does. "global" has one threshold for all layers
                 and heads.
-            hierarchical: look up parents first, and then only the children of the kept parents. None means: if there
-                are parents.
+            hierarchical: whether to look up parents first, and then only the children of the kept parents. None means
+                true if there are parents and `selection` is not "top_p".
+
+        Raises:
+            ValueError: an argument is wrong. The message names it, what was expected and what was got.
         """
         return ContextCache(self, batch_size, density, selection, mass, budget, hierarchical)
 
@@ -232,7 +243,7 @@ def model_fingerprint(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def _weights_checksum(model: torch.nn.Module) -> int:
-    """CRC-32 over one row of each weight."""
+    """The CRC-32 of the first row of each weight."""
     crc = 0
     for parameter in model.base_model.parameters():
         row = parameter.detach().flatten()[: parameter.shape[-1]].cpu().contiguous()
@@ -241,7 +252,7 @@ def _weights_checksum(model: torch.nn.Module) -> int:
 
 
 def find_rope(model: torch.nn.Module) -> Rope | None:
-    """How the model rotates its keys. The model rotates an example; if the result is not as expected, None."""
+    """How the model rotates its keys, or None if this is unknown. The model rotates an example to find out."""
     rotary = [module for module in model.modules() if isinstance(getattr(module, "inv_freq", None), torch.Tensor)]
     functions = (
         modeling_attribute(module, "apply_rotary_pos_emb") for module in model.modules() if hasattr(module, "layer_idx")
@@ -272,8 +283,10 @@ def find_rope(model: torch.nn.Module) -> Rope | None:
 
 
 def _read(model, input_ids, advance) -> tuple[DynamicCache, dict[int, torch.Tensor]]:
-    """The keys and values of input_ids [1, N] at the positions -N to -1, and the queries of the last window by
-    layer."""
+    """Reads input_ids [1, N] at the positions -N to -1.
+
+    Returns the cache with the keys and values, and the queries of the last window by layer.
+    """
     positions = torch.arange(-input_ids.shape[1], 0, device=input_ids.device)[None]
     cache = DynamicCache()
     layers = [module for module in model.modules() if attachment(module) is not None]
@@ -286,7 +299,7 @@ def _read(model, input_ids, advance) -> tuple[DynamicCache, dict[int, torch.Tens
 
 
 class ContextLayer(DynamicLayer):
-    """One layer of the cache: the context, which stays, and the part of the questions, which grows and is reset."""
+    """One layer of the cache: the context, which stays, and the questions' part, which grows and can be reset."""
 
     def __init__(self, layer: LayerContext, cache: ContextCache, threshold, parent_threshold):
         super().__init__()
@@ -299,8 +312,11 @@ class ContextLayer(DynamicLayer):
         return ContextKeys(keys, self), values
 
     def attend(self, config, q, k, v, scale: float | None, kv_start: torch.Tensor | None):
-        """Attends the context by lookup, and the question's k and v [B, Hkv, Nk, D] causally, with q [B, Hq, Nq, D].
-        Returns the output [B, Hq, Nq, D], and the index of the attended part of the context."""
+        """The attention of q [B, Hq, Nq, D] over the context and over the question's k and v [B, Hkv, Nk, D].
+
+        It attends the context by lookup, and the question causally. Returns the output [B, Hq, Nq, D], and the index of
+        the attended part of the context.
+        """
         _expect_model(self.cache.context, config)
         nq, nk = q.shape[2], k.shape[2]
         own, own_lse = sparse_attention(q, k, v, full_index(nq, nk, q.device), scale=scale, kv_start=kv_start)
@@ -382,6 +398,6 @@ def _index(layer: ContextLayer, q: torch.Tensor, scale: float | None) -> BlockIn
 
 @functools.lru_cache(maxsize=64)
 def _blocks(first: int, end: int, rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Counts [1, 1, rows] and ids [1, 1, rows, T] of the blocks from key `first`, a multiple of 64, to key `end`."""
+    """Counts [1, 1, rows] and ids [1, 1, rows, T] of the blocks from key `first` (a multiple of 64) to key `end`."""
     ids = torch.arange(first // BLOCK, -(-end // BLOCK), dtype=torch.int32, device=device)
     return torch.full((1, 1, rows), len(ids), dtype=torch.int32, device=device), ids.repeat(1, 1, rows, 1)

@@ -1,7 +1,7 @@
 """The folder of a fixed context: context.safetensors and context.json.
 
-The tensors of layer i have names ``layers.i.<field>``. They are mapped when they are loaded, not copied. The JSON file
-has the fingerprint of the model and of the tokens, the rotary embedding, and a CRC-32 of every tensor.
+The tensors of layer i have names ``layers.i.<field>``. Loading maps them and does not copy them. The JSON file has the
+fingerprint of the model and of the tokens, the rotary embedding, and a CRC-32 of every tensor.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ PARENT_SCORES = ("parent_scores", "child_scores")
 
 
 def save(folder: str | os.PathLike, layers: Sequence[LayerContext], rope: Rope | None, **description) -> None:
-    """`description` has the other fields of `Context`: the model, the tokens and the settings."""
+    """Writes a context's folder, whole or not at all.
+
+    `description` has the other fields of `Context`: the model, the tokens, their hash and the settings.
+    """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / DESCRIPTION).exists())):
         raise ValueError(f"Context.save: folder: expected a new folder, an empty one or a context's, got {folder}")
@@ -66,7 +69,10 @@ def _checksum(x: torch.Tensor) -> int:
 
 
 def load(folder: str | os.PathLike, *, verify: bool) -> dict[str, Any]:
-    """The arguments that `save` got."""
+    """Reads a folder, and returns the arguments that `save` got. With `verify`, it compares the checksums.
+
+    Raises a ValueError or a FileNotFoundError that names the damaged or missing file or field.
+    """
     folder = Path(folder)
     for name in (DESCRIPTION, TENSORS):
         if not (folder / name).is_file():

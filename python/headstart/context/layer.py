@@ -5,13 +5,15 @@ Keys that are attended together are stored together:
     [ keys of cluster 0 | keys of cluster 1 | ... | keys of cluster C - 1 ][ kept: the first and the last keys ]
       0 ............................................................... M   M ............................. N
 
-Every query attends the kept keys. M is a multiple of 64, so they are whole blocks of a `BlockIndex`; the clusters that
-a query needs are its columns. The queries at the end of the context, the observation window, show how scores are
-distributed. A table of their quantiles tells which threshold leaves out which share of the keys, so any density can be
-chosen later. The same queries show how large the error of each head is at each share, and so which heads need more
-keys. For example, a head that looks for one key, which the mean of its cluster hides, keeps more of them.
+Every query attends the kept keys. M is a multiple of 64, so the kept keys are whole blocks of a `BlockIndex`. The keys
+of the clusters that a query needs are the columns of the index.
 
-Source: Squeezed Attention (Hooper et al., 2024, arXiv 2411.09688), section 3; shares by measured error are our own.
+The last queries of the context are the observation window. They show how scores are distributed. A table of the
+quantiles of their scores says which threshold leaves out which share of the keys, so any density can be chosen later.
+The same queries show how large the error of each head is at each share. Heads with a larger error get more keys. For
+example, a head may look for one key that the mean of its cluster hides. Such a head keeps more keys.
+
+Source: Squeezed Attention (Hooper et al., 2024, arXiv 2411.09688), section 3. The shares by measured error are new.
 """
 
 from __future__ import annotations
@@ -29,17 +31,17 @@ from ..ops.centroid_lookup import KeyClusters
 from ..reference.centroid_lookup import log_scores, select
 
 BLOCK = 64
-SINK = 4  # first keys, always kept
-WINDOW = 100  # last keys, always kept; their queries calibrate
-LEVELS = 257  # of a quantile table: shares of the keys that are left out, from 0 to 1
-LARGEST_CLUSTER = 4  # times the mean size; larger ones are split
+SINK = 4  # this number of first keys is always kept
+WINDOW = 100  # this number of last keys is always kept; their queries are the observation window
+LEVELS = 257  # the entries of a quantile table, for shares of left out keys from 0 to 1
+LARGEST_CLUSTER = 4  # clusters larger than this times the mean size are split
 BUDGETS = ("measured", "equal", "global")
 # `LayerContext.errors` are measured with these shares of the clustered keys left out.
 SHARES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
-ERROR_ELEMENTS = 2**23  # for each head, errors are measured with at most so many attention weights
+ERROR_ELEMENTS = 2**23  # for each KV head, errors are measured with at most this number of attention weights
 # The scores of the children of kept parents are calibrated at these sparsities.
 PARENT_GRID = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
-# Parents keep this many times as many keys as their children are to keep.
+# The number of keys that the kept parents have, divided by the number that their children should keep.
 PARENT_ROOM = 2.0
 
 
@@ -47,17 +49,18 @@ PARENT_ROOM = 2.0
 class LayerContext:
     """A fixed context in one layer.
 
-    - ``keys``, ``values`` [Hkv, N, D], in the order drawn above;
-    - ``clusters``: the clusters of the first M keys;
-    - ``queries`` [Hq, W, D]: the queries of the observation window;
-    - ``scores`` float32 [Hkv, LEVELS]: quantiles of the ln of the scores. A share of i / (LEVELS - 1) of the clustered
-      keys has at most the score of entry i, over the queries of the window; of the query heads that share a KV head,
-      the best score counts;
-    - ``errors`` float32 [Hkv, len(SHARES)]: |o' - o|^2 / |o|^2, where the output o' leaves out each of SHARES. It is a
-      mean over the queries of the window and the query heads of a KV head, and never falls from one share to the next;
-    - ``parent_scores``: like ``scores``, for the parents; None without parents;
+    - ``keys``, ``values`` [Hkv, N, D], in the order drawn above.
+    - ``clusters``: the clusters of the first M keys.
+    - ``queries`` [Hq, W, D]: the queries of the observation window.
+    - ``scores`` float32 [Hkv, LEVELS]: quantiles of the ln of the scores, over the queries of the window. A share of
+      i / (LEVELS - 1) of the clustered keys has at most the score of entry i. The score of a key is the best one of the
+      query heads that share the KV head.
+    - ``errors`` float32 [Hkv, len(SHARES)]: |o' - o|^2 / |o|^2, where o is the output and o' leaves out each of SHARES.
+      It is a mean over the queries of the window and the query heads of a KV head. It never falls from one share to the
+      next.
+    - ``parent_scores``: like ``scores``, for the parents. None without parents.
     - ``child_scores`` float32 [len(PARENT_GRID), Hkv, LEVELS]: like ``scores``, for the clusters whose parents are kept
-      at each share left out of PARENT_GRID; None without parents.
+      when the children should leave out each share of PARENT_GRID (`parent_share`). None without parents.
     """
 
     keys: torch.Tensor
@@ -130,14 +133,14 @@ def _parent_sizes(clusters: KeyClusters) -> torch.Tensor:
 
 
 def _logits(queries: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """float32 [1, Hkv, G, W, C]."""
+    """The scaled products of queries and centroids, float32 [1, Hkv, G, W, C]."""
     heads, group = len(centroids), len(queries) // len(centroids)
     grouped = queries.float().unflatten(0, (heads, group))
     return (grouped @ centroids.float().mT[:, None] / math.sqrt(queries.shape[-1]))[None]
 
 
 def _best_scores(queries, centroids, sizes) -> torch.Tensor:
-    """The ln of the best score over the group, float32 [Hkv, W, C]; -inf for an empty cluster."""
+    """The ln of the best score over the group, float32 [Hkv, W, C]. It is -inf for an empty cluster."""
     counted = torch.ones_like(sizes, dtype=torch.bool)[:, None, None]
     return log_scores(_logits(queries, centroids), sizes[:, None, None], counted[None]).amax(2)[0]
 
@@ -155,8 +158,7 @@ def quantiles(scores: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
 
 
 def _errors(keys, values, clusters: KeyClusters, queries, best_scores, scores) -> torch.Tensor:
-    """Computes `LayerContext.errors`. A query sees no later key of the window. For a long context, some queries
-    suffice."""
+    """Computes `LayerContext.errors`. A query sees no later key of the window. A long context uses fewer queries."""
     heads, group = len(keys), len(queries) // len(keys)
     m, n, w = clusters.order.shape[1], keys.shape[1], queries.shape[1]
     step = math.ceil(group * w * n / ERROR_ELEMENTS)
@@ -180,8 +182,11 @@ def _errors(keys, values, clusters: KeyClusters, queries, best_scores, scores) -
 
 
 def _child_quantiles(clusters: KeyClusters, queries: torch.Tensor, limit: torch.Tensor) -> torch.Tensor:
-    """Quantiles of the clusters whose parents' ln score exceeds `limit` [Hkv]. As in the lookup, the sum of the scores
-    is over these clusters only. Clusters of other parents score lower than all of them."""
+    """Quantiles of the clusters whose parents have an ln score above `limit` [Hkv].
+
+    As in the lookup, the sum of the scores is over these clusters only. Clusters of other parents get a lower score
+    than all of them.
+    """
     sizes, children = clusters.cluster_offsets.diff(dim=-1), clusters.parent_offsets.diff(dim=-1).long()
     every = torch.ones(1, len(sizes), 1, children.shape[1], dtype=torch.bool, device=sizes.device)
     kept, _ = select(
@@ -199,13 +204,15 @@ def _child_quantiles(clusters: KeyClusters, queries: torch.Tensor, limit: torch.
 def thresholds(
     layers: Sequence[LayerContext], density: float, budget: str, hierarchical: bool
 ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Thresholds that keep a share of `density` of all clustered keys. The ln of a score must exceed them. Every layer
-    has two: float32 [Hkv] for the clusters, and float32 [Hkv] for the parents, or None if not `hierarchical`.
+    """Thresholds that keep a share of `density` of all clustered keys. The ln of a score must be above the threshold.
+
+    Every layer has two: float32 [Hkv] for the clusters, and float32 [Hkv] for the parents, or None if not
+    `hierarchical`.
 
     Args:
-        budget: "measured": every head leaves out the share that `head_shares` gives it; "equal": all heads leave out
-            the same share; "global": all heads and layers have one threshold, and heads with widely spread attention
-            keep more.
+        budget: with "measured", every head leaves out the share that `head_shares` gives it. With "equal", all heads
+            leave out the same share. With "global", all heads and layers have one threshold, and heads with widely
+            spread attention keep more keys.
     """
     if budget == "measured":
         shares = head_shares([layer.errors for layer in layers], 1 - density)
@@ -226,11 +233,11 @@ def thresholds(
 
 
 def head_shares(errors: Sequence[torch.Tensor], left_out: float) -> list[torch.Tensor]:
-    """The share of the keys that every head leaves out, float32 [Hkv] for every layer. Its mean is `left_out`, and the
-    sum of the errors, [Hkv, len(SHARES)] for every layer, is least.
+    """The share of the keys that every head leaves out, float32 [Hkv] for every layer.
 
-    At a given price for a key, every head takes the share with the least total of error and price. Bisection finds the
-    price. The answers at the last two prices are mixed so that the mean is `left_out`.
+    `errors` is [Hkv, len(SHARES)] for every layer. The mean of the result is `left_out`, and the sum of the errors is
+    the least possible. At a given price for a key, every head takes the share with the least total of error and price.
+    Bisection finds the price. The answers at the last two prices are mixed so that the mean is `left_out`.
     """
     table = torch.cat(list(errors))
     shares = torch.tensor(SHARES, device=table.device)
@@ -249,8 +256,10 @@ def head_shares(errors: Sequence[torch.Tensor], left_out: float) -> list[torch.T
 
 
 def interpolate(table: torch.Tensor, share: torch.Tensor | float) -> torch.Tensor:
-    """Interpolates a table [H, n] of values at n levels from 0 to 1: row h at level share[h], float32 [H]. At level 0,
-    where nothing is left out, the result is -inf."""
+    """Interpolates a table [H, n] of values at n levels from 0 to 1: row h at level share[h], float32 [H].
+
+    At level 0 the result is -inf, because nothing is left out.
+    """
     share = torch.as_tensor(share, dtype=table.dtype, device=table.device).expand(len(table))
     place = share * (table.shape[1] - 1)
     low = place.long().clamp(max=table.shape[1] - 2)
@@ -259,7 +268,7 @@ def interpolate(table: torch.Tensor, share: torch.Tensor | float) -> torch.Tenso
 
 
 def parent_share(share: torch.Tensor | float) -> torch.Tensor:
-    """The share of the keys that parents leave out, if their children are to leave out `share`."""
+    """The share of the keys that parents leave out, if their children should leave out `share`."""
     return (1 - PARENT_ROOM * (1 - torch.as_tensor(share))).clamp(min=0)
 
 
@@ -299,9 +308,10 @@ class Rope:
 
 
 def concat_layers(chunks: Sequence[LayerContext], rope: Rope) -> LayerContext:
-    """One layer of several contexts, one after another. The last one keeps its positions.
+    """Joins one layer of several contexts, one after another. The last context keeps its positions.
 
-    The kept keys of every chunk stay kept, and the clusters stay the same. The thresholds are those of the last window.
+    The kept keys of every context stay kept, and the clusters stay the same. The thresholds are those of the last
+    window.
     """
     lengths = [chunk.keys.shape[1] for chunk in chunks]
     shifts = [-sum(lengths[i + 1 :]) for i in range(len(chunks))]

@@ -48,7 +48,7 @@ def load(
     from ..weights.sources import Checkpoint, open_source
 
     with quiet():
-        source = open_source(Checkpoint(*find(model, "load")))
+        source = open_source(Checkpoint(*find_checkpoint(model, "load")))
         if memory_budget is not None:
             if source.NOT_STREAMED is not None:
                 what, cure = source.NOT_STREAMED
@@ -101,13 +101,13 @@ def load_model(model: str | os.PathLike, *, dtype: torch.dtype | None = None):
     """(model, tokenizer) of what `load` opens; it raises what `load` raises."""
     import transformers
 
-    folder, gguf = find(model, "load_model")
+    folder, gguf = find_checkpoint(model, "load_model")
     with quiet():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **({} if gguf is None else {"gguf_file": gguf}))
     return load(model, dtype=dtype), tokenizer
 
 
-def find(model: str | os.PathLike, op: str) -> tuple[Path, str | None]:
+def find_checkpoint(model: str | os.PathLike, op: str) -> tuple[Path, str | None]:
     """The folder of a model, and the name of the file in it if that is a GGUF."""
     path = smollm2_file() if os.fspath(model) == SMOLLM2 else Path(model)
     if path.is_file() and path.suffix == ".gguf":

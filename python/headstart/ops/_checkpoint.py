@@ -10,7 +10,10 @@ from . import _checks
 
 
 def entry(op: str, tensors: Mapping[str, torch.Tensor], field: str, *, required: bool = True) -> torch.Tensor | None:
-    """The tensor named `field` or ``<module>.field``; exactly one if `required`, else one or None."""
+    """The tensor whose name is `field` or ends in ``.<field>``, or None if there is none and it is not `required`.
+
+    Raises a ValueError if there is more than one such tensor, or if there is none and it is `required`.
+    """
     names = [name for name in tensors if name == field or name.endswith(f".{field}")]
     _checks.expect(len(names) <= 1, op, field, "one such tensor (pass one module's at a time)", sorted(names))
     if not names:

@@ -1,8 +1,8 @@
 """Input checks shared by all operators: every message names the argument, what was expected and what was got.
 
-`csrc/torch/checks.h` makes the same checks with the same words for callers who enter through a compiled kernel.
-Checks look at dtypes, shapes, strides and devices only, never at data, so they cost no synchronisation and work
-under `torch.compile`. Data (ids in range) are checked by the CPU kernels.
+`csrc/torch/checks.h` makes the same checks with the same words for those who call a compiled kernel through torch.ops.
+The checks look only at dtypes, shapes, strides and devices, never at data. So they cost no synchronisation and work
+under `torch.compile`. The CPU kernels check data, for example that ids are in range.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def dtype_names(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def describe(x: torch.Tensor) -> str:
-    """E.g. ``int64 [1, 8, 63, 12]``."""
+    """The dtype and shape as text, e.g. ``int64 [1, 8, 63, 12]``."""
     return f"{str(x.dtype).removeprefix('torch.')} [{', '.join(str(s) for s in x.shape)}]"
 
 
@@ -34,7 +34,7 @@ def tensor(
     shape: Sequence[int | str],
     like: torch.Tensor | None = None,
 ) -> None:
-    """Checks dtype and shape; a string in `shape` names a free dimension; `like` gives the device."""
+    """Checks dtype and shape, and that x is on the device of `like`. A string in `shape` stands for any size."""
     if not isinstance(x, torch.Tensor):
         fail(op, argument, "a tensor", type(x).__name__)
     dtypes = (dtypes,) if isinstance(dtypes, torch.dtype) else tuple(dtypes)
@@ -64,7 +64,7 @@ def block_size(op: str, argument: str, value: int) -> None:
 
 
 def query_key(op: str, q: torch.Tensor, k: torch.Tensor, *, causal: bool = True) -> None:
-    """q [B, Hq, Nq, D] and k [B, Hkv, Nk, D] as every attention operator takes them."""
+    """Checks q [B, Hq, Nq, D] and k [B, Hkv, Nk, D], which every attention operator takes."""
     tensor(op, "q", q, FLOAT_DTYPES, ("B", "Hq", "Nq", "D"))
     b, hq, nq, d = q.shape
     tensor(op, "k", k, q.dtype, (b, "Hkv", "Nk", d), like=q)

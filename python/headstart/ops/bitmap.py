@@ -1,10 +1,12 @@
-"""Bitmap-sparse weights: a bit for every position, and the values of the set ones, row by row.
+"""Bitmap-sparse weights: one bit for every position, and the values at the set bits, row by row.
 
-Endor (2024, arXiv 2406.11674) compresses pruned weights so, because what offloading waits for is bytes: a bf16 weight
-at 50 % density takes 9 bits. Values may be quantised too, to int8 (5 bits) or int4 (3 bits). The layout of bits and
-values is that of compressed-tensors' "sparse-bitmask", read and written here; row offsets make any row addressable.
+Endor (2024, arXiv 2406.11674) compresses pruned weights in this way, because offloading waits for bytes to arrive. A
+bf16 weight at 50 % density takes 9 bits. Values may also be quantised, to int8 (5 bits) or int4 (3 bits). The layout of
+bits and values is compressed-tensors' "sparse-bitmask", which this module reads and writes. Row offsets say where the
+values of each row begin.
 
-The maths in plain torch: `reference/bitmap.py`.
+The maths in plain torch: `reference/bitmap.py`. Triton kernels: `triton/bitmap.py`. Compiled kernels:
+`csrc/cpu/bitmap.cpp`, `csrc/cuda/bitmap_*.cu`.
 """
 
 from __future__ import annotations
@@ -25,13 +27,16 @@ VALUE_DTYPES = (*_checks.FLOAT_DTYPES, torch.float8_e4m3fn, torch.float8_e5m2, t
 class BitmapWeight:
     """A linear layer's weight [N, K] (out × in) as a bitmap and its non-zero values.
 
-    - ``values`` [nnz], row-major: the weight's dtype, or with ``scales`` int8, or uint8 [ceil(nnz/2)] of two signed
-      nibbles, value 2i low and 2i + 1 high;
-    - ``bitmask`` uint8 [N, ceil(K/8)]: bit j % 8 (from the lowest) of byte j // 8 is column j; pad bits are 0;
-    - ``row_offsets`` int64 [N + 1]: row n's values are ``row_offsets[n]`` to ``row_offsets[n + 1]``;
-    - ``shape``: (N, K);
-    - ``scales`` float32, float16 or bfloat16 [N, ceil(K/group_size)], or None: a weight is its value times the scale of
-      its group of ``group_size`` consecutive columns (-1: the whole row).
+    - ``values`` [nnz], row-major, in the weight's dtype. With ``scales`` they are quantised: int8 [nnz], or
+      uint8 [ceil(nnz/2)] with two signed nibbles in a byte, value 2i in the low one and value 2i + 1 in the high one.
+    - ``bitmask`` uint8 [N, ceil(K/8)]: bit j % 8 (counted from the lowest) of byte j // 8 is column j. Pad bits are 0.
+    - ``row_offsets`` int64 [N + 1]: row n's values are ``row_offsets[n]`` to ``row_offsets[n + 1]``.
+    - ``shape``: (N, K).
+    - ``scales`` float32, float16 or bfloat16 [N, ceil(K/group_size)], or None. With scales, a weight is its value times
+      the scale of its group.
+    - ``group_size``: the number of consecutive columns of a row that share a scale. -1 means the whole row.
+
+    Raises a ValueError if a dtype, a shape or a device is wrong. `validate` checks the data.
     """
 
     values: torch.Tensor
@@ -62,15 +67,22 @@ class BitmapWeight:
     def compress(cls, w: torch.Tensor, values: str = "same", group_size: int = 128) -> BitmapWeight:
         """Compresses w [N, K].
 
-        A weight pruned by multiplying with a mask holds -0.0 where it was negative, which is kept, bit by bit, at the
-        price of a value each; pass ``w + 0.0``, where they are 0.0, if the sign of a zero does not matter.
+        A weight that was pruned by multiplying with a mask holds -0.0 where it was negative. ``"same"`` keeps each
+        -0.0, and each costs a stored value. If the sign of a zero does not matter, pass ``w + 0.0``, which turns -0.0
+        into 0.0.
 
         Args:
-            w: any dtype of `VALUE_DTYPES`; to quantise, float32, float16 or bfloat16.
-            values: ``"same"`` keeps every bit of w (a weight is left out where all its bits are 0, so -0.0 stays);
-                ``"int8"`` and ``"int4"`` round to the nearest of a symmetric group scale, kept in w's dtype, and leave
-                out what rounds to 0.
-            group_size: consecutive columns that share a scale, or -1 for the whole row; unused for ``"same"``.
+            w: [N, K], a dtype of `VALUE_DTYPES`. To quantise, it must be float32, float16 or bfloat16.
+            values: ``"same"`` keeps every bit of w and leaves out the weights whose bits are all 0. ``"int8"`` and
+                ``"int4"`` round each weight to the nearest multiple of a symmetric group scale, and leave out the
+                weights that round to 0. Scales are in w's dtype.
+            group_size: consecutive columns that share a scale, or -1 for the whole row. ``"same"`` does not use it.
+
+        Returns:
+            A `BitmapWeight` of shape (N, K).
+
+        Raises:
+            ValueError: an argument is wrong, or w is to be quantised and is empty or not finite.
         """
         op = "BitmapWeight.compress"
         bits = _value_bits(op, values, w)
@@ -87,9 +99,10 @@ class BitmapWeight:
 
     @staticmethod
     def size(w: torch.Tensor, values: str = "same", group_size: int = 128) -> int:
-        """The bytes that `compress` would make of w [N, K]. Where few weights are 0 they are more than ``w.nbytes``.
+        """The number of bytes that `compress` would make of w [N, K]. If few weights are 0, it is above ``w.nbytes``.
 
-        Exact for ``"same"``; for the others, which leave out what rounds to 0 too, the most it can be.
+        The number is exact for ``"same"``. For ``"int8"`` and ``"int4"`` it is an upper bound, because weights that
+        round to 0 are also left out. The arguments are those of `compress`.
         """
         op = "BitmapWeight.size"
         value_bits = _value_bits(op, values, w)
@@ -104,7 +117,11 @@ class BitmapWeight:
         return -(-nnz * value_bits // 8) + tables + n * groups * w.element_size()
 
     def decompress(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The weight [N, K]; into `out`, of the same dtype and shape, if it is given."""
+        """The dense weight [N, K] in `self.dtype`.
+
+        If `out` is given, the weight is written there. `out` must be [N, K] in the same dtype, on the same device, with
+        a contiguous last dimension.
+        """
         tensors = (self.values, self.bitmask, self.row_offsets, self.shape[1])
         options = {"scales": self.scales, "group_size": self.group_size}
         if out is None:
@@ -119,10 +136,10 @@ class BitmapWeight:
         return BitmapWeight(*tensors, self.shape, scales, self.group_size)
 
     def validate(self, op: str = "BitmapWeight.validate", values: str = "values") -> BitmapWeight:
-        """Reads the data and raises a ValueError that names the damaged tensor, if one is; returns self.
+        """Reads the data, raises a ValueError that names the tensor if one is damaged, and returns self.
 
-        Checks that offsets begin at 0, do not fall and end at the number of values, that every row has as many set
-        bits as values, and that no pad bit is set.
+        It checks that the offsets begin at 0, do not fall and end at the number of values, that every row has as many
+        set bits as values, and that no pad bit is set.
         """
         offsets, cols = self.row_offsets, self.shape[1]
         counts = offsets.diff()
@@ -149,10 +166,11 @@ class BitmapWeight:
 
     @classmethod
     def from_compressed_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> BitmapWeight:
-        """One module's tensors in compressed-tensors' "sparse-bitmask": compressed, bitmask, shape, row_offsets.
+        """Reads one module's tensors in compressed-tensors' format "sparse-bitmask".
 
-        Names may be bare or ``<module>.<name>`` or, in older files, ``<module>.weight.<name>``. `row_offsets` there is
-        int64 [N] without the terminal. Raises a ValueError that names the damaged tensor.
+        The tensors are compressed [nnz], bitmask uint8 [N, ceil(K/8)], shape int64 or int32 [2], and row_offsets
+        int64 [N], which lacks the last offset. A name may be bare or ``<module>.<name>``. Older files use
+        ``<module>.weight.<name>``. Raises a ValueError that names the tensor if one is missing or damaged.
         """
         op = "BitmapWeight.from_compressed_tensors"
         n, k = _checkpoint.shape(op, tensors, "shape")
@@ -166,7 +184,10 @@ class BitmapWeight:
         return cls(values.contiguous(), bitmask.contiguous(), offsets, (n, k)).validate(op, "compressed")
 
     def to_compressed_tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors of "sparse-bitmask", by their names without the module; not for quantised values."""
+        """The tensors of "sparse-bitmask", by their names without the module.
+
+        Raises a ValueError if the weight is quantised, because the format has no quantised values.
+        """
         op = "BitmapWeight.to_compressed_tensors"
         _checks.expect(self.scales is None, op, "scales", "None: the format has no quantised values", "scales")
         return {
@@ -182,15 +203,15 @@ def bitmap_gemm(x: torch.Tensor, weight: BitmapWeight, bias: torch.Tensor | None
 
     Args:
         x: [..., K], float32, float16 or bfloat16, last dim contiguous.
-        weight: a `BitmapWeight` of shape (N, K) on x's device; values that are not quantised have x's dtype.
+        weight: a `BitmapWeight` of shape (N, K) on x's device. Values that are not quantised must have x's dtype.
         bias: [N] in x's dtype, or None.
 
     Returns:
-        [..., N] in x's dtype; sums are float32. A quantised weight is its value times its scale, which a kernel may
-        round to the scale's dtype as `decompress` does, or not.
+        [..., N] in x's dtype. Sums are float32. A quantised weight is its value times its scale. `decompress` rounds
+        this product to the scale's dtype; a kernel may do so or not.
 
     Raises:
-        ValueError or RuntimeError: naming the argument, what was expected and what was got.
+        ValueError or RuntimeError: an argument is wrong. The message names it, what was expected and what was got.
 
     Source: Endor (arXiv 2406.11674), with the product computed from the compressed weight.
     """
@@ -212,7 +233,7 @@ def bitmap_gemm(x: torch.Tensor, weight: BitmapWeight, bias: torch.Tensor | None
 
 
 def _value_bits(op, values, w):
-    """Of a quantised value; None if values are w's own."""
+    """The bits of a quantised value, or None if the values are w's own."""
     choices = {"same": None, "int8": 8, "int4": 4}
     _checks.expect(values in choices, op, "values", "'same', 'int8' or 'int4'", repr(values))
     _checks.tensor(op, "w", w, VALUE_DTYPES if values == "same" else _checks.FLOAT_DTYPES, ("N", "K"))
@@ -224,7 +245,10 @@ def _check_group_size(op, group_size):
 
 
 def _check_weight(op, values, bitmask, row_offsets, cols, scales, group_size):
-    """The tensors of one weight. Rows may be a slice of a larger weight: values are addressed by `row_offsets`."""
+    """Checks the tensors of one weight.
+
+    The rows may be a slice of a larger weight, because `row_offsets` says where the values of each row are.
+    """
     _checks.expect(cols >= 0, op, "cols", "no negative number", cols)
     dtypes = VALUE_DTYPES if scales is None else (torch.int8, torch.uint8)
     _checks.tensor(op, "values", values, dtypes, ("nnz",))
@@ -242,7 +266,7 @@ def _check_weight(op, values, bitmask, row_offsets, cols, scales, group_size):
 
 
 def _check_data(op, values, bitmask, row_offsets):
-    """On the CPU only, where reading data costs no synchronisation: no row may reach past the values."""
+    """Checks that no row reaches past the values. Only on the CPU, where reading data costs no synchronisation."""
     if values.device.type == "cpu" and bitmask.shape[0] > 0:
         first, counts = row_offsets[:-1], reference.count_bits(bitmask)
         stored = len(values) * (2 if values.dtype == torch.uint8 else 1)
@@ -351,7 +375,7 @@ def _bitmap_gemm_fake(x, values, bitmask, row_offsets, bias=None, *, cols, scale
     return x.new_empty((*x.shape[:-1], bitmask.shape[0]))
 
 
-# The only operator whose output size depends on data: for work ahead of time, it synchronises with the host.
+# The output size depends on the data, so this operator synchronises with the host. It is for work ahead of time.
 bitmap_compress = _library.define(
     "bitmap_compress",
     "(Tensor w) -> (Tensor values, Tensor bitmask, Tensor row_offsets)",

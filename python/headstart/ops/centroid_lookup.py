@@ -1,11 +1,12 @@
-"""Centroid lookup: which keys of a fixed context a block of queries needs, found by comparing it with centroids.
+"""Centroid lookup: comparing a block of queries with centroids finds the keys of a fixed context that it needs.
 
-Squeezed Attention (Hooper et al., 2024, arXiv 2411.09688) clusters the keys of a context that many requests share
-ahead of time, and attends only the clusters whose centroid scores above a threshold. Here keys are stored in cluster
-order, so a cluster is a run of positions; a selection is made per KV head (over its group of query heads) and per
-block of queries; and the result is the columns of a `BlockIndex`, which `sparse_attention` attends in place.
+Squeezed Attention (Hooper et al., 2024, arXiv 2411.09688) takes a context that many requests share and clusters its
+keys ahead of time. A query then attends only the clusters whose centroid scores above a threshold. headstart stores the
+keys in cluster order, so a cluster is a run of positions. It makes one selection for each KV head (over its group of
+query heads) and each block of queries. The result is the columns of a `BlockIndex`, with which `sparse_attention` reads
+the keys in place.
 
-Kernels: `csrc/cpu/centroid_lookup.cpp`, `csrc/cuda/centroid_lookup.cu`, `triton/centroid_lookup.py`; the maths in plain
+Kernels: `csrc/cpu/centroid_lookup.cpp`, `csrc/cuda/centroid_lookup.cu`, `triton/centroid_lookup.py`. The maths in plain
 torch, and the clustering: `reference/centroid_lookup.py`.
 """
 
@@ -23,14 +24,16 @@ from . import _checks
 
 @dataclass(frozen=True)
 class KeyClusters:
-    """The clusters of a fixed context's N keys, every KV head by itself.
+    """The clusters of a fixed context's N keys. Every KV head has its own clusters.
 
-    - ``centroids`` [Hkv, C, D]: the mean of each cluster's keys; 0 where the cluster is empty;
-    - ``cluster_offsets`` int32 [Hkv, C + 1]: cluster j is the permuted keys ``cluster_offsets[j]`` to
-      ``cluster_offsets[j + 1]``; from 0 to N;
-    - ``order`` int32 [Hkv, N]: the permuted key i is key ``order[i]`` of the context;
-    - ``parent_centroids`` [Hkv, P, D] and ``parent_offsets`` int32 [Hkv, P + 1], optional: parent p's children are the
-      clusters ``parent_offsets[p]`` to ``parent_offsets[p + 1]``; from 0 to C.
+    - ``centroids`` [Hkv, C, D], float32, float16 or bfloat16: the mean of each cluster's keys, 0 for an empty cluster.
+    - ``cluster_offsets`` int32 [Hkv, C + 1], from 0 to N: cluster j is the permuted keys ``cluster_offsets[j]`` to
+      ``cluster_offsets[j + 1]``.
+    - ``order`` int32 [Hkv, N]: the permuted key i is key ``order[i]`` of the context.
+    - ``parent_centroids`` [Hkv, P, D] and ``parent_offsets`` int32 [Hkv, P + 1], from 0 to C, optional: parent p's
+      children are the clusters ``parent_offsets[p]`` to ``parent_offsets[p + 1]``.
+
+    Raises a ValueError if a dtype, a shape or a device is wrong. `validate` checks the data.
     """
 
     centroids: torch.Tensor
@@ -58,10 +61,19 @@ class KeyClusters:
     ) -> KeyClusters:
         """Clusters the keys k [Hkv, N, D] of a fixed context by K-means on their directions (cosine).
 
-        A centroid is the mean of the keys as they are, in k's dtype. The same seed gives the same clusters. `parents`
-        adds a level above: the centroids themselves, clustered into so many. `max_size` cuts larger clusters into
-        pieces and leaves empty ones out, so there may be more clusters or fewer than asked for; heads that end with
-        fewer than others have empty ones at the end.
+        A centroid is the mean of its cluster's keys, not of their directions, in k's dtype.
+
+        Args:
+            k: [Hkv, N, D], float32, float16 or bfloat16.
+            num_clusters: clusters of each head, 1 to N.
+            seed: the same seed gives the same clusters.
+            parents: adds a second level, where the centroids themselves are clustered into this number of parents.
+            max_size: cuts clusters with more keys into pieces, and leaves empty clusters out. So the number of clusters
+                may be larger or smaller than `num_clusters`. A head with fewer clusters than another has empty ones at
+                the end.
+
+        Raises:
+            ValueError: an argument is wrong, or a key is not finite.
         """
         op = "KeyClusters.build"
         _checks.tensor(op, "k", k, _checks.FLOAT_DTYPES, ("Hkv", "N", "D"))
@@ -75,7 +87,7 @@ class KeyClusters:
         return cls(*reference.cluster(k, num_clusters, seed, parents, max_size)).validate(op)
 
     def permute(self, x: torch.Tensor) -> torch.Tensor:
-        """Keys or values [..., Hkv, N, D] of the context, in cluster order."""
+        """Puts keys or values x [..., Hkv, N, D] of the context in cluster order."""
         heads, n = self.order.shape
         _checks.expect(
             x.dim() >= 3 and x.shape[-3:-1] == (heads, n),
@@ -92,7 +104,7 @@ class KeyClusters:
         return KeyClusters(*(None if t is None else t.to(device) for t in tensors))
 
     def validate(self, op: str = "KeyClusters.validate") -> KeyClusters:
-        """Reads the data and raises a ValueError that names the damaged tensor, if one is; returns self."""
+        """Reads the data, raises a ValueError that names the tensor if one is damaged, and returns self."""
         n, c = self.order.shape[1], self.centroids.shape[1]
         _check_offsets(op, "cluster_offsets", self.cluster_offsets, n)
         in_order = torch.arange(n, device=self.order.device, dtype=torch.int32).expand_as(self.order)
@@ -117,33 +129,33 @@ def centroid_lookup(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The keys of a fixed context that each block of queries attends.
 
-    With n_j the number of keys of cluster j and c_j its centroid, cluster j is kept for a row where, for any query of
-    the row's block and of the KV head's group::
+    Let n_j be the number of keys of cluster j, and c_j its centroid. A row is one block of queries of one KV head. It
+    keeps cluster j if the following holds for any query of the block and any query head of the KV head's group::
 
         exp(scale * q·c_j) / sum_i n_i exp(scale * q·c_i) > threshold
 
-    computed in the log domain; empty clusters are neither kept nor counted. With parents, parents are kept so first
-    (n_p their keys, `parent_threshold`), and then only children of parents that the row kept are scored, the sum
-    restricted to them.
+    This is computed in the log domain. Empty clusters are neither kept nor counted. If the clusters have parents, the
+    row first chooses parents in the same way, with the number of their keys as n and with `parent_threshold`. Then only
+    the children of the parents that it keeps are scored, and the sum runs over them alone.
 
     Args:
-        q: [B, Hq, Nq, D], last dim contiguous; D a multiple of 8 up to 256.
-        clusters: `KeyClusters` of Hkv heads in q's dtype, Hkv divides Hq, shared by the batch.
-        threshold: a number, or float32 of one value, [Hkv] or [Hq]. 0 or less keeps every cluster. NaN is an error on
-            the CPU, and keeps every cluster elsewhere.
+        q: [B, Hq, Nq, D], float32, float16 or bfloat16, last dim contiguous. D is a multiple of 8 up to 256.
+        clusters: `KeyClusters` of Hkv heads in q's dtype, used for the whole batch. Hkv divides Hq.
+        threshold: a number, or a float32 tensor of one value, [Hkv] or [Hq]. 0 or less keeps every cluster. NaN is an
+            error on the CPU, and keeps every cluster on a GPU.
         scale: 1 / sqrt(D) if None.
-        block_q: queries that share a selection, any positive number; `sparse_attention` takes 64 and 128.
-        parent_threshold: like `threshold`; needed where the clusters have parents, and None where not.
-        max_columns: room for so many keys a row, all N if None. Past it the best-scoring clusters are kept, the last
-            of them cut to fit.
+        block_q: queries that share a selection, any positive number. `sparse_attention` needs 64 or 128.
+        parent_threshold: like `threshold`. It must be given if the clusters have parents, and only then.
+        max_columns: the most keys a row can get, all N if None. If the kept clusters have more keys, the row gets the
+            best-scoring clusters, and the last of them is cut to fit.
 
     Returns:
-        column_count int32 [B, Hkv, R] and column_index int32 [B, Hkv, R, min(max_columns, N)], R = ceil(Nq / block_q):
-        positions among the permuted keys, ascending. Entries past the count are unspecified, as `sparse_attention`
-        ignores them: a row has room for every key, and most of it is never touched.
+        column_count int32 [B, Hkv, R] and column_index int32 [B, Hkv, R, min(max_columns, N)], R = ceil(Nq / block_q).
+        The indices are positions among the permuted keys, in ascending order. Entries past the count are unspecified.
+        `sparse_attention` ignores them. A row has room for every key, and most of that room is never written or read.
 
     Raises:
-        ValueError or RuntimeError: naming the argument, what was expected and what was got.
+        ValueError or RuntimeError: an argument is wrong. The message names it, what was expected and what was got.
 
     Source: Squeezed Attention (arXiv 2411.09688), section 3, for grouped heads, blocks and batches.
     """
@@ -181,11 +193,25 @@ def centroid_top_p(
     block_q: int = 64,
     max_columns: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Like `centroid_lookup`, by the mass that is kept instead of a threshold: for every query the fewest best-scoring
-    clusters, without regard to parents, whose keys hold a share of `mass` (0 to 1) of its attention, as the centroids
-    estimate it: sum over them of n_j exp(scale * q·c_j) / sum_i n_i exp(scale * q·c_i).
+    """Like `centroid_lookup`, but selects clusters by the attention mass that they hold instead of by a threshold.
 
-    In plain torch on every device: a sort of all scores, which the threshold spares.
+    The centroids estimate the share of a query's attention that the keys of cluster j hold::
+
+        share_j = n_j exp(scale * q·c_j) / sum_i n_i exp(scale * q·c_i)
+
+    For every query, the best-scoring clusters are kept, as few as hold at least `mass` of its attention together. A row
+    keeps what any of its queries keeps. Parents are not used. The function runs in plain torch on every device, and
+    sorts all scores, which `centroid_lookup` need not do.
+
+    Args:
+        mass: a share above 0 and up to 1.
+        q, clusters, scale, block_q, max_columns: as in `centroid_lookup`.
+
+    Returns:
+        column_count int32 [B, Hkv, R] and column_index int32 [B, Hkv, R, min(max_columns, N)], as `centroid_lookup`.
+
+    Raises:
+        ValueError: an argument is wrong. The message names it, what was expected and what was got.
 
     Source: Double-P (size-weighted centroid top-p).
     """
@@ -194,7 +220,9 @@ def centroid_top_p(
     good = isinstance(mass, float | int) and 0 < mass <= 1
     _checks.expect(good, op, "mass", "a share above 0 and up to 1", mass)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-    _check(q, clusters.centroids, clusters.cluster_offsets, q.new_zeros(1).float(), scale, block_q, *(None,) * 4)
+    threshold = q.new_zeros(1).float()
+    parents = None, None, None
+    _check(q, clusters.centroids, clusters.cluster_offsets, threshold, scale, block_q, *parents, max_columns, op=op)
     n = clusters.order.shape[1]
     return reference.centroid_top_p(
         q,
@@ -234,7 +262,7 @@ def _check_threshold(op, argument, threshold, hkv, hq, like):
 
 
 def _check_offsets(op, argument, offsets, last):
-    """Data: every head's offsets rise from 0 to `last` (to anything if None)."""
+    """Checks that every head's offsets rise from 0 to `last`, or to any number if it is None."""
     ends = offsets[:, -1]
     good = (offsets[:, 0] == 0) & (offsets.diff(dim=-1) >= 0).all(-1) & ((ends == last) if last is not None else True)
     if not bool(good.all()):
@@ -254,8 +282,8 @@ def _check(
     parent_offsets,
     parent_threshold,
     max_columns,
+    op="centroid_lookup",
 ):
-    op = "centroid_lookup"
     _checks.tensor(op, "q", q, _checks.FLOAT_DTYPES, ("B", "Hq", "Nq", "D"))
     hq, d = q.shape[1], q.shape[3]
     _checks.head_dim(op, d)
@@ -277,7 +305,7 @@ def _check(
 
 
 def _check_data(cluster_offsets, threshold, parent_offsets, parent_threshold, clusters):
-    """On the CPU only, where reading data costs no synchronisation."""
+    """Checks the offsets and thresholds. Only on the CPU, where reading data costs no synchronisation."""
     op = "centroid_lookup"
     _check_offsets(op, "cluster_offsets", cluster_offsets, None)
     if parent_offsets is not None:
@@ -371,8 +399,9 @@ def _centroid_lookup_fake(
     return q.new_empty(rows, dtype=torch.int32), q.new_empty((*rows, max_columns), dtype=torch.int32)
 
 
-# The keys are not among the arguments, so without max_columns the op reads their number from cluster_offsets: a host
-# synchronisation on a GPU, and an output size that depends on data. `headstart.centroid_lookup` always passes it.
+# The keys are not among the arguments. So without max_columns the operator reads their number from cluster_offsets,
+# which on a GPU synchronises with the host, and the output size depends on data. `headstart.centroid_lookup` always
+# passes max_columns.
 _centroid_lookup = _library.define(
     "centroid_lookup",
     "(Tensor q, Tensor centroids, Tensor cluster_offsets, Tensor threshold, *, float scale, int block_q, "

@@ -1,12 +1,12 @@
 """Int4 weights: packed once in the order in which tensor cores and vector units read them, multiplied in place.
 
-QUICK (Kim et al., 2024, arXiv 2402.10076) interleaves quantised weights ahead of time, so that a kernel loads a word,
-dequantises it with one shift and one logic operation per register, and multiplies. Here one layout serves every
-device, and everything that belongs to 16 output columns stands together, so that a slice of 16, 32, ... columns of a
-weight is a slice of each of its tensors along dim 0, and neither slicing nor joining repacks anything.
+QUICK (Kim et al., 2024, arXiv 2402.10076) interleaves quantised weights ahead of time. A kernel then loads a word,
+dequantises it with one shift and one logic operation per register, and multiplies. headstart uses one layout for every
+device. All data of 16 output columns stand together. So a slice of 16, 32, ... output columns of a weight is a slice of
+each of its tensors along dim 0, and slicing and joining need no repacking.
 
-The layout: `csrc/layouts/int4.h`; kernels: `csrc/cpu/int4_gemm.cpp`, `csrc/cuda/int4_gemm_*.cu`, `triton/int4_gemm.py`;
-the maths in plain torch: `reference/int4_gemm.py`.
+The layout: `csrc/layouts/int4.h`. Kernels: `csrc/cpu/int4_gemm.cpp`, `csrc/cuda/int4_gemm*.cu`, `triton/int4_gemm.py`.
+The maths in plain torch: `reference/int4_gemm.py`.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from . import _checkpoint, _checks
 class Int4Weight:
     """A linear layer's weight [N, K] (out × in) in 4 bits: ``w[n, j] = (code[n, j] - zero[n, g]) * scale[n, g]``.
 
-    - ``packed`` int32 [ceil(N/16), ceil(K/32), 4, 16]: the codes, interleaved (`csrc/layouts/int4.h`);
-    - ``scales`` float32, float16 or bfloat16 [ceil(N/16), ceil(K/group_size), 16]: panel, group, column of the panel;
-    - ``zeros`` uint8, the same shape, or None: every zero point is 8 (symmetric);
-    - ``group_size``: consecutive columns of a row that share scale and zero, a multiple of 32, or -1: the whole row;
-    - ``shape``: (N, K);
+    - ``packed`` int32 [ceil(N/16), ceil(K/32), 4, 16]: the codes, interleaved (`csrc/layouts/int4.h`).
+    - ``scales`` float32, float16 or bfloat16 [ceil(N/16), ceil(K/group_size), 16]: panel, group, column of the panel.
+    - ``zeros`` uint8, the zero points, in the shape of ``scales``. None means that every zero point is 8 (symmetric).
+    - ``group_size``: the number of consecutive columns of a row that share a scale and a zero point, a multiple of 32.
+      -1 means the whole row.
+    - ``shape``: (N, K).
     - ``permutation`` int32 [K] or None: packed column j is column ``permutation[j]`` of the weight (GPTQ's act-order).
 
-    What pads N and K to whole panels and slabs is zero.
+    N is padded with zeros to whole panels of 16 columns, and K to whole slabs of 32. Raises a ValueError if a dtype, a
+    shape or a device is wrong.
     """
 
     packed: torch.Tensor
@@ -50,7 +52,7 @@ class Int4Weight:
 
     @classmethod
     def _of_codes(cls, codes, scales, zeros, group_size, permutation=None) -> Int4Weight:
-        """From codes [N, K], and scales and zeros [N, groups]; zeros that are all 8 are dropped."""
+        """The weight of codes [N, K], and scales and zeros [N, groups]. If all zeros are 8, they are not stored."""
         if zeros is not None and bool((zeros == 8).all()):
             zeros = None
         return cls(
@@ -66,7 +68,11 @@ class Int4Weight:
     def from_codes(
         cls, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None = None, *, group_size: int
     ) -> Int4Weight:
-        """Codes uint8 [N, K] and zeros uint8 [N, groups], both 0 to 15, and scales [N, groups]; no zeros: all are 8."""
+        """Packs codes uint8 [N, K], scales [N, groups] and zeros uint8 [N, groups], with groups = ceil(K / group_size).
+
+        Codes and zeros are 0 to 15. Without zeros, every zero point is 8. Scales are float32, float16 or bfloat16.
+        Raises a ValueError if an argument is wrong.
+        """
         op = "Int4Weight.from_codes"
         _checks.tensor(op, "codes", codes, torch.uint8, ("N", "K"))
         _checks.expect(codes.numel() > 0, op, "codes", "at least one row and column", list(codes.shape))
@@ -83,10 +89,11 @@ class Int4Weight:
 
     @classmethod
     def quantize(cls, w: torch.Tensor, group_size: int = 128, symmetric: bool = False) -> Int4Weight:
-        """Rounds w [N, K] to the nearest code, each group's range cut to where the squared error is least.
+        """Rounds w [N, K] to the nearest codes. It uses no calibration data.
 
-        Scales keep w's dtype (float32, float16 or bfloat16), and codes are chosen for the rounded scale. No
-        calibration data is used.
+        Each group's range is cut by the factor, from 1 down to 0.5 in steps of 0.025, that gives the least squared
+        error. Scales keep w's dtype (float32, float16 or bfloat16), and codes are chosen for the rounded scale. With
+        `symmetric`, every zero point is 8. Raises a ValueError if w is empty or not finite, or an argument is wrong.
         """
         op = "Int4Weight.quantize"
         _checks.tensor(op, "w", w, _checks.FLOAT_DTYPES, ("N", "K"))
@@ -122,10 +129,11 @@ class Int4Weight:
 
     @classmethod
     def from_awq(cls, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, group_size: int) -> Int4Weight:
-        """AWQ's "gemm" version: qweight int32 [K, N/8], qzeros int32 [K/G, N/8], scales [K/G, N].
+        """Reads AWQ's "gemm" version: qweight int32 [K, N/8], qzeros int32 [K/G, N/8], scales [K/G, N].
 
-        Nibble i of word c is column 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i]. The versions "gemv", "gemv_fast" and that of
-        llm-awq are laid out otherwise and are not read.
+        G is `group_size`. Nibble i of word c is column 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i]. The versions "gemv" and
+        "gemv_fast" and llm-awq's version have other layouts, which this function cannot read. Raises a ValueError if a
+        tensor has the wrong dtype or shape.
         """
         op = "Int4Weight.from_awq"
         _checks.tensor(op, "qweight", qweight, torch.int32, ("K", "N/8"))
@@ -139,7 +147,10 @@ class Int4Weight:
         return cls._of_codes(codes, scales.mT, zeros, group_size)
 
     def to_awq(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(qweight, qzeros, scales) of AWQ's "gemm" version; N must be a multiple of 8, without act-order."""
+        """(qweight, qzeros, scales) of AWQ's "gemm" version, as in `from_awq`.
+
+        Raises a ValueError unless N is a multiple of 8 and the weight has no permutation (act-order).
+        """
         op = "Int4Weight.to_awq"
         _checks.expect(self.permutation is None, op, "permutation", "None: AWQ has no act-order", "a permutation")
         _checks.expect(self.shape[0] % 8 == 0, op, "shape", "a multiple of 8 rows", self.shape)
@@ -158,11 +169,12 @@ class Int4Weight:
         group_size: int,
         version: int,
     ) -> Int4Weight:
-        """GPTQ: qweight int32 [K/8, N], qzeros int32 [K/G, ceil(N/8)], scales [K/G, N], g_idx int32 [K].
+        """Reads GPTQ: qweight int32 [K/8, N], qzeros int32 [K/G, ceil(N/8)], scales [K/G, N], g_idx int32 or int64 [K].
 
-        Version 1 (``"checkpoint_format": "gptq"``) stores a zero point as (zero - 1) modulo 16, version 2
-        (``"gptq_v2"``) as it is. Where g_idx is not in order (act-order), columns are sorted by group here, once,
-        and the activations at run time.
+        G is `group_size`. Version 1 (``"checkpoint_format": "gptq"``) stores a zero point as (zero - 1) modulo 16.
+        Version 2 (``"gptq_v2"``) stores it unchanged. If g_idx is not in order (act-order), this function sorts the
+        columns by group once, and `int4_gemm` sorts the activations in each call. Raises a ValueError if a tensor or
+        `version` is wrong.
         """
         op = "Int4Weight.from_gptq"
         _checks.tensor(op, "qweight", qweight, torch.int32, ("K/8", "N"))
@@ -177,7 +189,7 @@ class Int4Weight:
         return cls._of_codes(_permuted(codes, permutation), scales.mT, zeros, group_size, permutation)
 
     def to_gptq(self, version: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(qweight, qzeros, scales, g_idx); K must be a multiple of 8."""
+        """(qweight, qzeros, scales, g_idx) as in `from_gptq`. Raises a ValueError unless K is a multiple of 8."""
         op = "Int4Weight.to_gptq"
         _checks.expect(self.shape[1] % 8 == 0, op, "shape", "a multiple of 8 columns", self.shape)
         scales, zeros = self._groups(explicit_zeros=True)
@@ -187,10 +199,12 @@ class Int4Weight:
 
     @classmethod
     def from_compressed_tensors(cls, tensors: Mapping[str, torch.Tensor], group_size: int) -> Int4Weight:
-        """One module's tensors in the format "pack-quantized", named bare or ``<module>.<name>``.
+        """Reads one module's tensors in compressed-tensors' format "pack-quantized".
 
-        weight_packed int32 [N, ceil(K/8)], weight_scale [N, K/G], weight_shape [2], and optionally weight_zero_point
-        (int32 [ceil(N/8), K/G], or int8 [N, K/G] as older files have it) and weight_g_idx [K].
+        A name is bare or ``<module>.<name>``. The tensors are weight_packed int32 [N, ceil(K/8)], weight_scale
+        [N, K/G] and weight_shape [2]. Two more are optional: weight_zero_point, which is int32 [ceil(N/8), K/G] (in
+        older files int8 [N, K/G]), and weight_g_idx [K]. G is `group_size`. Raises a ValueError if a tensor is missing
+        or wrong.
         """
         op = "Int4Weight.from_compressed_tensors"
         n, k = _checkpoint.shape(op, tensors, "weight_shape")
@@ -256,17 +270,18 @@ def int4_gemm(
         x: [..., K], float32, float16 or bfloat16, last dim contiguous.
         weight: an `Int4Weight` of shape (N, K) on x's device.
         bias: [N] in x's dtype, or None.
-        int8_activations: lets a CPU round x to int8, ``round(x / s)`` with s = max |x| / 127 over each row's part of a
-            group (of 256 columns, where groups are longer): products and sums of integers are several times as fast.
-            A GPU computes with x as it is.
+        int8_activations: if true, a CPU rounds x to int8, as ``round(x / s)``. The scale is s = max |x| / 127 over the
+            columns of a group in one row, or over at most 256 of them if a group is longer. Products and sums of
+            integers are several times as fast. On a GPU, x is not rounded.
 
     Returns:
-        [..., N] in x's dtype; sums are float32, or exact over a group's integers: a CPU with VNNI and no bf16 dot
-        product takes float16 and bfloat16 as integers of 23 bits times a power of two, and a row with a value that is
-        not finite is NaN there. A row's result on a CPU does not depend on the rows beside it.
+        [..., N] in x's dtype. Sums are float32, except that sums of integers over a group are exact. A CPU with VNNI
+        and without a bf16 dot product turns float16 and bfloat16 x into integers of 23 bits times a power of two. On
+        such a CPU, a row with a value that is not finite becomes NaN. On a CPU, the result of a row does not depend on
+        other rows.
 
     Raises:
-        ValueError or RuntimeError: naming the argument, what was expected and what was got.
+        ValueError or RuntimeError: an argument is wrong. The message names it, what was expected and what was got.
 
     Source: QUICK (arXiv 2402.10076), with a layout that does not depend on N.
     """
@@ -292,7 +307,7 @@ def int4_gemm(
 
 
 def _group_size(op: str, group_size: int, k: int) -> int:
-    """A checkpoint's group size in ours: one that covers the row is -1."""
+    """The group size to store: -1 if a group covers the whole row, else the checkpoint's."""
     size = -1 if group_size == k else group_size
     _checks.expect(
         size == -1 or (size > 0 and size % 32 == 0), op, "group_size", f"a multiple of 32, or -1 or {k} (a row)", size
@@ -304,14 +319,19 @@ def _group_count(group_size: int, k: int) -> int:
     return 1 if group_size == -1 else -(-k // group_size)
 
 
+def _at_most_a_row(group_size: int, k: int) -> int:
+    """-1 for a group as long as a row or longer, so that no kernel computes with a huge number."""
+    return -1 if group_size >= k else group_size
+
+
 def _stored_below(op: str, version: int) -> int:
-    """By how much a GPTQ file's zero points stand below the true ones."""
+    """The number that must be added to a GPTQ file's zero points to get the true ones."""
     _checks.expect(version in (1, 2), op, "version", "1 or 2", version)
     return 2 - version
 
 
 def _act_order(op, argument, g_idx, group_size, k, like) -> torch.Tensor | None:
-    """The permutation that sorts columns by group, or None where they are sorted or g_idx was never filled in."""
+    """The permutation that sorts columns by group. None if they are in order, or g_idx is missing or was not filled."""
     if g_idx is None:
         return None
     _checks.tensor(op, argument, g_idx, (torch.int32, torch.int64), (k,), like=like)
@@ -374,6 +394,7 @@ def _check_gemm(x, packed, scales, zeros, bias, group_size, n):
 
 def _int4_gemm_impl(x, packed, scales, zeros=None, bias=None, *, group_size, n, int8_activations=False):
     _check_gemm(x, packed, scales, zeros, bias, group_size, n)
+    group_size = _at_most_a_row(group_size, x.shape[-1])
     rounded = reference.round_to_int8(x, group_size).to(x.dtype) if int8_activations and x.is_cpu else x
     return reference.int4_gemm(rounded, packed, scales, zeros, bias, group_size=group_size, n=n)
 
@@ -382,6 +403,7 @@ def _int4_gemm_triton(x, packed, scales, zeros=None, bias=None, *, group_size, n
     from ..triton import int4_gemm as kernels
 
     _check_gemm(x, packed, scales, zeros, bias, group_size, n)
+    group_size = _at_most_a_row(group_size, x.shape[-1])
     return kernels.int4_gemm(x, packed, scales, zeros, bias, group_size=group_size, n=n)
 
 
@@ -411,7 +433,7 @@ def _int4_unpack_fake(packed, n, k):
     return packed.new_empty((n, k), dtype=torch.uint8)
 
 
-# Packs codes 0 to 15 (the low four bits of each byte are taken), and gives them back.
+# int4_pack packs codes 0 to 15 (the low four bits of each byte). int4_unpack gives the codes back.
 int4_pack = _library.define("int4_pack", "(Tensor codes) -> Tensor", reference=_int4_pack_impl, fake=_int4_pack_fake)
 int4_unpack = _library.define(
     "int4_unpack",

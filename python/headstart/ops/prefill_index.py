@@ -1,17 +1,19 @@
-"""Index builders of sparse prefill: which blocks and columns a head should attend, found from its queries and keys.
+"""Index builders of sparse prefill: they choose the blocks and columns that a head attends from its queries and keys.
 
-Three patterns of MInference 1.0 (Jiang et al., 2024, arXiv 2407.02490, section 3) and one that it lacks:
+Three patterns come from MInference 1.0 (Jiang et al., 2024, arXiv 2407.02490, section 3), and one does not:
 
 - A-shape: attention sinks and a sliding window;
 - vertical-slash: the columns and diagonals that the last queries attend most;
-- block top-k: the key blocks whose mean key agrees best with the block's mean query;
-- adaptive: antidiagonal scores as in XAttention (Xu et al., 2025, arXiv 2503.16428), then as many blocks as it takes
-  to hold a given share of the attention mass, so that every row gets the density it needs.
+- block top-k: the key blocks whose mean key has the largest dot product with the mean query of the query block;
+- adaptive: antidiagonal scores as in XAttention (Xu et al., 2025, arXiv 2503.16428). Each row takes as many blocks as
+  are needed to hold a given share of the attention mass, so every row gets the density that it needs.
 
-All heads are built in one call, with no host synchronisation; output shapes depend on the budgets alone. All are
-causal, bottom-right aligned. Kernels: `csrc/cpu/prefill_index.cpp`, `csrc/cuda/prefill_index_*.cu`,
-`triton/prefill_index.py`, `triton/vertical_slash.py`; the maths: `reference/prefill_index.py`, which serves A-shape
-everywhere, that being arithmetic on positions alone.
+One call builds the index of all heads, without host synchronisation. The output shapes depend only on the input shapes
+and the budgets. All patterns are causal and bottom-right aligned: the queries are the last Nq of the Nk positions.
+
+Kernels: `csrc/cpu/prefill_index.cpp`, `csrc/cuda/prefill_index_*.cu`, `triton/prefill_index.py`,
+`triton/vertical_slash.py`. The maths: `reference/prefill_index.py`. A-shape runs that reference on every device,
+because it needs only arithmetic on positions.
 """
 
 from __future__ import annotations
@@ -35,17 +37,23 @@ def a_shape_index(
     block_k: int = 64,
     device: torch.device | str | None = None,
 ) -> BlockIndex:
-    """Sink tokens and a local window: every block that holds one of the first `sink` keys or, for one of the row's
-    queries, the query itself or one of the `local` - 1 keys before it. `local` = 0 means no window.
+    """Sink tokens and a local window.
+
+    A row attends the blocks that hold a sink key or a local key. The sink keys are the first `sink` keys. The local
+    keys are, for each of the row's queries, the query's own position and the `local` - 1 keys before it.
 
     Args:
-        nq, nk: numbers of queries and keys; the queries are the last nq positions.
-        sink, local: tokens.
-        kv_start: int32 [B], the first real key of each sequence of a left-padded batch; sinks count from it.
-        device: where the index lives; kv_start's device, or the CPU, if None.
+        nq, nk: the numbers of queries and keys, 1 <= nq <= nk. The queries are the last nq positions.
+        sink, local: numbers of tokens, at least 0. `local` = 0 means no window.
+        kv_start: int32 [B], the first real key of each sequence of a left-padded batch. Sinks are counted from it.
+        block_q, block_k: 64 or 128 tokens.
+        device: the device of the index. If None, it is kv_start's device, or the CPU without kv_start.
 
     Returns:
         A `BlockIndex` with one head, and batch B (1 without kv_start).
+
+    Raises:
+        ValueError: an argument is wrong. The message names it, what was expected and what was got.
 
     Source: MInference 1.0, "A-shape"; StreamingLLM (arXiv 2309.17453).
     """
@@ -82,21 +90,32 @@ def vertical_slash_index(
 ) -> BlockIndex:
     """The columns and diagonals that the last queries attend most.
 
-    With A the causal softmax of the last `last_q` queries over all keys: column j scores the sum of A[:, j], and the
-    `vertical_size` best are kept; diagonal o (query position minus key position) scores the sum along it. Diagonals
-    are chosen as bands one block wide: a band is, in every row, the block that many blocks before the row's last key,
-    and scores the mass of its diagonals by the share of each that falls in it. So `slash_size` diagonals cost
-    ceil(slash_size / block_k) blocks a row, however scattered.
+    Let A be the causal softmax of the last `last_q` queries over all keys. The score of column j is the sum of A[:, j],
+    and the `vertical_size` best columns are kept. Diagonal o is all pairs whose query position minus key position is o,
+    and its score is the sum of A along it.
+
+    Diagonals are kept as bands that are one block wide. In every row, band t is the block that stands t blocks before
+    the block of the row's last key. A band's score adds up the scores of its diagonals, each times the share of the
+    diagonal that lies in the band. So a row attends ceil(slash_size / block_k) blocks for `slash_size` diagonals, even
+    if these are scattered.
 
     Args:
-        q: [B, Hq, Nq, D]; k: [B, Hkv, Nk, D].
-        vertical_size, slash_size: tokens, the budgets.
-        sink: the first keys, always kept as columns; local: the nearest diagonals, whose bands are always kept.
-        kv_start: int32 [B], the first real key of each sequence of a left-padded batch.
-        max_blocks, max_columns: caps on blocks a row and columns; past them the best-scoring are kept.
+        q: [B, Hq, Nq, D], float32, float16 or bfloat16, last dim contiguous. D is a multiple of 8 up to 256, Nq <= Nk.
+        k: [B, Hkv, Nk, D], q's dtype, last dim contiguous. Hkv divides Hq.
+        vertical_size, slash_size: the budgets of columns and of diagonals, in tokens, at least 1.
+        last_q: how many of the last queries are used, at least 1.
+        sink: the first `sink` keys are the first columns to be kept.
+        local: the bands of the nearest `local` diagonals are the first bands to be kept.
+        kv_start: int32 [B], the first real key of each sequence of a left-padded batch. Sinks are counted from it.
+        scale: 1 / sqrt(D) if None.
+        block_q, block_k: 64 or 128 tokens.
+        max_blocks, max_columns: the most blocks a row and the most columns, or None. The best-scoring ones are kept.
 
     Returns:
         A `BlockIndex` with Hq heads, and one list of columns for all rows of a head.
+
+    Raises:
+        ValueError or RuntimeError: an argument is wrong. The message names it, what was expected and what was got.
 
     Source: MInference 1.0, section 3.2 and algorithm 1, with bands in place of single diagonals.
     """
@@ -132,17 +151,24 @@ def block_topk_index(
     block_q: int = 64,
     block_k: int = 64,
 ) -> BlockIndex:
-    """The `top_k` key blocks whose mean key has the largest dot product with the block's mean query.
+    """The `top_k` key blocks whose mean key has the largest dot product with the mean query of the query block.
 
-    Blocks that hold one of the first `sink` keys, or of the `local`-wide window of a query, are taken first and count
-    towards `top_k`; with both 0 this is MInference's block-sparse head.
+    Blocks that hold a sink or a local key (see `a_shape_index`) are taken first, and count towards `top_k`. If `sink`
+    and `local` are both 0, this is MInference's block-sparse head.
 
     Args:
-        q: [B, Hq, Nq, D]; k: [B, Hkv, Nk, D]; top_k: blocks a row.
+        q: [B, Hq, Nq, D], float32, float16 or bfloat16, last dim contiguous. D is a multiple of 8 up to 256, Nq <= Nk.
+        k: [B, Hkv, Nk, D], q's dtype, last dim contiguous. Hkv divides Hq.
+        top_k: blocks a row, at least 1.
+        sink, local: numbers of tokens, as in `a_shape_index`.
         kv_start: int32 [B], the first real key of each sequence of a left-padded batch.
+        block_q, block_k: 64 or 128 tokens.
 
     Returns:
         A `BlockIndex` with Hq heads.
+
+    Raises:
+        ValueError or RuntimeError: an argument is wrong. The message names it, what was expected and what was got.
 
     Source: MInference 1.0, section 3.2 and algorithm 2.
     """
@@ -169,30 +195,38 @@ def adaptive_block_index(
     head_threshold: torch.Tensor | None = None,
     samples: int = 0,
 ) -> BlockIndex:
-    """As many blocks as it takes to hold a share of the estimated attention mass, row by row.
+    """In each row, as few blocks as hold a given share of the estimated attention mass.
 
-    Queries and keys are taken in groups of `stride` tokens; the score of two groups is the mean of q·k along the
-    antidiagonal of their tile, softmax runs over the key groups, and a block's mass is the sum of its tiles. In each
-    row the heaviest blocks are taken until they hold `threshold` of the row's mass; blocks that hold a sink or a
-    local key are always taken, and first.
+    Queries and keys are taken in groups of `stride` tokens. The score of a query group and a key group is the mean of
+    scale * q·k along the antidiagonal of their stride × stride tile. A softmax runs over the key groups, and a block's
+    mass is the sum over the tiles in it. Each row takes the heaviest blocks until they hold `threshold` of the row's
+    mass. Blocks that hold a sink or a local key are taken first, and always.
 
-    With `samples`, the attention of that many queries of every row is computed exactly besides, and a block's mass is
-    the largest share that any of the row's query groups or sampled queries gives it. Groups meet every query and key
-    but blur a single strong key; sampled queries see every key sharply but not every query; and the largest share
-    keeps what a few queries need and the others do not. At equal density the error of the output is two to three times
-    smaller than without (docs/measurements/attention.md).
+    If `samples` is above 0, the exact attention of this number of queries of every row is also computed. A block's mass
+    is then the largest share that any query group or sampled query of the row gives it. The group scores use every
+    query and every key, but they blur a single strong key. A sampled query sees every key exactly, but not all queries
+    are sampled. The largest share keeps a block that only a few queries need. At equal density, `samples` makes the
+    error of the output two to three times smaller (docs/measurements/attention.md).
 
     Args:
-        q: [B, Hq, Nq, D]; k: [B, Hkv, Nk, D].
-        threshold: share of the mass, above 0 and up to 1.
-        stride: 4, 8, 16 or 32 tokens; the estimate costs 1 / (2 stride) of dense attention's multiplications.
-        sink, local: tokens, see `a_shape_index`.
-        max_blocks: a cap on blocks a row (and so on the index's size); past it the heaviest are kept.
+        q: [B, Hq, Nq, D], float32, float16 or bfloat16, last dim contiguous. D is a multiple of 8 up to 256, Nq <= Nk.
+        k: [B, Hkv, Nk, D], q's dtype, last dim contiguous. Hkv divides Hq.
+        threshold: the share of the mass, above 0 and up to 1.
+        stride: 4, 8, 16 or 32 tokens. The estimate costs 1 / (2 stride) of dense attention's multiplications.
+        sink, local: numbers of tokens, as in `a_shape_index`.
+        kv_start: int32 [B], the first real key of each sequence of a left-padded batch.
+        scale: 1 / sqrt(D) if None.
+        block_q, block_k: 64 or 128 tokens.
+        max_blocks: the most blocks a row, which also limits the size of the index, or None. The heaviest are kept.
         head_threshold: float32 [Hq], a threshold for each head in place of `threshold`.
-        samples: queries of every row, 0 to 64, spread evenly; n of them cost n / (2 block_q) of dense attention.
+        samples: the number of sampled queries of every row, 0 to 64, spread evenly. n of them cost n / (2 block_q) of
+            dense attention.
 
     Returns:
         A `BlockIndex` with Hq heads.
+
+    Raises:
+        ValueError or RuntimeError: an argument is wrong. The message names it, what was expected and what was got.
 
     Source: XAttention (arXiv 2503.16428), section 2, with forced sinks, a per-head threshold and sampled queries.
     """

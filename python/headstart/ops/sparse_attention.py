@@ -1,10 +1,12 @@
 """Sparse attention: one index, one kernel for all patterns.
 
-A `BlockIndex` says, for every block of queries, which blocks of keys and which single keys it attends. MInference's
-A-shape, vertical-slash and block-sparse heads (Jiang et al., 2024, arXiv 2407.02490), adaptive blocks, a sliding
-window, and the selected clusters of a fixed context are all such an index, so one kernel serves them all.
+For every block of queries, a `BlockIndex` lists the blocks of keys and the single keys that it attends. One kernel
+serves all patterns, because each of them can be written as such an index: MInference's A-shape, vertical-slash and
+block-sparse heads (Jiang et al., 2024, arXiv 2407.02490), adaptive blocks, a sliding window, and the selected clusters
+of a fixed context.
 
-Kernels: `csrc/cpu/sparse_attention.cpp`; the maths in plain torch: `reference/sparse_attention.py`.
+Kernels: `csrc/cpu/sparse_attention.cpp`, `triton/sparse_attention.py`, and for `merge_attention` also
+`csrc/cuda/merge_attention.cu`. The maths in plain torch: `reference/sparse_attention.py`.
 """
 
 from __future__ import annotations
@@ -20,18 +22,21 @@ from . import _checks
 
 @dataclass(frozen=True)
 class BlockIndex:
-    """Which keys each block of queries attends: the union of a list of key blocks and a list of single keys.
+    """The keys that each block of queries attends: the union of a list of key blocks and a list of single keys.
 
-    With B batch, Hi index heads, R = ceil(Nq / block_q) query blocks:
+    B is the batch, Hi the number of index heads, R = ceil(Nq / block_q) the number of query blocks (rows):
 
-    - ``block_count`` int32 [B, Hi, R]: how many key blocks the row attends;
-    - ``block_index`` int32 [B, Hi, R, T]: their ids, strictly ascending; entries past the count are ignored;
-    - ``column_count`` int32 [B, Hi, R or 1], optional: how many single keys besides;
-    - ``column_index`` int32 [B, Hi, R or 1, C]: their positions, strictly ascending; a dim of 1 is one list shared by
-      all query blocks.
+    - ``block_count`` int32 [B, Hi, R]: the number of key blocks that the row attends.
+    - ``block_index`` int32 [B, Hi, R, T]: their ids, strictly ascending. Entries past the count are ignored.
+    - ``column_count`` int32 [B, Hi, R or 1], optional: the number of single keys that the row also attends.
+    - ``column_index`` int32 [B, Hi, R or 1, C], optional: their positions, strictly ascending. Entries past the count
+      are ignored. If the third dim is 1, all query blocks share one list.
+    - ``block_q`` and ``block_k``: 64 or 128 tokens.
 
-    Hi divides Hq: query head h reads index head ``h // (Hq // Hi)``, so an index is per query head, per KV head, or
-    one for all. B and Hi may be expanded (stride 0). ``block_q`` and ``block_k`` are 64 or 128 tokens.
+    Hi divides Hq, and query head h uses index head ``h // (Hq // Hi)``. So an index can have one list for each query
+    head, one for each KV head, or one for all heads. B and Hi may be expanded (stride 0).
+
+    Raises a ValueError if a dtype, a shape, a device or a block size is wrong.
     """
 
     block_count: torch.Tensor
@@ -54,7 +59,10 @@ class BlockIndex:
         kv_start: torch.Tensor | None = None,
         window: int | None = None,
     ) -> torch.Tensor:
-        """The same index as a dense mask, bool [B, Hi, nq, nk], True where a query attends a key."""
+        """The index as a dense mask, bool [B, Hi, nq, nk], which is True where a query attends a key.
+
+        `causal`, `kv_start` and `window` are as in `sparse_attention`. Raises a ValueError if `window` is below 1.
+        """
         check_window("BlockIndex.to_mask", window)
         return reference.index_to_mask(
             self.block_count,
@@ -72,19 +80,21 @@ class BlockIndex:
 
     @classmethod
     def from_mask(cls, mask: torch.Tensor, block_q: int = 64, block_k: int = 64) -> BlockIndex:
-        """The smallest index that covers a dense mask, bool [B, H, nq, nk]: every key block that holds a True.
+        """The smallest index of blocks that covers a dense mask, bool [B, H, nq, nk].
 
-        Blocks are whole, so the index may attend more than the mask; where the mask is a union of blocks (cut by
-        causality), `to_mask` gives it back.
+        It lists every key block that holds a True. Blocks are whole, so the index may attend more keys than the mask.
+        If the mask is a union of blocks, cut by causality, `to_mask` gives the same mask back. Raises a ValueError if
+        the mask has the wrong dtype or shape, or a block size is not 64 or 128.
         """
         _checks.tensor("BlockIndex.from_mask", "mask", mask, torch.bool, ("B", "H", "Nq", "Nk"))
         blocks = reference.pool_mask(mask, block_q, block_k)
         return cls(*reference.compact(blocks), block_q=block_q, block_k=block_k)
 
     def to_block_mask(self, nq: int, nk: int, causal: bool = True, heads: int | None = None):
-        """FlexAttention's `BlockMask` for the same attention (columns included, through its `mask_mod`).
+        """FlexAttention's `BlockMask` for the same attention. Its `mask_mod` includes the columns.
 
-        `heads` is the number of query heads, which an index with 1 or all heads need not be told.
+        `heads` is the number of query heads. It may be None if the index has one head, or as many as there are query
+        heads.
         """
         from torch.nn.attention.flex_attention import BlockMask
 
@@ -103,7 +113,7 @@ class BlockIndex:
 
     @classmethod
     def from_block_mask(cls, block_mask) -> BlockIndex:
-        """The index of FlexAttention's `BlockMask`: its full and its partial blocks, all taken whole."""
+        """The index of FlexAttention's `BlockMask`. Its full and its partial blocks all become whole blocks."""
         block_q, block_k = block_mask.BLOCK_SIZE
         columns = -(-block_mask.seq_lengths[1] // block_k)
         blocks = reference.scatter_blocks(block_mask.kv_num_blocks, block_mask.kv_indices, columns)
@@ -112,9 +122,10 @@ class BlockIndex:
         return cls(*reference.compact(blocks), block_q=block_q, block_k=block_k)
 
     def to_minference(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """MInference's four tensors: (block_count, block_offset in tokens, column_count, column_index), per row.
+        """MInference's four tensors: (block_count, block_offset in tokens, column_count, column_index).
 
-        Columns that a block of the row covers are left out, as MInference's kernel would count them twice.
+        Each row has its own column list. It leaves out the columns that a block of the row covers, because MInference's
+        kernel would count them twice.
         """
         return reference.to_minference(
             self.block_count, self.block_index, self.column_count, self.column_index, self.block_k
@@ -133,9 +144,14 @@ class BlockIndex:
     ) -> BlockIndex:
         """The index of MInference's four tensors.
 
-        Their block offsets are tokens and need not be multiples of `block_k`. Blocks that start on a multiple stay
-        blocks; the tokens of the others become columns, so the attended keys are the same. A block may reach past the
-        last key; `nk`, the number of keys, cuts it there.
+        Args:
+            block_count: [B, H, R].
+            block_offset: [B, H, R, T], the first token of each block, which need not be a multiple of `block_k`. Blocks
+                that start at a multiple stay blocks. The tokens of the others become columns, so that the index attends
+                the same keys.
+            column_count, column_index: [B, H, R] and [B, H, R, C].
+            block_q, block_k: 64 or 128 tokens.
+            nk: the number of keys, or None. No column is listed at or past nk, although a block may reach past it.
         """
         return cls(
             *reference.from_minference(block_count, block_offset, column_count, column_index, block_k, nk),
@@ -144,11 +160,11 @@ class BlockIndex:
         )
 
     def density(self, nq: int, nk: int, causal: bool = True) -> float:
-        """The share of the (query, key) pairs that dense attention computes which this index attends, 0 to 1."""
+        """The pairs of query and key that the index attends, divided by the pairs of dense attention, 0 to 1."""
         return self.head_density(nq, nk, causal).mean().item()
 
     def head_density(self, nq: int, nk: int, causal: bool = True) -> torch.Tensor:
-        """`density` of every index head by itself, float64 [Hi]."""
+        """The `density` of each index head, float64 [Hi]."""
         return reference.head_density(
             self.block_count,
             self.block_index,
@@ -183,28 +199,29 @@ def sparse_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over the keys that an index selects.
 
-    For query i of head h, at key position p = Nk - Nq + i, with S the union of its row's blocks and columns, cut to
-    keys j <= p (if causal), j >= kv_start[b] and j > p - window::
+    Query i stands at key position p = Nk - Nq + i. S is the union of the blocks and columns of its row, without the
+    keys j > p (if causal), j < kv_start[b] and j <= p - window::
 
         out[i] = sum_{j in S} softmax_j(scale * q[i]·k[j]) v[j]        lse[i] = ln sum_{j in S} exp(scale * q[i]·k[j])
 
     Args:
-        q: [B, Hq, Nq, D], float32, float16 or bfloat16, last dim contiguous; D a multiple of 8 up to 256.
-        k, v: [B, Hkv, Nk, D], q's dtype; Hkv divides Hq.
-        index: a `BlockIndex`, on q's device, with B (or 1, which is expanded) batches and Hi heads, Hi divides Hq.
-        causal: bottom-right aligned, so prefill, chunked prefill and decode are one case.
+        q: [B, Hq, Nq, D], float32, float16 or bfloat16, last dim contiguous. D is a multiple of 8 up to 256.
+        k, v: [B, Hkv, Nk, D], q's dtype, last dim contiguous. Hkv divides Hq.
+        index: a `BlockIndex` on q's device, with a batch of B or 1 (for all sequences) and Hi heads. Hi divides Hq.
+        causal: a query attends no key after its own position. The queries are the last Nq positions (bottom-right
+            aligned), so the same formula holds for prefill, chunked prefill and decode. It needs Nq <= Nk.
         scale: 1 / sqrt(D) if None.
         kv_start: int32 [B], the first real key of each sequence of a left-padded batch.
-        window: a query attends no key that is `window` or more positions before its own; None is no limit. Blocks that
-            no query of a row reaches cost nothing.
+        window: a query attends no key that is `window` or more positions before its own. None means no limit. Blocks
+            that no query of a row reaches cost nothing.
 
     Returns:
-        out [B, Hq, Nq, D] in q's dtype, and lse float32 [B, Hq, Nq] (natural log). A query that sees nothing gets
+        out [B, Hq, Nq, D] in q's dtype, and lse float32 [B, Hq, Nq] (natural log). A query that attends no key gets
         out = 0 and lse = -inf.
 
     Raises:
-        ValueError or RuntimeError: naming the argument, what was expected and what was got. An id outside the keys,
-            or lists out of order, are an error on the CPU; on a GPU an id outside is never dereferenced.
+        ValueError or RuntimeError: an argument is wrong. The message names it, what was expected and what was got. On
+            the CPU, an id outside the keys and a list out of order are errors. A GPU never reads at such an id.
 
     Source: MInference 1.0 (arXiv 2407.02490), section 3.2, generalised to one index for all patterns.
     """
@@ -234,11 +251,14 @@ def merge_attention(
         lse = ln(exp(lse_a) + exp(lse_b))        out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
 
     Args:
-        out_a, out_b: [B, H, N, D], one floating dtype, last dim contiguous.
-        lse_a, lse_b: float32 [B, H, N], natural log; -inf where a side saw nothing.
+        out_a, out_b: [B, H, N, D], float32, float16 or bfloat16, both in the same dtype, last dim contiguous.
+        lse_a, lse_b: float32 [B, H, N], natural log, -inf where a query attended no key.
 
     Returns:
-        out [B, H, N, D] in out_a's dtype and lse float32 [B, H, N]; 0 and -inf where neither side saw a key.
+        out [B, H, N, D] in out_a's dtype and lse float32 [B, H, N]. Where both lse are -inf, out is 0 and lse is -inf.
+
+    Raises:
+        ValueError or RuntimeError: an argument is wrong. The message names it, what was expected and what was got.
     """
     return _merge_attention(out_a, lse_a, out_b, lse_b)
 
@@ -254,7 +274,7 @@ def check_index(
     column_index: torch.Tensor | None,
     like: torch.Tensor | None = None,
 ) -> None:
-    """The invariants among an index's own tensors."""
+    """Checks the dtypes, shapes and devices of an index's tensors against each other."""
     _checks.tensor(op, "block_count", block_count, torch.int32, ("B", "Hi", "R"), like)
     b, hi, r = block_count.shape
     _checks.tensor(op, "block_index", block_index, torch.int32, (b, hi, r, "T"), block_count)
@@ -264,7 +284,7 @@ def check_index(
     if column_count is not None:
         _checks.tensor(op, "column_count", column_count, torch.int32, (b, hi, "R or 1"), block_count)
         rows = column_count.shape[2]
-        if rows != 1 and rows != r:  # no f-string on the good path: torch.compile would fix the number in it
+        if rows != 1 and rows != r:  # not `expect`: torch.compile would treat the number in its f-string as a constant
             _checks.fail(op, "column_count", f"1 or {r} rows", rows)
         _checks.tensor(op, "column_index", column_index, torch.int32, (b, hi, rows, "C"), block_count)
 
@@ -298,7 +318,7 @@ def _check(
 
 
 def _checked(run):
-    """The operator's Python signature around one of its implementations: checks, then `run`."""
+    """Wraps an implementation `run`. The result has the operator's signature, checks the inputs, and calls `run`."""
 
     def call(
         q,

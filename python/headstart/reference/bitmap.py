@@ -1,7 +1,7 @@
 """Bitmap-sparse weights in plain torch: compression, decompression, the product.
 
-A weight is kept where any of its bits is set, so elements are compared and moved as integers: -0.0, NaN payloads and
-subnormals come back as they were. Rows are walked in chunks so that no int64 tensor of the whole weight exists.
+A weight is kept if any of its bits is set. Elements are compared and moved as integers, so -0.0, NaN payloads and
+subnormals come back unchanged. Rows are processed in chunks, so that no int64 tensor of the whole weight exists.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from . import int4_gemm
 
-INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # of an element's size
+INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # by the size of an element in bytes
 
 
 def _bits(x: torch.Tensor) -> torch.Tensor:
@@ -19,7 +19,7 @@ def _bits(x: torch.Tensor) -> torch.Tensor:
 
 
 def pack_bits(mask: torch.Tensor) -> torch.Tensor:
-    """bool [N, K] to uint8 [N, ceil(K / 8)], little-endian; pad bits are 0."""
+    """bool [N, K] to uint8 [N, ceil(K / 8)]. Column 8 i is the lowest bit of byte i. Pad bits are 0."""
     eights = F.pad(mask.to(torch.uint8), (0, -mask.shape[1] % 8)).unflatten(1, (-1, 8))
     return (eights << torch.arange(8, device=mask.device, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
 
@@ -31,8 +31,8 @@ def unpack_bits(bitmask: torch.Tensor, cols: int) -> torch.Tensor:
 
 
 def count_bits(bitmask: torch.Tensor) -> torch.Tensor:
-    """int64 [N]: the set bits of each row."""
-    # Eight bytes at a time, in pieces that stay in a cache: 0.1 s for 134 M bits where bytes of the whole took 1.4 s.
+    """int64 [N]: the number of set bits of each row."""
+    # Eight bytes at a time, in pieces that fit a cache: 134 M bits took 0.1 s. Byte by byte over the whole took 1.4 s.
     rows = max(1, 2**19 // max(bitmask.shape[1], 1))
     return torch.cat([_count_bits(part) for part in bitmask.split(rows)])
 
@@ -44,7 +44,7 @@ def _count_bits(bitmask: torch.Tensor) -> torch.Tensor:
     pairs = words - ((words >> 1) & 0x5555555555555555)
     fours = (pairs & 0x3333333333333333) + ((pairs >> 2) & 0x3333333333333333)
     eights = (fours + (fours >> 4)) & 0x0F0F0F0F0F0F0F0F
-    return ((eights * 0x0101010101010101) >> 56).sum(-1)  # the product's highest byte is the sum of all; at most 64
+    return ((eights * 0x0101010101010101) >> 56).sum(-1)  # the product's highest byte is the sum of all 8, at most 64
 
 
 def compress(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -54,13 +54,13 @@ def compress(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def pack_signed_nibbles(values: torch.Tensor) -> torch.Tensor:
-    """int8 [nnz], -8 to 7, to uint8 [ceil(nnz / 2)]: value 2i low, 2i + 1 high, in two's complement."""
+    """int8 [nnz], -8 to 7, to uint8 [ceil(nnz / 2)]. Value 2i is the low nibble, 2i + 1 the high, two's complement."""
     low, high = F.pad(values & 15, (0, len(values) % 2)).view(torch.uint8).unflatten(0, (-1, 2)).unbind(1)
     return low | (high << 4)
 
 
 def _take(values: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """The values at `place`; uint8 holds two signed nibbles a byte."""
+    """The values at the positions `place`. A uint8 value is two signed nibbles."""
     if values.dtype != torch.uint8:
         return values[place]
     nibble = (values[place >> 1].to(torch.int8) >> (4 * (place & 1)).to(torch.int8)) & 15
@@ -68,7 +68,7 @@ def _take(values: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
 
 
 def decompress(values, bitmask, row_offsets, *, scales, group_size: int, out: torch.Tensor) -> None:
-    """Fills out [N, cols]. A position outside `values` is not read and gives 0."""
+    """Fills out [N, cols]. A position outside `values` is not read, and its weight is 0."""
     rows, cols = out.shape
     stored = values if scales is not None else _bits(values)
     count = len(values) * (2 if values.dtype == torch.uint8 else 1)
@@ -85,13 +85,13 @@ def decompress(values, bitmask, row_offsets, *, scales, group_size: int, out: to
         if scales is None:
             _bits(out)[part] = dense
         else:
-            group = cols if group_size == -1 else group_size
+            group = cols if group_size == -1 else min(group_size, cols)
             scale = scales[part].float().repeat_interleave(group, 1)[:, :cols]
             out[part] = (dense.float() * scale).to(out.dtype)
 
 
 def quantize(w: torch.Tensor, group_size: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """w [N, K] to (signed codes int8 [N, K], scales [N, groups] in w's dtype); zero stays zero."""
+    """w [N, K] to (signed codes int8 [N, K], scales [N, groups] in w's dtype). A weight of 0 gets code 0."""
     codes, scales, _ = int4_gemm.quantize(w, group_size, symmetric=True, bits=bits)
     return (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8), scales
 

@@ -1,7 +1,8 @@
-"""Centroid lookup and the clustering it looks up, in plain torch: what the kernels must compute, written to be read.
+"""Centroid lookup and the clustering of the keys, in plain torch: what the kernels must compute, written to be read.
 
-Everything about scores is in the log domain, in float32 (float64 for float64 inputs, which the tests use as the
-truth). No size depends on data, so nothing synchronises with the host, except in the clustering, which is offline.
+Scores are computed in the log domain, in float32. For float64 inputs, which the tests use as the truth, they are
+float64. No size in the lookup depends on data, so it does not synchronise with the host. The clustering does, but it
+runs offline.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import torch.nn.functional as F
 
 
 def log_scores(logits: torch.Tensor, sizes: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """ln of exp(logit_j) / sum_i size_i exp(logit_i), the sum over `counted` clusters; -inf for the others.
+    """ln(exp(logit_j) / sum_i size_i exp(logit_i)), with the sum over the `counted` clusters, and -inf for the others.
 
-    Shapes broadcast to [..., C]. The sum is logsumexp's, with its maximum subtracted.
+    Shapes broadcast to [..., C]. The sum is computed by logsumexp, which subtracts the maximum.
     """
     counted = counted & (sizes > 0)
     weights = sizes.clamp(min=1).to(logits.dtype).log()
@@ -28,20 +29,23 @@ def select(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(kept bool, best log score), both [B, Hkv, rows, C], of logits [B, Hkv, G, queries, C].
 
-    A row keeps what any query of its block and of its group of heads keeps. `sizes` is [Hkv, C], `counted` [B or 1,
-    Hkv, rows or 1, C], `threshold` [Hkv or 1, G or 1].
+    A row keeps a cluster if any query of its block and of its group of heads does. `sizes` is [Hkv, C], `counted` is
+    [B or 1, Hkv, rows or 1, C], `threshold` is [Hkv or 1, G or 1].
     """
     queries = logits.shape[3]
     row_of_query = torch.arange(queries, device=logits.device) // block_q
     of_query = counted[:, :, row_of_query] if counted.shape[2] > 1 else counted
     scores = log_scores(logits, sizes[:, None, None], of_query.unsqueeze(2))
-    # A NaN threshold or score compares false, and so keeps everything rather than nothing.
+    # Comparing with a NaN threshold or score gives false, so the cluster is kept.
     kept = ~(scores <= threshold.to(scores.dtype).clamp(min=0).log()[..., None, None]) & (scores != -math.inf)
     return _of_rows(kept, scores, block_q)
 
 
 def _of_rows(kept: torch.Tensor, scores: torch.Tensor, block_q: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What queries keep [B, Hkv, G, queries, C], joined over their blocks and groups, and the best scores of it."""
+    """Joins the clusters that queries keep over their blocks and groups.
+
+    `kept` and `scores` are [B, Hkv, G, queries, C]. Returns the kept clusters and their best scores [B, Hkv, rows, C].
+    """
     queries = scores.shape[3]
 
     def over_block(x: torch.Tensor) -> torch.Tensor:
@@ -72,7 +76,7 @@ def centroid_lookup(
     threshold = _of_heads(threshold, hkv, hq)
     block_q = max(1, min(block_q, nq))
     counts, columns = [], []
-    # 2^23 scores or columns at a time, at least one row of query blocks.
+    # At most 2^23 scores or columns at a time, but at least one block of queries.
     chunk = max(1, 2**23 // max(1, b * max(hq * block_q * c, hkv * max_columns))) * block_q
     for first in range(0, max(nq, 1), chunk):
         part = q[:, :, :, first : first + chunk].to(work)
@@ -93,7 +97,7 @@ def centroid_lookup(
 
 
 def centroid_top_p(q, centroids, cluster_offsets, mass: float, *, scale: float, block_q: int, max_columns: int):
-    """The columns of the fewest best-scoring clusters whose keys hold `mass` of every query's attention."""
+    """(column_count, column_index) of the fewest best-scoring clusters that hold `mass` of every query's attention."""
     b, hq, nq, d = q.shape
     hkv = centroids.shape[0]
     sizes = cluster_offsets.diff(dim=-1).clamp(min=0)
@@ -111,12 +115,12 @@ def centroid_top_p(q, centroids, cluster_offsets, mass: float, *, scale: float, 
 
 
 def _of_heads(threshold: torch.Tensor, hkv: int, hq: int) -> torch.Tensor:
-    """A threshold, one value, [Hkv] or [Hq], as [Hkv or 1, G or 1]."""
+    """Reshapes a threshold of one value, [Hkv] or [Hq] to [Hkv or 1, G or 1]."""
     return threshold.reshape(hkv, hq // hkv) if threshold.numel() == hq else threshold.reshape(-1, 1)
 
 
 def _parent_of_cluster(parent_offsets: torch.Tensor, clusters: int) -> torch.Tensor:
-    """int64 [Hkv, C]."""
+    """The parent of every cluster, int64 [Hkv, C]."""
     ids = torch.arange(clusters, device=parent_offsets.device, dtype=parent_offsets.dtype)
     ids = ids.expand(parent_offsets.shape[0], -1).contiguous()
     parents = parent_offsets.shape[1] - 1
@@ -124,9 +128,10 @@ def _parent_of_cluster(parent_offsets: torch.Tensor, clusters: int) -> torch.Ten
 
 
 def fill(kept: torch.Tensor, best: torch.Tensor, sizes: torch.Tensor, capacity: int) -> torch.Tensor:
-    """How many keys of each cluster a row takes, int64 [B, Hkv, R, C].
+    """The number of keys of each cluster that a row takes, int64 [B, Hkv, R, C].
 
-    All of every kept cluster if they fit; else the best-scoring first (of equals the first), the last cut to fit.
+    A row takes all keys of the kept clusters if they fit. Otherwise it takes the clusters with the best scores, and the
+    last one is cut to fit. Of two clusters with equal scores, the one with the lower id comes first.
     """
     sizes = torch.where(kept, sizes[None, :, None].long(), 0)
     order = best.masked_fill(~kept, -math.inf).sort(dim=-1, descending=True, stable=True).indices
@@ -136,7 +141,7 @@ def fill(kept: torch.Tensor, best: torch.Tensor, sizes: torch.Tensor, capacity: 
 
 
 def expand_runs(cluster_offsets: torch.Tensor, taken: torch.Tensor, capacity: int) -> torch.Tensor:
-    """The positions of the first taken[j] keys of every cluster j, ascending, int32 [B, Hkv, R, capacity]."""
+    """The positions of the first taken[j] keys of every cluster j, in ascending order, int32 [B, Hkv, R, capacity]."""
     ends = taken.cumsum(-1)
     slots = torch.arange(capacity, device=taken.device)
     slots = slots.expand(*taken.shape[:-1], capacity).contiguous()
@@ -159,8 +164,8 @@ def cluster(
 ) -> tuple[torch.Tensor, ...]:
     """k [Hkv, N, D] to (centroids, cluster_offsets, order), or with parents (..., parent_centroids, parent_offsets).
 
-    Keys and centroids are clustered by cosine; a centroid is the mean of its keys as they are. Clusters are ordered so
-    that a parent's children are contiguous, and keys so that a cluster's are, ascending within it.
+    Keys and centroids are clustered by cosine. A centroid is the mean of its cluster's keys, which are not normalised
+    for it. The children of a parent are contiguous clusters. The keys of a cluster are contiguous, in ascending order.
     """
     assigned = spherical_kmeans(k, num_clusters, seed, iterations)
     if max_size is not None:
@@ -182,15 +187,21 @@ def cluster(
 
 
 def _runs(assigned: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels [H, N] to (order [H, N], offsets [H, count + 1]): label j is order[offsets[j] : offsets[j + 1]]."""
+    """Labels [H, N] to (order [H, N], offsets [H, count + 1]).
+
+    The members of label j are order[offsets[j] : offsets[j + 1]].
+    """
     sizes = torch.zeros(assigned.shape[0], count, dtype=torch.int64, device=assigned.device)
     sizes.scatter_add_(1, assigned, torch.ones_like(assigned))
     return assigned.argsort(dim=-1, stable=True), F.pad(sizes.cumsum(1), (1, 0))
 
 
 def split(assigned: torch.Tensor, count: int, max_size: int) -> torch.Tensor:
-    """Labels [H, N] with clusters of more than max_size members cut, in their order, into pieces of equal size, and
-    empty clusters left out; so heads end with different numbers of labels."""
+    """New labels [H, N], in which no cluster has more than max_size members.
+
+    A larger cluster is cut, in the order of its members, into pieces of nearly equal size. Empty clusters are left out.
+    So heads can end with different numbers of labels.
+    """
     order, offsets = _runs(assigned, count)
     sizes = offsets.diff(dim=-1)
     pieces = -(-sizes // max_size)
@@ -202,7 +213,7 @@ def split(assigned: torch.Tensor, count: int, max_size: int) -> torch.Tensor:
 
 
 def _sums(x: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Sums of x [H, N, D] over the runs of `order`, float32 [H, runs, D]; the same on every call, unlike atomics."""
+    """Sums of x [H, N, D] over the runs of `order`, float32 [H, runs, D]. Unlike atomics, it adds in a fixed order."""
     h, n, d = x.shape
     rows = (order + n * torch.arange(h, device=x.device)[:, None]).flatten()
     starts = (offsets[:, :-1] + n * torch.arange(h, device=x.device)[:, None]).flatten()
@@ -210,19 +221,19 @@ def _sums(x: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor) -> torch.
 
 
 def _means(x: torch.Tensor, order: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """float32 [H, runs, D]; an empty run's mean is 0."""
+    """Means of x [H, N, D] over the runs of `order`, float32 [H, runs, D]. The mean of an empty run is 0."""
     return _sums(x, order, offsets) / offsets.diff(dim=-1).clamp(min=1).unsqueeze(-1)
 
 
-SETTLED = 0.01  # the share of the points that move when it is enough: what follows adds 0.001 to the mean cosine
+SETTLED = 0.01  # stop when this share of the points moves, or less: further rounds add only 0.001 to the mean cosine
 
 
 def spherical_kmeans(x: torch.Tensor, count: int, seed: int, iterations: int) -> torch.Tensor:
-    """Labels int64 [H, N] of x [H, N, D], clustered by cosine, every head by itself.
+    """Labels int64 [H, N] of x [H, N, D], clustered by cosine. Every head is clustered separately.
 
-    Begins with k-means++ in at most 16 rounds, each of which draws many centres at once by their squared distance
-    from those of the rounds before. A cluster that runs empty restarts at one of the points that fit worst.
-    Ends after `iterations` rounds, or as soon as no more than the share `SETTLED` of the points moves.
+    It begins with k-means++ in at most 16 rounds. Each round draws many centres at once, by their squared distance from
+    the centres of earlier rounds. A cluster that becomes empty restarts at one of the points that fit worst. It ends
+    after `iterations` rounds, or as soon as at most the share `SETTLED` of the points moves.
     """
     x = F.normalize(x.float(), dim=-1)
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
@@ -250,7 +261,7 @@ def _initial_centres(x: torch.Tensor, count: int, generator: torch.Generator) ->
     drawn = [count * (r + 1) // rounds - count * r // rounds for r in range(rounds)]
     centres = []
     for number in drawn:
-        # An exponential race draws without replacement: the smallest of E / weight win.
+        # Draws without replacement: each point gets an exponential random number / its weight, and the smallest win.
         race = torch.empty(h, n).exponential_(generator=generator).to(x.device)
         winners = (race / distance.clamp(min=1e-9)).topk(number, largest=False).indices
         centres.append(x.gather(1, winners.unsqueeze(-1).expand(-1, -1, d)))
@@ -259,7 +270,7 @@ def _initial_centres(x: torch.Tensor, count: int, generator: torch.Generator) ->
 
 
 def _nearest(x: torch.Tensor, centres: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(labels, cosine) [H, N] of the nearest centre; 2^20 cosines at a time, which stay in a CPU's cache."""
+    """(labels, cosine) [H, N] of the nearest centre. It computes 2^20 cosines at a time, which fit a CPU's cache."""
     chunk = max(1, 2**20 // (x.shape[0] * centres.shape[1]))
     fits, labels = zip(*((part @ centres.mT).max(-1) for part in x.split(chunk, 1)), strict=True)
     return torch.cat(labels, 1), torch.cat(fits, 1)

@@ -1,7 +1,7 @@
 """Int4 weights in plain torch: quantisation, the packed layout, the checkpoint formats, the product.
 
-Codes are uint8 [N, K] with values 0 to 15, and a weight is ``(code - zero) * scale``; zero and scale stand one to
-`group_size` consecutive weights of a row, [N, ceil(K / group_size)]; a group_size of -1 is one group a row.
+Codes are uint8 [N, K] with values 0 to 15. A weight is ``(code - zero) * scale``. Each `group_size` consecutive weights
+of a row share a zero and a scale, so these are [N, ceil(K / group_size)]. A group_size of -1 means one group a row.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SLAB = 32  # k-values of a column that stand together, in four words
 
 
 def _shifts(device: torch.device) -> torch.Tensor:
-    """[i, 1, h]: where in its word stands k = 8 i + 2 t + h of a slab; t is the word."""
+    """[i, 1, h]: the lowest bit, within word t, of the code of k = 8 i + 2 t + h in a slab."""
     return 4 * torch.arange(4, device=device)[:, None, None] + 16 * torch.arange(2, device=device)
 
 
@@ -47,7 +47,7 @@ def from_panels(panels: torch.Tensor, n: int) -> torch.Tensor:
 
 # --- quantisation ---------------------------------------------------------------------------------------------------
 
-CLIPS = tuple(1 - 0.025 * step for step in range(21))  # shares of a group's range, 1 down to 0.5
+CLIPS = tuple(1 - 0.025 * step for step in range(21))  # factors by which a group's range is cut, 1 down to 0.5
 
 
 def quantize(
@@ -55,8 +55,8 @@ def quantize(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """w [N, K] to (codes uint8 [N, K], scales [N, groups] in w's dtype, zeros uint8 [N, groups] or None).
 
-    Round to nearest; each group's range is cut by the share out of `CLIPS` with the least squared error. Zero is
-    representable in every group. Symmetric codes have the zero point 2^(bits - 1).
+    Weights are rounded to the nearest code. Each group's range is cut by the factor in `CLIPS` that gives the least
+    squared error. Every group can represent 0. The zero point of symmetric codes is 2^(bits - 1).
     """
     rows = max(1, 2**22 // max(w.shape[1], 1))
     parts = (_quantize_rows(part, group_size, symmetric, bits) for part in w.split(rows))
@@ -90,9 +90,9 @@ def _quantize_rows(w, group_size, symmetric, bits):
 
 
 def dequantize(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int) -> torch.Tensor:
-    """float32 [N, K]; scales and zeros [N, groups], no zeros means 8."""
+    """float32 [N, K] from codes [N, K] and scales and zeros [N, groups]. Without zeros, every zero point is 8."""
     k = codes.shape[1]
-    group = k if group_size == -1 else group_size
+    group = k if group_size == -1 else min(group_size, k)
     scales = scales.float().repeat_interleave(group, 1)[:, :k]
     zeros = 8 if zeros is None else zeros.float().repeat_interleave(group, 1)[:, :k]
     return (codes.float() - zeros) * scales
@@ -105,7 +105,7 @@ AWQ = (0, 4, 1, 5, 2, 6, 3, 7)  # the nibble that holds column j of eight
 
 
 def pack_nibbles(codes: torch.Tensor, places: tuple[int, ...] = SEQUENTIAL) -> torch.Tensor:
-    """uint8 [R, C] to int32 [R, ceil(C / 8)], column j of each eight in nibble places[j]."""
+    """uint8 [R, C] to int32 [R, ceil(C / 8)]. Column j of each eight columns goes to nibble places[j]."""
     shifts = 4 * torch.tensor(places, device=codes.device)
     eights = F.pad(codes.to(torch.int32), (0, -codes.shape[1] % 8)).unflatten(1, (-1, 8))
     return (eights << shifts).sum(-1, dtype=torch.int32)
@@ -119,11 +119,14 @@ def unpack_nibbles(words: torch.Tensor, columns: int, places: tuple[int, ...] = 
 
 # --- the product ----------------------------------------------------------------------------------------------------
 
-ROUNDED_COLUMNS = 256  # that share a scale of x, at most
+ROUNDED_COLUMNS = 256  # the most columns of x that share a scale
 
 
 def round_to_int8(x: torch.Tensor, group_size: int) -> torch.Tensor:
-    """float32 [..., K]: x as 8-bit integers times scales, one for each row and span of a group."""
+    """x rounded to 8-bit integers times a scale, float32 [..., K].
+
+    Each row has a scale for every group, or for every `ROUNDED_COLUMNS` columns of a longer group.
+    """
     k = x.shape[-1]
     group = k if group_size == -1 else min(group_size, k)
     parts = []

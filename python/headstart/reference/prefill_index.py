@@ -1,6 +1,7 @@
 """The four index builders of sparse prefill in plain torch: what the kernels must compute, written to be read.
 
-Each returns the tensors of a `BlockIndex`. Ties are broken towards the lower id, so results are deterministic.
+Each returns the tensors of a `BlockIndex`. Of equal scores, the one with the lower id wins, so results are
+deterministic.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ def forced_blocks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(forced, visible), bool [B or 1, 1, R, T].
 
-    forced: blocks holding one of the first `sink` keys, or a key of the `local`-wide window of one of the row's
-    queries (a query's window is itself and the local - 1 keys before it); visible: blocks holding any key that one of
-    the row's queries may see.
+    A block is visible if it holds a key that one of the row's queries may see. A visible block is forced if it holds
+    one of the first `sink` keys, or a key in the window of one of the row's queries. The window is the query's own
+    position and the `local` - 1 keys before it.
     """
     first, last = row_positions(nq, nk, block_q, device)
     start = torch.zeros(1, dtype=torch.int64, device=device) if kv_start is None else kv_start.long().clamp(min=0)
@@ -51,7 +52,7 @@ def a_shape_index(nq, nk, *, sink, local, kv_start, block_q, block_k, device):
 
 
 def a_shape_capacity(nk: int, sink: int, local: int, padded: bool, block_q: int, block_k: int) -> int:
-    """The most blocks a row can need: a run of n keys that starts anywhere touches (n - 2) // block_k + 2 blocks."""
+    """The most blocks that a row can need. A run of n keys can touch (n - 2) // block_k + 2 blocks."""
     sinks = ceil_div(sink, block_k) + (1 if padded and sink > 0 else 0)
     window = ceil_div(local + block_q - 1, block_k) + 1 if local > 0 else 0
     return min(sinks + window, ceil_div(nk, block_k))
@@ -62,7 +63,7 @@ def expand_heads(k: torch.Tensor, hq: int) -> torch.Tensor:
 
 
 def keep_best(scores: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
-    """bool like `scores` [..., N]: the `count` highest (int, or int64 [..., 1]); -inf is never kept."""
+    """bool in the shape of `scores` [..., N]: True at the `count` highest (int, or int64 [..., 1]), never at -inf."""
     order = scores.sort(dim=-1, descending=True, stable=True).indices
     rank = torch.empty_like(order).scatter_(
         -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
@@ -107,7 +108,7 @@ def vertical_slash_index(
     wanted = min(wanted if max_blocks is None else min(wanted, max_blocks), ceil_div(nk, block_k))
     kept = keep_best(mass, wanted)  # [B, Hq, bands]
 
-    # A kept band is, in every row, the block that many blocks before the row's last key.
+    # In every row, band t is the block that stands t blocks before the block of the row's last key.
     anchor = last_row // block_k
     blocks = torch.arange(ceil_div(nk, block_k), device=device)
     band = anchor[:, None] - blocks
@@ -119,11 +120,12 @@ def vertical_slash_index(
 
 
 def band_mass(slash: torch.Tensor, bands: int, local: int, nq: int, nk: int, block_q: int, block_k: int):
-    """Mass [..., bands] of the block diagonals, and which of them hold the local window.
+    """The mass [..., bands] of the bands, and bool [bands], True for the bands that hold the local window.
 
-    In a row whose last query stands at p, band t is key block p // block_k - t. A key `offset` before a query w before
-    p lies in band (w + offset + e) // block_k, where e is how far p is from the end of its block. Averaged over the
-    positions w of a block, an offset is shared by two neighbouring bands (three if block_q is twice block_k).
+    In a row whose last query stands at p, band t is key block p // block_k - t. Let e be the distance from p to the end
+    of its key block. Take a query w positions before p, and a key `offset` positions before this query. The key lies in
+    band (w + offset + e) // block_k. The mass of a diagonal is the average over the positions w of a block, so two
+    neighbouring bands share it (three if block_q is twice block_k).
     """
     width = max(block_q, block_k)
     e = edge(nq, nk, block_q, block_k)
@@ -140,7 +142,7 @@ def band_mass(slash: torch.Tensor, bands: int, local: int, nq: int, nk: int, blo
 
 
 def edge(nq: int, nk: int, block_q: int, block_k: int) -> int:
-    """How far a full row's last query stands from the end of its key block (0 where rows alternate)."""
+    """The distance from a full row's last query to the end of its key block, or 0 if it differs between rows."""
     return (block_k - 1 - (nk - nq + block_q - 1) % block_k) if block_q >= block_k else 0
 
 
@@ -148,7 +150,7 @@ def edge(nq: int, nk: int, block_q: int, block_k: int) -> int:
 
 
 def pool_mean(x: torch.Tensor, block: int, start: torch.Tensor | None = None) -> torch.Tensor:
-    """Means [B, H, ceil(N / block), D] float32 over blocks of tokens; tokens before `start` [B] are left out."""
+    """Means over blocks of tokens, float32 [B, H, ceil(N / block), D], without the tokens before `start` [B]."""
     b, h, n, d = x.shape
     weight = torch.ones(b, 1, n, 1, device=x.device)
     if start is not None:
@@ -174,11 +176,13 @@ def block_topk_index(q, k, top_k, *, sink, local, kv_start, block_q, block_k):
 
 
 def antidiagonal_shares(q, k, *, stride, kv_start, scale, block_q, block_k):
-    """Estimated softmax shares [B, Hq, R, block_q / stride, T] float32: what each query group of a row gives a block.
+    """The estimated softmax share that each query group of a row gives each block, float32
+    [B, Hq, R, block_q / stride, T].
 
-    Tokens are taken in groups of `stride`. The score of a query group against a key group is the mean of q·k along
-    the antidiagonal of their stride × stride tile, so that every query and every key of the groups counts once, and
-    any vertical or slash line through the tile is met. Groups are causal by their last query and first key.
+    Tokens are taken in groups of `stride`. The score of a query group and a key group is the mean of q·k along the
+    antidiagonal of their stride × stride tile. So every query and every key of the groups counts once, and any vertical
+    or slash line through the tile crosses the antidiagonal. A query group sees a key group if its last query sees the
+    first key.
     """
     b, hq, nq, d = q.shape
     nk = k.shape[2]
@@ -201,7 +205,7 @@ def antidiagonal_shares(q, k, *, stride, kv_start, scale, block_q, block_k):
 
 
 def sampled_shares(q, k, samples, *, kv_start, scale, block_q, block_k):
-    """Softmax shares [B, Hq, R, samples, T] float32 of `samples` queries of every row, its last among them."""
+    """Softmax shares of `samples` queries of every row, including its last, float32 [B, Hq, R, samples, T]."""
     hq, nq, nk = q.shape[1], q.shape[2], k.shape[2]
     rows = torch.arange(ceil_div(nq, block_q), device=q.device)
     within = (torch.arange(samples, device=q.device) + 1) * block_q // samples
@@ -234,7 +238,7 @@ def adaptive_block_index(
         goal = threshold * mass.sum(-1, keepdim=True)
     else:
         goal = head_threshold[:, None, None] * mass.sum(-1, keepdim=True)
-    # Forced blocks come first, then the heaviest; a block is taken while those before it hold less than the goal.
+    # Forced blocks come first, then the heaviest. A block is taken if the blocks before it hold less than the goal.
     key = mass.masked_fill(forced, math.inf).masked_fill(~visible, -math.inf)
     order = key.sort(dim=-1, descending=True, stable=True).indices
     before = mass.gather(-1, order).cumsum(-1) - mass.gather(-1, order)

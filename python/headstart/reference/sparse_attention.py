@@ -1,7 +1,7 @@
 """Sparse attention in plain torch: what the kernels must compute, written to be read.
 
-Scores and sums are float32 (float64 for float64 inputs, which the tests use as the truth). Queries are walked in
-chunks so that no Nq × Nk tensor of all heads exists at once.
+Scores and sums are float32. For float64 inputs, which the tests use as the truth, they are float64. Queries are
+processed in chunks, so that no Nq × Nk tensor of all heads exists at once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 
 def scatter_blocks(count: torch.Tensor, index: torch.Tensor, blocks: int) -> torch.Tensor:
-    """(count [...], ids [..., T]) to bool [..., blocks], True where an id is listed. Ids outside are ignored."""
+    """(count [...], ids [..., T]) to bool [..., blocks], True where an id is listed. Ids outside it are ignored."""
     slots = torch.arange(index.shape[-1], device=index.device)
     used = (slots < count.unsqueeze(-1)) & (index >= 0) & (index < blocks)
     listed = torch.zeros(*index.shape[:-1], blocks + 1, dtype=torch.bool, device=index.device)
@@ -22,7 +22,7 @@ def scatter_blocks(count: torch.Tensor, index: torch.Tensor, blocks: int) -> tor
 
 
 def compact(selected: torch.Tensor, capacity: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """bool [..., N] to (count int32 [...], ids int32 [..., capacity]), ascending; unused entries are 0."""
+    """bool [..., N] to (count int32 [...], ids int32 [..., capacity]). Ids are ascending, and unused entries are 0."""
     n = selected.shape[-1]
     capacity = n if capacity is None else capacity
     count = selected.sum(-1, dtype=torch.int32)
@@ -32,7 +32,7 @@ def compact(selected: torch.Tensor, capacity: int | None = None) -> tuple[torch.
 
 
 def pool_mask(mask: torch.Tensor, block_q: int, block_k: int) -> torch.Tensor:
-    """bool [B, H, Nq, Nk] to bool [B, H, R, T]: whether a block holds any True."""
+    """bool [B, H, Nq, Nk] to bool [B, H, R, T], True where a block holds any True."""
     nq, nk = mask.shape[-2:]
     padded = F.pad(mask, (0, -nk % block_k, 0, -nq % block_q))
     return padded.unflatten(-1, (-1, block_k)).any(-1).unflatten(-2, (-1, block_q)).any(-2)
@@ -46,7 +46,7 @@ def visible(
     kv_start: torch.Tensor | None = None,
     window: int | None = None,
 ) -> torch.Tensor:
-    """bool [B or 1, 1, len(rows), nk]: which keys queries `rows` may see by causality, window and left padding."""
+    """bool [B or 1, 1, len(rows), nk]: the keys that causality, window and left padding let the queries `rows` see."""
     keys = torch.arange(nk, device=rows.device)
     positions = (rows + nk - nq).unsqueeze(-1)
     seen = torch.ones(len(rows), nk, dtype=torch.bool, device=rows.device)
@@ -109,7 +109,8 @@ def sparse_attention(
     v = v.to(work).repeat_interleave(hq // hkv, 1)
     out = q.new_empty(q.shape)
     lse = q.new_empty(q.shape[:3], dtype=work)
-    # The index's rows are expanded chunk by chunk; 16 MiB of scores a head and chunk at most.
+    # The index is expanded for one chunk of queries at a time. A chunk is one block of queries, or as many as keep its
+    # float32 scores within 16 MiB a head.
     chunk = max(block_q, (2**22 // max(nk, 1)) // block_q * block_q)
     for first in range(0, nq, chunk):
         rows = torch.arange(first, min(first + chunk, nq), device=q.device)
@@ -159,8 +160,8 @@ def head_density(
     starts = torch.arange(blocks.shape[-1], device=device) * block_k
     size = torch.clamp(nk - starts, max=block_k)
     if causal:
-        # A block that starts at s gives query i min(max(i + nk - nq + 1 - s, 0), size) pairs; `up_to` sums them from
-        # the first query that sees any.
+        # In a block that starts at s, query i sees min(max(i + nk - nq + 1 - s, 0), size) keys. `up_to` sums these
+        # numbers from the first query that sees any key.
         def up_to(seen):
             seen = torch.clamp(seen, min=0)
             whole = torch.clamp(seen - size, min=0)
@@ -175,7 +176,7 @@ def head_density(
         used = used.expand(-1, -1, rows, -1)
         columns = column_index.long().clamp(0, nk - 1).expand(-1, -1, rows, -1)
         alone = used & ~blocks.gather(-1, columns // block_k)
-        # A column at position c is seen by the queries of its row with seen > c.
+        # Query i of the row sees a column at position c if i + nk - nq >= c.
         first_seen = columns - (nk - nq) if causal else torch.zeros_like(columns)
         attended = attended + (torch.clamp(end - torch.maximum(first_seen, begin), min=0) * alone).sum((0, 2, 3))
     unseen = max(nq - nk, 0) if causal else 0  # queries before the first key
@@ -210,7 +211,7 @@ def from_minference(block_count, block_offset, column_count, column_index, block
     spare = blocks.shape[-1] - 1
     blocks.scatter_(-1, torch.where(aligned, block_offset // block_k, spare).long(), True)
     blocks[..., spare] = False
-    # Tokens of unaligned blocks, and the columns themselves, less what an aligned block covers.
+    # The tokens of unaligned blocks and the columns, without those that an aligned block covers.
     tokens = torch.zeros(*block_count.shape, (spare + 1) * block_k, dtype=torch.bool, device=device)
     dump = tokens.shape[-1] - 1
     inside = block_offset.unsqueeze(-1) + torch.arange(block_k, device=device)

@@ -18,7 +18,7 @@ from ..weights.files import Stored
 from ..weights.names import converter, decoder_layers, skeleton_of, tied_weights
 from ..weights.quantizer import check_files, put_back, swap_layers
 from ..weights.sources.plain import Plain
-from .plan import Part, Tensor, parse_budget, plan
+from .plan import Part, StreamedTensor, parse_budget, plan
 from .ring import DEPTH, WeightStream, guard_model, read_part
 
 
@@ -92,8 +92,8 @@ def _parts(
     layers, depth, convert = {name: i for i, name in enumerate(names)}, names[0].count(".") + 1, converter(model)
     known, parameters = model.state_dict(), {name for name, _ in model.named_parameters(remove_duplicate=False)}
     in_float32 = _kept_in_float32(model, dtype)
-    inside: list[list[Tensor]] = [[] for _ in names]
-    rest: list[Tensor] = []
+    inside: list[list[StreamedTensor]] = [[] for _ in names]
+    rest: list[StreamedTensor] = []
     unknown = {}
     for key, place in stored.items():
         name, converted = convert(key)
@@ -103,7 +103,7 @@ def _parts(
         wanted = known[name].dtype
         if wanted.is_floating_point and in_float32(name):
             wanted = torch.float32
-        tensor = Tensor(key, name, place, wanted, converted)
+        tensor = StreamedTensor(key, name, place, wanted, converted)
         layer = layers.get(".".join(name.split(".")[:depth]))
         (rest if layer is None or name not in parameters else inside[layer]).append(tensor)
     return [Part.of(name, tensors) for name, tensors in zip(names, inside)], Part.of("no layer", rest), unknown

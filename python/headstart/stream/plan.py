@@ -41,7 +41,7 @@ def parse_budget(budget: int | str) -> int:
     raise ValueError(f'load: memory_budget: expected bytes, or a text such as "2GiB" or "500MB", got {budget!r}')
 
 
-class Tensor(NamedTuple):
+class StreamedTensor(NamedTuple):
     """A tensor of the files, and what it becomes."""
 
     key: str  # in the files
@@ -55,7 +55,7 @@ class Place(NamedTuple):
     """Where a tensor lies in its part's buffer."""
 
     position: int
-    tensor: Tensor
+    tensor: StreamedTensor
 
     @property
     def is_view(self) -> bool:
@@ -83,8 +83,8 @@ class Part:
     places: list[Place]
 
     @classmethod
-    def of(cls, name: str, tensors: Iterable[Tensor]) -> Part:
-        extents: list[tuple[str, int, list[Tensor]]] = []  # file, end, what lies in it
+    def of(cls, name: str, tensors: Iterable[StreamedTensor]) -> Part:
+        extents: list[tuple[str, int, list[StreamedTensor]]] = []  # file, end, what lies in it
         places = []
         for tensor in sorted(tensors, key=lambda t: (str(t.stored.path), t.stored.begin)):
             path, begin, end = str(tensor.stored.path), tensor.stored.begin, tensor.stored.end

@@ -1,4 +1,4 @@
-"""What the Triton kernels of several operators share: tile loads, the step of attention, a device's limits."""
+"""Code that the Triton kernels of several operators share: tile loads, one step of attention, a device's limits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LN2 = math.log(2)
 def load_rows(
     base, rows, stride, row_mask, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr
 ):
-    """base[rows, FIRST : FIRST + SIZE], zero past D and, if MASKED, where `row_mask` is false."""
+    """base[rows, FIRST : FIRST + SIZE]. It is 0 past D, and, if MASKED, in rows where `row_mask` is false."""
     dims = FIRST + tl.arange(0, SIZE)
     pointers = base + rows.to(tl.int64)[:, None] * stride + dims[None, :]
     if MASKED and FIRST + SIZE > D:
@@ -53,7 +53,10 @@ def attend(
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One tile of keys of the online softmax. `present` [BLOCK_N] guards the loads, `allowed` the scores."""
+    """One step of the online softmax, over one tile of keys.
+
+    `present` [BLOCK_N] masks the loads. `allowed` masks the scores.
+    """
     k0 = load_rows(k_base, keys, stride_k, present, 0, D0, D, MASKED)
     scores = tl.dot(q0, tl.trans(k0), input_precision=PRECISION)
     if D1 > 0:
@@ -62,12 +65,12 @@ def attend(
     if MASKED:
         scores = tl.where(allowed, scores * qk_scale, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(scores, 1))
-        # A row that has seen nothing yet: any finite reference keeps -inf - -inf out of the exponent.
+        # For a row that has seen no key yet, any finite reference avoids -inf - -inf in the exponent.
         reference = tl.where(new_max == float("-inf"), 0.0, new_max)
         weights = tl.exp2(scores - reference[:, None])
         shrink = tl.exp2(row_max - reference)
     else:
-        # qk_scale >= 0, so the maximum may be scaled after it is taken, and the scores in one FMA.
+        # qk_scale >= 0, so the maximum can be scaled after it is taken. One FMA scales a score and subtracts.
         new_max = tl.maximum(row_max, tl.max(scores, 1) * qk_scale)
         weights = tl.exp2(scores * qk_scale - new_max[:, None])
         shrink = tl.exp2(row_max - new_max)
@@ -82,7 +85,7 @@ def attend(
 
 
 class Limits(NamedTuple):
-    """Of a device: shared memory a block may have and L2, in bytes; whether its tensor cores are Hopper's; its SMs."""
+    """A device's shared memory a block and L2 in bytes, whether it has Hopper's wgmma, and its number of SMs."""
 
     shared_memory: int
     l2: int
@@ -91,7 +94,7 @@ class Limits(NamedTuple):
 
 
 def split_head_dim(d: int) -> tuple[int, int]:
-    """(D0, D1), powers of two from 16 with D0 + D1 >= d; D1 is 0 where one part wastes no more than two."""
+    """(D0, D1), powers of two of at least 16 with D0 + D1 >= d. D1 is 0 if one part wastes no more than two."""
     whole = max(16, 1 << (d - 1).bit_length())
     low = whole // 2
     if low < 16 or d <= low:
@@ -101,7 +104,7 @@ def split_head_dim(d: int) -> tuple[int, int]:
 
 
 def stride_unit(*tensors: torch.Tensor) -> int:
-    """8 where every stride of these [B, H, N, D] is a multiple of 8 elements, else 1."""
+    """8 if all strides of these tensors [B, H, N, D] but the last are multiples of 8 elements, else 1."""
     return 8 if all(s % 8 == 0 for x in tensors for s in x.stride()[:3]) else 1
 
 

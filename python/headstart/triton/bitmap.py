@@ -1,4 +1,4 @@
-"""Bitmap weights: every weight finds its value by counting the bits before it, and is loaded or is zero.
+"""Bitmap weights: counting the bits before a weight gives the place of its value. Without a bit, the weight is 0.
 
       a tile:  rows × bytes of the mask × 8 columns          place of a value = where the row's values begin
                                                                               + bits of the row before the tile
@@ -6,15 +6,16 @@
         rows       │  │  │  │  │  along the bytes and                         + bits of the byte before its own
                    └──┴──┴──┴──┘  within the byte
 
-Neighbouring columns read neighbouring values. `bitmap_decompress` stores the tile; `bitmap_gemm` takes outᵀ = W · xᵀ
-with the tile as the first operand. Programs share the columns of a row: one that does not begin with the row counts the
-bits before its part first, which reads some of the mask again, mostly from L2.
+Neighbouring columns read neighbouring values. `bitmap_decompress` stores the tile. `bitmap_gemm` computes
+outᵀ = W · xᵀ, with the tile as the first operand. Several programs share the columns of a row. A program that does not
+start at the beginning of a row first counts the bits before its part. For this it reads some of the mask again, mostly
+from L2.
 
-Products of parts of K are added in order by a kernel of their own. From DENSE_ROWS rows of x on, the weight is
-decompressed for torch's GEMM, which reads x less often.
+A second kernel adds the products of the parts of K in order. If x has DENSE_ROWS rows or more, the weight is
+decompressed and multiplied by torch's GEMM, which reads x fewer times.
 
-Floor, bytes moved a weight of 16 bits at density d: 2 d + 1/8 read, and by `bitmap_decompress` 2 written. Where there
-is nvcc, `csrc/cuda/bitmap_*.cu` serves.
+Floor: for each weight of 16 bits at density d, 2 d + 1/8 bytes are read. `bitmap_decompress` also writes 2 bytes. If
+the package is built with nvcc, `csrc/cuda/bitmap_*.cu` runs instead.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from ..reference.bitmap import INTEGER
 from ._common import device_limits, on, precision
 from .int4_gemm import add_parts_kernel
 
-SEGMENT = 2048  # columns of a program of bitmap_decompress, at least
-SEGMENTS = 8  # of a row, at most: each counts all before it
-PART = 1024  # of K, at least
+SEGMENT = 2048  # the least number of columns that a program of bitmap_decompress has
+SEGMENTS = 8  # the most programs that share a row; each of them counts all bits before its part
+PART = 1024  # the least K of a part
 MAX_PARTS = 8
-PROGRAMS = 4  # an SM that a product is split up for
+PROGRAMS = 4  # a product is split into parts until there are this many programs for each SM
 DENSE_ROWS = 97
 
 
@@ -45,7 +46,7 @@ def load_bytes(mask_rows, is_row, first, row_bytes, BYTES: tl.constexpr):
 
 @triton.jit
 def bits_before(mask_rows, is_row, begin, row_bytes, ROWS: tl.constexpr, BYTES: tl.constexpr):
-    """Of each row's first `begin` bytes."""
+    """The number of set bits in the first `begin` bytes of each row."""
     count = tl.zeros([ROWS], tl.int32)
     for first in tl.range(0, begin, BYTES):
         byte = load_bytes(mask_rows, is_row, first, row_bytes, BYTES)
@@ -73,7 +74,7 @@ def expand(
     SCALED: tl.constexpr,
     UNIT_SCALES: tl.constexpr,
 ):
-    """The tile [rows, bytes, 8] of values, 0 where there is none, times their scales if SCALED, and each row's bits."""
+    """The tile [rows, bytes, 8] of the weight (times its scales if SCALED), and the number of set bits of each row."""
     columns = first_column + (tl.arange(0, BYTES) * 8)[:, None] + tl.arange(0, 8)[None, :]
     bits = ((byte[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1) * (columns < cols)[None, :, :].to(tl.int32)
     each = tl.sum(bits, 2)
@@ -107,7 +108,8 @@ def bitmap_decompress_kernel(
     row_offsets,
     scales,
     out,
-    # The row stride and the columns are in units of UNIT elements: a factor the compiler can see, for 16-byte stores.
+    # The row stride and the columns are in units of UNIT elements. UNIT is a constant, so the compiler can use 16-byte
+    # stores.
     out_units,
     n,
     col_units,
@@ -204,7 +206,7 @@ def bitmap_gemm_kernel(
 
 
 def _weight_arguments(values, scales, cols: int, group_size: int):
-    """(cols, row bytes, stored, groups, group size), and the constants that follow from the weight."""
+    """(row bytes, stored, groups, group size), and the kernels' constants that depend on the weight."""
     nibbles = values.dtype == torch.uint8
     group = cols if scales is None or group_size == -1 else min(group_size, cols)
     groups = triton.cdiv(cols, group)
@@ -214,7 +216,7 @@ def _weight_arguments(values, scales, cols: int, group_size: int):
 
 
 def decompress_to(out, values, bitmask, row_offsets, cols: int, scales=None, group_size: int = -1) -> None:
-    """Fills out [N, cols]; quantised weights are rounded to its dtype."""
+    """Fills out [N, cols]. Quantised weights are rounded to its dtype."""
     n = bitmask.shape[0]
     if n == 0 or cols == 0:
         return
@@ -268,7 +270,7 @@ def bitmap_gemm(x, values, bitmask, row_offsets, bias=None, *, cols: int, scales
     numbers, constants = _weight_arguments(values, scales, cols, group_size)
     stride = rows.stride(0) if m > 1 else cols
     unit = 8 if stride % 8 == 0 and cols % 8 == 0 else 1
-    # Twice as large, tiles of float32, and of quantised values with 64 rows, would spill.
+    # If they were twice as large, tiles of float32 would spill, and so would tiles of quantised values with 64 rows.
     block_n, block_m, block_k = 32, 16 if m <= 16 else 32 if m <= 32 else 64, 32 if x.dtype == torch.float32 else 64
     tiles = triton.cdiv(m, block_m) * triton.cdiv(n, block_n)
     wanted = triton.cdiv(PROGRAMS * device_limits(x.device).processors, tiles)

@@ -1,8 +1,9 @@
-"""What attention asks of a block index before it walks it: where a row's ids begin and end, which of its columns a
-block covers already, and which rows are the longest.
+"""What attention needs to know about a block index before it uses it.
 
-The two kernels here are passes over the index alone: `covered_columns_kernel` writes a bit for each listed column,
-`row_work_kernel` a number for each query tile. Floor: the index read once; both are far below the attention they serve.
+It needs where a row's ids begin and end, which of the row's columns a listed block already covers, and which rows are
+the longest. The two kernels of this file read only the index. `covered_columns_kernel` writes a bit for each listed
+column. `row_work_kernel` writes a number for each query tile. Floor: the index is read once. Both kernels take far less
+time than the attention that uses their results.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton.language as tl
 
 from ._common import on
 
-COVERED_WORDS = 32  # a program of the covered-columns pass writes this many words of 32 columns
+COVERED_WORDS = 32  # the words, of 32 columns each, that a program of `covered_columns_kernel` writes
 LONG_ROW = 64  # key blocks; see `longest_first`
 
 
@@ -24,7 +25,7 @@ LONG_ROW = 64  # key blocks; see `longest_first`
 
 @triton.jit
 def lower_bound(ids, stride, low, high, value):
-    """The first position in [low, high) whose id is at least `value`, or `high`. (All strides here are int64.)"""
+    """The first position in [low, high) whose id is at least `value`, or `high`. `stride` is int64."""
     while low < high:
         middle = low + (high - low) // 2
         below = tl.load(ids + middle * stride) < value
@@ -35,7 +36,7 @@ def lower_bound(ids, stride, low, high, value):
 
 @triton.jit
 def span(ids, stride, count, first, end):
-    """Positions [begin, finish) of the ids in [first, end). Lists built for this row need no search: two loads."""
+    """Positions [begin, finish) of the ids in [first, end). If all ids are in this range, two loads are enough."""
     some = count > 0
     lowest = tl.load(ids, mask=some, other=0)
     highest = tl.load(ids + (tl.maximum(count, 1) - 1) * stride, mask=some, other=0)
@@ -47,8 +48,11 @@ def span(ids, stride, count, first, end):
 
 @triton.jit
 def place(program, section, group, tiles, streams):
-    """(stream, query head of its group, query tile) of a program. In order: section of KV heads, query tile (last
-    first), KV head of the section, query head of its group."""
+    """(stream, query head of its group, query tile) of a program.
+
+    Programs are ordered by section of KV heads, then by query tile (last first), then by KV head of the section, then
+    by query head of the KV head's group.
+    """
     per_section = section * group * tiles
     this_section = program // per_section
     at = program - this_section * per_section
@@ -94,10 +98,10 @@ def covered_columns_kernel(
     BLOCK_K: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """One bit for each listed column of each row: whether a listed block holds it. A binary search by each lane.
+    """One bit for each listed column of each row: whether a listed block holds it. Each lane does a binary search.
 
-    It stands apart because a chain of dependent loads inside the attention loop keeps that loop from being pipelined
-    (compiled for sm_90 the two together spilled 3 KB a thread), and because query heads may share an index head.
+    This is a separate kernel for two reasons. A chain of dependent loads inside the attention loop prevents pipelining
+    (compiled for sm_90, the two together spilled 3 KB a thread). And several query heads may share an index head.
     """
     program = tl.program_id(0)
     row = (program % rows).to(tl.int64)
@@ -162,7 +166,7 @@ def row_work_kernel(
     HAS_COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """A key for each program: earlier sections first, and in a section the tile with the most key blocks."""
+    """A sort key for each program. Earlier sections come first, and within a section the tile with most key blocks."""
     program = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     real = program < programs
     stream, lane, tile = place(tl.where(real, program, 0), section, group, tiles, streams)
@@ -187,7 +191,7 @@ def row_work_kernel(
 
 
 class Lists(NamedTuple):
-    """An index as the attention kernels take it: tensors, strides (0 where one entry serves all), capacities."""
+    """An index in the form that the attention kernels need. A batch, head or row stride is 0 if its dim is 1."""
 
     tensors: tuple[torch.Tensor, ...]
     strides: tuple[int, ...]
@@ -205,7 +209,7 @@ def _strides(x: torch.Tensor) -> tuple[int, ...]:
 
 
 def make_lists(block_count, block_index, column_count, column_index, block_k: int) -> Lists:
-    """Runs the covered-columns pass where a row has both blocks and columns."""
+    """The `Lists` of an index. If it has both blocks and columns, this runs `covered_columns_kernel`."""
     has_columns = column_count is not None and column_index.shape[-1] > 0
     if not has_columns:
         column_count, column_index = block_count, block_index
@@ -232,7 +236,7 @@ def make_lists(block_count, block_index, column_count, column_index, block_k: in
             WORDS=COVERED_WORDS,
             num_warps=4,
         )
-    # The index's head dim may be 1 for the columns' lists, never for the bits.
+    # The bits have an entry for every index head and row. An index with a batch of 1 serves all sequences.
     strides += (0 if batch == 1 else covered.stride(0), covered.stride(1), words)
     return Lists((*tensors, covered), strides, capacities, True, True)
 
@@ -253,13 +257,15 @@ def longest_first(
     block_m: int,
     causal: bool,
 ) -> torch.Tensor | None:
-    """The order in which programs should start, int64 [programs], or None where the plain order will do.
+    """The order in which programs should start, int64 [programs], or None if the usual order is good enough.
 
-    Blocks of a grid start in order as others end, which balances by itself, unless a long row starts last. Causal
-    prefill cannot have that: tiles run last to first, and row r has r + 1 blocks at most. A chunk over a long past can,
-    and so can attention without causality: there the shortest row may list thousands of blocks. It costs one small
-    kernel and a radix sort of one int32 a program, on the device, so it is done only where the first row may list
-    LONG_ROW blocks or more, and there is more than one tile to order.
+    The blocks of a grid start in order, each as soon as another one ends. This balances the work unless a long row
+    starts last. In causal prefill this cannot happen, because tiles run from last to first, and row r has at most r + 1
+    blocks. It can happen for a chunk of queries after a long past, and for attention without causality, because there
+    even the first row may list thousands of blocks.
+
+    The order costs one small kernel and a radix sort of one int32 a program, both on the device. So it is computed only
+    if the first row may list LONG_ROW blocks or more and there is more than one tile.
     """
     programs = tiles * streams * group
     visible = min(nk - nq if causal else nk, lists.keys(block_k)) // block_k

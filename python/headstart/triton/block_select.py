@@ -1,9 +1,11 @@
-"""Which entries of each row of scores an index lists: one kernel for top-k, for a share of a mass, and for both.
+"""One kernel that selects entries from each row of scores: the top k, a share of the row's mass, or both.
 
-One program takes one row. Entries are ranked forced first, then by score, then by lower id; a prefix of that ranking is
-listed: as many as there is room for and, where a share is asked for, no more than it takes to hold that share of the
-row's mass. No row is sorted. Scores become unsigned keys of the same order, and the key of the last entry that is
-listed is found digit by digit, from the top: of 2^DIGIT candidates, the largest at which either bound is still met.
+One program takes one row. Forced entries come first in its ranking, then entries with higher scores, then those with
+lower ids. The kernel lists the first entries of this ranking. It lists as many as there is room for. If a share is
+given, it lists no more than are needed to hold this share of the row's mass.
+
+No row is sorted. Scores become unsigned keys of the same order. The key of the last listed entry is found digit by
+digit, from the top: each digit is the largest of 2^DIGIT candidates at which either bound is still met.
 
        key   ffff…  forced                    pass 1       pass 2               last pass, in the order of ids
                 │   heaviest                  ┌──┬──┬──┬──┐                     key > last: listed
@@ -12,10 +14,10 @@ listed is found digit by digit, from the top: of 2^DIGIT candidates, the largest
                 ▼   lightest                  count and mass  └──┴──┴──┴──┘
        key   0      not visible, NaN          above each candidate
 
-Floor: a row's scores from memory once, its ids to memory once. The 32 / DIGIT + 2 readings come from L1 (a row of 2,048
-blocks is 8 KiB) or, for the columns of a long context, from L2.
+Floor: a row's scores are read from memory once, and its ids are written once. The 32 / DIGIT + 2 passes over the scores
+read them from L1 (a row of 2,048 blocks is 8 KiB), or from L2 for the columns of a long context.
 
-Results are deterministic: counts are integers, and a sum over the same entries is always taken in the same order.
+Results are deterministic: counts are integers, and the same entries are always added in the same order.
 """
 
 from __future__ import annotations
@@ -31,8 +33,11 @@ FORCED = tl.constexpr(0xFF800000)  # the key of +inf
 
 @triton.jit
 def row_blocks(kv_start, batch, row, nq, nk, sink, local, block_q, block_k, HAS_KV_START: tl.constexpr):
-    """(begin, end, sink_end, window) of a row of queries: it sees the key blocks [begin, end), and [begin, sink_end)
-    and [window, end) are forced. `sink` and `local` are at most nk, so that no sum overflows."""
+    """(begin, end, sink_end, window) of a row of queries.
+
+    The row sees the key blocks [begin, end). The blocks [begin, sink_end) and [window, end) are forced. `sink` and
+    `local` are at most nk, so no sum overflows.
+    """
     start = 0
     if HAS_KV_START:
         start = tl.minimum(tl.maximum(tl.load(kv_start + batch), 0), nk)
@@ -47,7 +52,7 @@ def row_blocks(kv_start, batch, row, nq, nk, sink, local, block_q, block_k, HAS_
 
 @triton.jit
 def _keys(scores, ids, end, sink_end, window):
-    """Scores of `ids` as keys (0: not to be listed), their share of the mass, and which are forced."""
+    """The scores of `ids` as keys (0 if not to be listed), their share of the mass, and whether they are forced."""
     score = tl.load(scores + ids, mask=ids < end, other=float("-inf"))
     forced = (ids < end) & ((ids < sink_end) | (ids >= window))
     bits = tl.where(score == 0, 0.0, score).to(tl.uint32, bitcast=True)  # -0 ties with 0
@@ -117,7 +122,7 @@ def select_kernel(
             met = met | (held >= goal)
         digit = tl.sum((met & (digits > 0)).to(tl.int32), 0)
         last += digit.to(tl.uint32) << shift.to(tl.uint32)
-    last = tl.where(last > FORCED, FORCED, last)  # forced entries are listed even where the goal is no mass at all
+    last = tl.where(last > FORCED, FORCED, last)  # forced entries are listed even if the goal is a mass of 0
 
     above_n = 0
     held_n = 0.0
@@ -162,14 +167,15 @@ def select(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(count int32 [B, H, R], ids int32 [B, H, R, capacity]) of float32 scores [B, H, R, T], contiguous.
 
-    The rows are blocks of queries and the entries blocks of keys; the geometry says which entries a row sees and which
-    are forced, and nothing is read of the others. Single keys are blocks of one. With `share` (or `head_share` [H])
-    scores are masses, not negative.
+    A row is a block of queries, and an entry is a block of keys. nq, nk, the block sizes, sink, local and kv_start say
+    which entries a row sees and which are forced. The scores of other entries are not read. Single keys are blocks of
+    one key. With `share` (or `head_share` [H]), scores are masses, which are not negative.
     """
     batch, heads, rows, entries = scores.shape
     count = scores.new_empty((batch, heads, rows), dtype=torch.int32)
     index = scores.new_empty((batch, heads, rows, capacity), dtype=torch.int32)
-    # Short rows are many: two bits a pass keep them at 16 short passes. Long rows are few and far from L1: four bits.
+    # There are many short rows; with two bits a pass they need 16 short passes. There are few long rows, which do not
+    # fit L1; they use four bits.
     chunk = min(2048, max(32, triton.next_power_of_2(entries)))
     long = entries > 4 * chunk
     if count.numel() > 0:

@@ -1,8 +1,8 @@
-"""Triton kernels of `centroid_lookup`: which runs of permuted keys each block of queries attends.
+"""Triton kernels of `centroid_lookup`: they find the runs of permuted keys that each block of queries attends.
 
 A row is a block of queries of a KV head's group: G · block_q query vectors that share one selection. A level is a set
-of centroids with the number of keys below each; with parents there are two, and the second one sees, of its
-clusters, only a list: the children of the parents that the row kept.
+of centroids with the number of keys below each. With parents there are two levels. In the second level a row uses only
+a list of the clusters: the children of the parents that it kept.
 
     cluster_lse_kernel     a tile of a row's queries × a split of the clusters; maximum and sum of every query online
 
@@ -11,23 +11,23 @@ clusters, only a list: the children of the parents that the row kept.
           G ·     │  S   │  S   │  S   │        S = scale · q cᵀ in base 2, in registers, never in memory
           block_q └──────┴──────┴──────┴─ ─     empty clusters are -inf in the maximum as in the sum
 
-    cluster_best_kernel    the other way about: a tile of clusters stays, the row's queries pass by
+    cluster_best_kernel    a program keeps one tile of clusters, and loops over the row's queries
 
                   ┌──────┐                      limit_i = log2(threshold) + log2 Σ (the splits, in one order)
           row r   │  S   │ ↓  tile by tile      best [rows, C] = largest S_ij - log2 Σ_i of the queries that keep it,
-                  └──────┘                                       -inf where none does (S_ij <= limit_i for all)
+                  └──────┘                                       -inf if no query keeps it (S_ij <= limit_i for all)
 
-    take_kernel            a row: do the kept clusters fit? If not, the score of the last one that does, digit by digit
-                           from the top (as in block_select.py, weighed by keys); then how many keys each cluster gives,
-                           as a running sum: ends [rows, C], count [rows]
-    expand_runs_kernel     slot s of a row lies in the first cluster with ends > s: a binary search by each lane
+    take_kernel            one program a row. If the kept clusters do not fit, it finds the score of the last one that
+                           does, digit by digit from the top (as in block_select.py, but weighted by keys). Then it
+                           writes how many keys each cluster gives, as a running sum: ends [rows, C], count [rows]
+    expand_runs_kernel     slot s of a row lies in the first cluster with ends > s; each lane does a binary search
 
-Of the first level the expanded runs are runs of children, and so the second level's list.
+The expanded runs of the first level are runs of children. They are the list of the second level.
 
-Floor: 4 · B · Hq · Nq · C · D operations in two passes, one exponential a score, centroids from L2 twice for every tile
-of queries; prefill is bound by tensor cores. A decode step reads every centroid from memory once, 2 · Hkv · C · D
-bytes, and a second time from L2; the split fills the GPU. `best` and `ends` are 8 · C bytes a row against the 4 · N
-bytes of its columns; rows are taken in turns so that all arrays stay below WORKSPACE.
+Floor: 4 · B · Hq · Nq · C · D operations in two passes and one exponential a score. Every tile of queries reads the
+centroids from L2 twice. Tensor cores limit prefill. A decode step reads every centroid from memory once, 2 · Hkv · C ·
+D bytes, and a second time from L2. The splits give the GPU enough programs. `best` and `ends` take 8 · C bytes a row,
+and its columns take 4 · N bytes. Rows are processed in turns, so that all arrays stay below WORKSPACE.
 
 Every sum has one order and nothing adds with atomics, so equal inputs give equal columns. No shape depends on data.
 """
@@ -42,9 +42,9 @@ import triton.language as tl
 
 from ._common import LN2, device_limits, load_rows, on, precision, split_head_dim, stride_unit
 
-WORKSPACE = 2**28  # bytes of intermediate arrays at a time
+WORKSPACE = 2**28  # the most bytes of intermediate arrays at a time
 MAX_SPLITS = 64
-SLOTS = 1024  # columns that a program writes at a time
+SLOTS = 1024  # the columns that a program writes at a time
 
 
 # --- device code -----------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def _place(local, first_row, rows, heads):
 
 @triton.jit
 def _level(at, listed, ids, offsets, parent_offsets, entries, clusters, LISTED: tl.constexpr, PARENTS: tl.constexpr):
-    """(entry of the level, whether there is one, its keys) at positions `at` of a row's list."""
+    """(entry of the level, whether it exists, the number of its keys) at positions `at` of a row's list."""
     entry = at
     inside = at < listed
     if LISTED:
@@ -69,7 +69,7 @@ def _level(at, listed, ids, offsets, parent_offsets, entries, clusters, LISTED: 
     first = entry
     end = entry + 1
     if PARENTS:
-        # Offsets are data that nobody has checked: they must not lead outside the array.
+        # The offsets are data that was not checked. The clamp keeps the address inside the array.
         first = tl.minimum(tl.maximum(tl.load(parent_offsets + first), 0), clusters)
         end = tl.minimum(tl.maximum(tl.load(parent_offsets + end), 0), clusters)
     keys = tl.load(offsets + end) - tl.load(offsets + first)
@@ -78,7 +78,7 @@ def _level(at, listed, ids, offsets, parent_offsets, entries, clusters, LISTED: 
 
 @triton.jit
 def _queries(first, row, group, block_q, nq, stride_h, stride_n, UNIT: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(head of the group, offset in elements, whether there is such a query) of BLOCK_M query vectors of a row."""
+    """(head of the group, offset in elements, whether the query exists) of BLOCK_M query vectors of a row."""
     lane = first + tl.arange(0, BLOCK_M)
     head = lane // block_q
     query = row * block_q + lane % block_q
@@ -102,7 +102,7 @@ def cluster_lse_kernel(
     id_count,
     part,
     scale,
-    # Strides are in units of UNIT elements: a factor the compiler can see, for 16-byte loads.
+    # Strides are in units of UNIT elements. UNIT is a constant, so the compiler can use 16-byte loads.
     stride_qb,
     stride_qh,
     stride_qn,
@@ -153,7 +153,7 @@ def cluster_lse_kernel(
     for tile in tl.range(split * share, tl.minimum((split + 1) * share, tiles)):
         position = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         entry, inside, keys = _level(position, listed, ids, offsets, parent_offsets, entries, clusters, LISTED, PARENTS)
-        # Centroids of empty clusters too: waiting for the sizes first would keep the loads from running ahead.
+        # This also loads the centroids of empty clusters. Waiting for the sizes would delay the loads.
         c0 = load_rows(centroids, entry, step, inside, 0, D0, D, True)
         scores = tl.dot(q0, tl.trans(c0), input_precision=PRECISION)
         if D1 > 0:
@@ -163,7 +163,7 @@ def cluster_lse_kernel(
         weight = tl.log2(tl.where(present, keys, 1).to(tl.float32))
         scores = tl.where(present[None, :], scores * scale + weight[None, :], float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
-        # A query that has seen nothing yet: any finite reference keeps -inf - -inf out of the exponent.
+        # For a query that has seen no cluster yet, any finite reference avoids -inf - -inf in the exponent.
         reference = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp2(top - reference) + tl.sum(tl.exp2(scores - reference[:, None]), 1)
         top = new_top
@@ -251,7 +251,7 @@ def cluster_best_kernel(
         top = tl.max(parts, 0)
         top = tl.where(top == float("-inf"), 0.0, top)
         total = tl.sum(tl.exp2(parts - top[None, :]), 0)
-        # A query without a finite sum keeps everything rather than nothing, as a NaN threshold does.
+        # A query without a finite sum keeps every cluster. A NaN threshold does the same.
         lse = tl.where(total > 0, top + tl.log2(tl.where(total > 0, total, 1.0)), float("nan"))
         at_head = ((head * group + lane) * thresholds // (heads * group)).to(tl.int32)
         share = tl.load(threshold + at_head, mask=real, other=0.0)
@@ -266,7 +266,7 @@ def cluster_best_kernel(
 
 @triton.jit
 def _kept(best, ids, offsets, at, listed, entries, LISTED: tl.constexpr):
-    """(key of the score, 0 if not kept; length of the run) at positions `at` of a row's list."""
+    """(key of the score, or 0 if not kept, length of the run) at positions `at` of a row's list."""
     inside = at < listed
     score = tl.load(best + at, mask=inside, other=float("-inf"))
     kept = inside & (score > float("-inf"))
@@ -315,7 +315,7 @@ def take_kernel(
         key, length = _kept(best, ids, offsets, first + lane, listed, entries, LISTED)
         wanted += tl.sum(length, 0)
 
-    # The largest key at which the clusters from it upwards fill the capacity; 0 if all fit.
+    # The largest key such that the clusters with this key or a larger one fill the capacity. 0 if all clusters fit.
     digits = tl.arange(0, 1 << DIGIT)
     last = tl.zeros([1], tl.uint32)
     if wanted > capacity:
@@ -345,7 +345,7 @@ def take_kernel(
         tl.store(ends + at, taken + tl.cumsum(length, 0), mask=at < listed)
         ties += tl.sum(tie, 0)
         taken += tl.sum(length, 0)
-    tl.store(count + local, tl.maximum(tl.minimum(taken, capacity), 0))  # outside of it if the offsets are broken
+    tl.store(count + local, tl.maximum(tl.minimum(taken, capacity), 0))  # clamped in case the offsets are broken
 
 
 @triton.jit(
@@ -367,7 +367,7 @@ def expand_runs_kernel(
     SLOTS: tl.constexpr,
     LISTED: tl.constexpr,
 ):
-    """Entries past the count are left as they are."""
+    """Writes the positions of each row's keys. Entries past the count are not written."""
     local = tl.program_id(0).to(tl.int64)
     _, head, _ = _place(local, first_row, rows, heads)
     ids += local * entries
@@ -381,7 +381,7 @@ def expand_runs_kernel(
     for first in tl.range(tl.program_id(1) * SLOTS, used, tl.num_programs(1) * SLOTS):
         slot = first + tl.arange(0, SLOTS)
         inside = slot < used
-        # All lanes halve the same number of candidates, `left` from `at` on.
+        # Every lane has `left` candidates, from `at` on. `left` is the same number in all lanes.
         at = tl.zeros([SLOTS], tl.int32)
         left = listed
         while left > 1:
@@ -409,7 +409,7 @@ class _Config(NamedTuple):
 
 
 def _config(q: torch.Tensor, vectors: int, units: int, entries: int, listed: bool) -> _Config:
-    """Tiles for rows of so many query vectors; splits of the clusters so that `units` rows fill the device."""
+    """Tiles for rows of `vectors` query vectors, and splits of the clusters so that `units` rows fill the device."""
     if q.element_size() == 4:
         block_m, block_n = 32, 32
     else:
@@ -419,7 +419,7 @@ def _config(q: torch.Tensor, vectors: int, units: int, entries: int, listed: boo
     programs = units * triton.cdiv(vectors, block_m)
     limits = device_limits(q.device)
     splits = max(1, min(triton.cdiv(2 * limits.processors, programs), triton.cdiv(entries, block_n), MAX_SPLITS))
-    # A list is a load before the load: it takes five stages to have two tiles of centroids under way.
+    # With a list, the ids must be loaded before the centroids. Then five stages load two tiles of centroids ahead.
     stages, ahead = (5, 2) if listed else (4 if block_m < 64 else 3, 0)
     row_bytes = q.shape[-1] * q.element_size()
     while stages > 2 + ahead and (block_m + (stages - ahead) * block_n) * row_bytes > limits.shared_memory:
@@ -428,7 +428,7 @@ def _config(q: torch.Tensor, vectors: int, units: int, entries: int, listed: boo
 
 
 class _Turn(NamedTuple):
-    """Rows that are looked up together."""
+    """Rows that are processed together: the first, their number, the KV heads, and the rows of a head."""
 
     first: int
     count: int
@@ -437,14 +437,14 @@ class _Turn(NamedTuple):
 
 
 class _List(NamedTuple):
-    """The entries of a level that each row sees."""
+    """The entries of a level that each row uses."""
 
     count: torch.Tensor
     ids: torch.Tensor
 
 
 def _best(q, centroids, offsets, parent_offsets, threshold, seen, turn, scale, block_q) -> torch.Tensor:
-    """Of each row, its best score of each entry of a level that it keeps, -inf of the others: [rows, entries]."""
+    """The best score of each entry of a level that a row keeps, -inf for the other entries: [rows, entries]."""
     hq, nq, d = q.shape[1:]
     entries = centroids.shape[1]
     group = hq // turn.heads
@@ -486,7 +486,7 @@ def _best(q, centroids, offsets, parent_offsets, threshold, seen, turn, scale, b
 
 
 def _take(best, offsets, seen, turn, count, index) -> None:
-    """Fills count [rows] and index [rows, capacity] with the runs of the kept entries, as many as there is room for."""
+    """Fills count [rows] and index [rows, capacity] with the runs of the kept entries, up to the capacity."""
     entries, capacity = best.shape[1], index.shape[1]
     ends = best.new_empty(best.shape, dtype=torch.int32)
     ids, id_count = (offsets, offsets) if seen is None else (seen.ids, seen.count)
@@ -508,7 +508,7 @@ def _take(best, offsets, seen, turn, count, index) -> None:
     )
     if capacity == 0:
         return
-    # Enough programs a row to fill the device; each goes on while there are columns.
+    # Enough programs a row to fill the device. Each program loops until no columns are left.
     programs = triton.cdiv(16 * device_limits(best.device).processors, turn.count)
     expand_runs_kernel[(turn.count, min(programs, triton.cdiv(capacity, SLOTS)))](
         ids, id_count, offsets, ends, count, index, *place, SLOTS=SLOTS, LISTED=seen is not None, num_warps=4

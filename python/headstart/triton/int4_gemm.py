@@ -1,43 +1,45 @@
 """Int4 GEMM: the packed weight is read in place, dequantised in registers and multiplied by tensor cores.
 
-The product is taken transposed, outᵀ = W · xᵀ, so that the side of W, never short, is the one that tensor cores want
-64 long (Hopper's wgmma), whether x has one row or a thousand, and W is the operand that may stay in registers.
+The kernel computes the transposed product, outᵀ = W · xᵀ. Tensor cores need one side of at least 64 (Hopper's wgmma).
+In this form it is the side of W's columns, which is never short, whether x has one row or a thousand. W is also the
+operand that can stay in registers.
 
           x rows          a block of K is BLOCK_K / 32 slabs, in the order of the packed words (csrc/layouts/int4.h):
          ┌──────┐            word [column, slab, t]  >> 4 i + 16 h & 15  =  code [column, slab, i, t, h]
-    W    │      │         and that is [column, k] as it stands, since k = 32 slab + 8 i + 2 t + h.
+    W    │      │         this is [column, k] without any reordering, because k = 32 slab + 8 i + 2 t + h.
  columns │      │
          └──────┘            sum += scale · (code - zero) · xᵀ
 
     global ──cp.async──▶ shared, `num_stages` deep ──▶ registers: a lane's words ──▶ its fragment of W ──▶ tensor cores
            words, zeros, x                              (scales: loaded into registers, one block of K early)
 
-A lane unpacks what it multiplies, so the unpacked weight never goes through shared memory. That needs words, and every
-operation up to the product, in the layout of the product's operand. Triton moves that layout up to the loads only past
-elementwise operations, joins, permutations and reshapes; a shift by a `tl.arange` stops it. So the eight codes of a
-word are opened one by one, with constants, and joined.
+Each lane unpacks the codes that it multiplies, so the unpacked weight never goes through shared memory. For this, the
+words and every operation between them and the product must have the layout of the product's operand. Triton moves this
+layout back to the loads past elementwise operations, joins, permutations and reshapes, but a shift by a `tl.arange`
+stops it. So the kernel unpacks the eight codes of a word one by one, with constant shifts, and joins them.
 
-The joined dimensions h and i must be registers of a lane, and t its place in a group of four. Triton gives a lane
-LANE_K adjacent k of a tile: 2 with wgmma. With mma.sync, 8 where the zero points are bytes and 4 where there are none
-(it divides 32 bits by the narrowest load of the chain, and by half of that where there is a join). So k is taken in
-another order within a slab there, for W and for x alike:
+The joined dimensions h and i must be registers of a lane, and t must be the lane's place in a group of four. Triton
+gives a lane LANE_K adjacent k of a tile. With wgmma, LANE_K is 2. With mma.sync, it is 8 if the zero points are bytes,
+and 4 without zero points: Triton divides 32 bits by the width of the narrowest load in the chain, or by half of it if
+the chain has a join. For these cases the kernel takes k in another order within a slab, for both W and x:
 
     LANE_K 2:  slab, i, t, h       LANE_K 4:  slab, i // 2, t, i % 2, h       LANE_K 8:  slab, t, i, h
 
-Another order changes no result but its rounding. The tests count copies, loads and stores in the machine code, so that
-a Triton that chooses otherwise shows.
+The order changes nothing in the result but its rounding. The tests count copies, loads and stores in the machine code.
+So they fail if a version of Triton chooses another layout.
 
-Codes become floats by a magic number: code · 2^b | (150 - b) · 2^23 is 2^(23 - b) + code as float32, and 2^(23 - b) +
-zero is taken off exactly, so a fragment holds code - zero, an integer that every dtype represents. The scale is applied
-to float32 sums.
+A magic number turns codes into floats. As a float32, code · 2^b | (150 - b) · 2^23 is 2^(23 - b) + code. Subtracting
+2^(23 - b) + zero is exact, so a fragment holds code - zero, an integer that every dtype represents. The scale is
+applied to float32 sums.
 
-K is cut into parts by its length alone. Where there are few tiles (small M), each part is a program of its own and
-`add_parts_kernel` adds them in order; where there are many, one program walks all parts and adds in the same order.
-With blocks of K that depend on the group size and the dtype alone, a row's result does not depend on the batch around
-it.
+K is cut into parts, which depend only on its length. If there are few tiles (small M), each part has its own program,
+and `add_parts_kernel` adds the parts in order. If there are many tiles, one program computes all parts and adds them in
+the same order. The blocks of K depend only on the group size and the dtype. So the result of a row does not depend on
+the other rows of the batch.
 
-Floor: few rows, K · N / 2 bytes and scales and zeros at the memory's rate (2.6 µs for 4096 × 4096, group 128, at 3.35
-TB/s); many rows, 2 · M · N · K operations. Parts cost 8 · parts · M · N bytes between the two kernels, mostly in L2.
+Floor for few rows: reading K · N / 2 bytes, scales and zeros at the memory's rate (2.6 µs for 4096 × 4096, group 128,
+at 3.35 TB/s). Floor for many rows: 2 · M · N · K operations. Parts cost 8 · parts · M · N bytes between the two
+kernels, mostly in L2.
 """
 
 from __future__ import annotations
@@ -50,13 +52,13 @@ import triton.language as tl
 
 from ._common import device_limits, on, precision
 
-PART = 1024  # of K, at least; a shorter part costs more to add than it saves
+PART = 1024  # the least K of a part; a shorter part costs more to add than it saves
 MAX_PARTS = 16
-PROGRAMS = 2  # an SM that parts are split up for
+PROGRAMS = 2  # parts get their own programs if there are fewer tiles than this for each SM
 
 
 class Tile(NamedTuple):
-    """Output columns and rows of x of a program."""
+    """The output columns and the rows of x that one program computes, its warps and its pipeline stages."""
 
     columns: int
     rows: int
@@ -77,23 +79,26 @@ def choose_tile(m: int, dtype: torch.dtype, wgmma: bool) -> Tile:
 
 
 def choose_block_k(dtype: torch.dtype, group_slabs: int) -> int:
-    """K of a block, all of one group: the longer, the fewer instructions beside the codes. 0 slabs: K is one group, for
-    which blocks of 128 spilled 88 B on sm_80."""
+    """The length of a block of K, which lies within one group.
+
+    A longer block needs fewer instructions other than those for the codes. `group_slabs` is 0 if K is one group. In
+    that case, blocks of 128 spilled 88 B on sm_80.
+    """
     if dtype != torch.float32 and group_slabs > 0 and group_slabs % 4 == 0:
         return 128
     return 64 if group_slabs % 2 == 0 else 32
 
 
 def choose_parts(k: int) -> tuple[int, int]:
-    """(parts, slabs of a part): from K alone."""
+    """(parts, slabs of a part). They depend only on K."""
     slabs = triton.cdiv(k, 32)
     parts = max(1, min(triton.cdiv(k, PART), MAX_PARTS))
-    part_slabs = triton.cdiv(triton.cdiv(slabs, parts), 4) * 4  # whole blocks of K, whatever their size
+    part_slabs = triton.cdiv(triton.cdiv(slabs, parts), 4) * 4  # whole blocks of K, for each of the block sizes
     return triton.cdiv(slabs, part_slabs), part_slabs
 
 
 def lane_k(dtype: torch.dtype, has_zeros: bool, wgmma: bool) -> int:
-    """How many adjacent k of a tile the compiler gives a lane as its share of the weight: see the drawing."""
+    """The number of adjacent k of the weight's tile that the compiler gives a lane; see LANE_K above."""
     if dtype == torch.float32 or wgmma:
         return 2
     return 8 if has_zeros else 4
@@ -109,7 +114,7 @@ def group_of(slab, GROUP_SLABS: tl.constexpr):
 
 @triton.jit
 def opened(words, PLACE: tl.constexpr, zero, dtype: tl.constexpr):
-    """code - zero, exact, of the code that begins at bit PLACE: not shifted where a float's mantissa has that bit."""
+    """code - zero, exact, for the code that begins at bit PLACE. It is shifted only if it lies above the mantissa."""
     SHIFT: tl.constexpr = 0 if PLACE < 20 else 12
     BIT: tl.constexpr = PLACE - SHIFT
     magic = (words >> SHIFT & (15 << BIT)) | ((150 - BIT) << 23)  # 2^(23 - BIT) + code
@@ -129,7 +134,8 @@ def int4_gemm_kernel(
     zeros,
     bias,
     out,
-    # The row stride of x, and K, are in units of UNIT elements: a factor the compiler can see, for 16-byte loads.
+    # The row stride of x, and K, are in units of UNIT elements. UNIT is a constant, so the compiler can use 16-byte
+    # loads.
     stride_x,
     m,
     n,
@@ -248,10 +254,10 @@ def int4_gemm(x, packed, scales, zeros=None, bias=None, *, group_size: int, n: i
     block_k = choose_block_k(x.dtype, group_slabs)
     limits = device_limits(x.device)
     if k % 8 == 0 and m > 1 and rows.stride(0) % 8:
-        rows = rows.contiguous()  # read once here, instead of 2 bytes at a time for every tile of columns
+        rows = rows.contiguous()  # one copy here avoids loads of 2 bytes in every tile of columns
     stride = rows.stride(0) if m > 1 else k
     unit = 8 if k % 8 == 0 else 1
-    # Loads of single 16-bit values of x cannot be copied ahead: they wait in registers, where few rows have room.
+    # Single 16-bit values of x cannot be copied ahead to shared memory. They wait in registers, which hold few rows.
     tile = choose_tile(m if unit == 8 else min(m, 16), x.dtype, limits.wgmma)
     tiles = triton.cdiv(m, tile.rows) * triton.cdiv(n, tile.columns)
     parts, part_slabs = choose_parts(k)

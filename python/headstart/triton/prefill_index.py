@@ -1,7 +1,7 @@
 """Triton kernels of the index builders `adaptive_block_index` and `block_topk_index` (see also `vertical_slash.py`).
 
-Each builder turns queries and keys into one score or mass for each entry of each row; `block_select.py` then lists the
-best. Nothing of size Nq × Nk exists, all heads run at once, and nothing waits for the GPU.
+Each builder computes one score or mass for each entry of each row from queries and keys. Then `block_select.py` lists
+the best entries. No array of size Nq × Nk exists, all heads run at once, and the host does not wait for the GPU.
 
     adaptive        strided_score_kernel   one program, one tile of a GEMM of depth stride · D:
 
@@ -20,25 +20,27 @@ best. Nothing of size Nq × Nk exists, all heads run at once, and nothing waits 
 
                         keys, 64 a tile
           row r     ┌──────┬──────┬─ ─                    pass 1: online softmax → maximum and sum of each query
-          row r + 1 │ S    │ S    │      walked twice     pass 2: S again → shares of a key block, the row's largest
+          row r + 1 │ S    │ S    │      in two passes    pass 2: S again → shares of a key block, the row's largest
           row r + … └──────┴──────┴─ ─                            → maximum with mass [R, T], in place
 
     top-k           pool_mean_kernel       a block of tokens → its mean
                     pooled_score_kernel    means · means, 64 × 64 a program → scores [R, T]
                     select                 the best top_k
 
-Floor. Adaptive: 1 / stride of dense causal attention's Q Kᵀ, one exponential per pair of groups; the partial sums are
-written and read once, 4 · G · T bytes a head, in a workspace that heads take in turns. (A second pass over the scores,
-in their place, would double the multiplications: at 128K tokens, stride 16 and D 128, 137 GFLOP a head; the sums are
-67 MB at most.)
-n samples a row of block_q queries: n / (2 · block_q) of dense attention's Q Kᵀ, twice, and two exponentials a score; K
-from L2 twice for every 64 of them. Their scores stay in registers.
-Top-k: reads Q and K once.
+Floors:
 
-No kernel adds with atomics: every sum has one order, so equal inputs give equal indices.
+- Adaptive: 1 / stride of dense causal attention's Q Kᵀ, and one exponential for each pair of groups. The partial sums
+  are written and read once, 4 · G · T bytes a head, in a workspace that heads use in turns. (A second pass over the
+  scores would avoid these sums, but it would double the multiplications. At 128K tokens, stride 16 and D 128 these are
+  137 GFLOP a head, and the sums are 67 MB at most.)
+- n samples a row of block_q queries: n / (2 · block_q) of dense attention's Q Kᵀ, twice, and two exponentials a score.
+  K is read from L2 twice for every 64 samples. Their scores stay in registers.
+- Top-k: Q and K are read once.
 
-A-shape has no kernel. It is arithmetic on positions alone, and with no tensor argument torch cannot dispatch by device;
-its reference runs on any device, without waiting for it.
+No kernel adds with atomics. Every sum has one order, so equal inputs give equal indices.
+
+A-shape has no kernel, because it needs only arithmetic on positions. Without a tensor argument, torch cannot dispatch
+by device. So its reference runs on every device, and the host does not wait for it.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ from ..reference.prefill_index import ceil_div
 from ._common import LN2, load_rows, on, precision, split_head_dim, stride_unit, token_strides
 from .block_select import row_blocks, select
 
-WORKSPACE = 2**28  # bytes of partial sums at a time
+WORKSPACE = 2**28  # the most bytes of partial sums at a time
 
 
 # --- adaptive --------------------------------------------------------------------------------------------------------
@@ -73,7 +75,7 @@ def strided_score_kernel(
     partial,
     tile_max,
     scale,
-    # Strides are in units of UNIT elements: a factor the compiler can see, for 16-byte loads.
+    # Strides are in units of UNIT elements. UNIT is a constant, so the compiler can use 16-byte loads.
     stride_qb,
     stride_qh,
     stride_qn,
@@ -100,7 +102,7 @@ def strided_score_kernel(
     HAS_KV_START: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # SWEEP query tiles walk the key tiles together, so that each key tile is read from L2 by all of them.
+    # SWEEP query tiles go through the key tiles together, so all of them read a key tile from L2.
     program = tl.program_id(0)
     sweep = program // (SWEEP * tiles_k)
     size = tl.minimum(tiles_q - sweep * SWEEP, SWEEP)
@@ -149,7 +151,7 @@ def strided_score_kernel(
         seen = seen & (first_key + STRIDE > start)[None, :] & (last_query >= start)[:, None]
     scores = tl.where(seen, scores * scale, float("-inf"))
     top = tl.max(scores, 1)
-    # A group that sees nothing here: any finite reference keeps -inf - -inf out of the exponent.
+    # For a group that sees no key of this tile, any finite reference avoids -inf - -inf in the exponent.
     weights = tl.exp2(scores - tl.where(top == float("-inf"), 0.0, top)[:, None])
     GROUPS: tl.constexpr = BLOCK_K // STRIDE
     TILE_BLOCKS: tl.constexpr = BLOCK_N // GROUPS
@@ -193,7 +195,7 @@ def block_mass_kernel(
     is_group = (groups < query_groups)[:, None]
     at = (tl.program_id(1).to(tl.int64) * query_groups + groups)[:, None]
     lane = tl.arange(0, CHUNK)[None, :]
-    # Nothing is read of tiles that hold no block of [begin, end): they were skipped.
+    # Tiles that hold no block of [begin, end) were skipped, so their results must not be read.
     tiles_end = (end + TILE_BLOCKS - 1) // TILE_BLOCKS
     top = tl.full([GROUPS], float("-inf"), tl.float32)
     for first in tl.range(begin // TILE_BLOCKS, tiles_end, CHUNK):
@@ -215,7 +217,7 @@ def block_mass_kernel(
         maxima = tl.load(tile_max + at * tiles_k + block // TILE_BLOCKS, mask=inside, other=float("-inf"))
         weights = tl.exp2(maxima - top) * tl.load(partial + at * blocks + block, mask=inside, other=0.0)
         ids = first + tl.arange(0, CHUNK)
-        # With sampled queries to come, the largest share of a group; without, the sum of the groups' shares.
+        # If sampled queries follow, the mass is the largest share of a group. Otherwise it is the sum of the shares.
         shares = tl.max(weights * inverse, 0) if SAMPLED else tl.sum(weights * inverse, 0)
         tl.store(mass + ids, shares, mask=ids < end)
 
@@ -242,7 +244,7 @@ def _sampled_scores(
     if D1 > 0:
         k1 = load_rows(k, keys, step_k, real, D0, D1, D, True)
         scores = tl.dot(q1, tl.trans(k1), scores, input_precision=PRECISION)
-    # After scaling: a negative scale would make +inf of -inf.
+    # The mask comes after scaling, because a negative scale would turn -inf into +inf.
     return tl.where((keys[None, :] <= position[:, None]) & real[None, :], scores * scale, float("-inf"))
 
 
@@ -284,8 +286,8 @@ def sampled_share_kernel(
     HAS_KV_START: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """mass = max(mass, shares of the sampled queries), for ROWS rows of SLOTS queries, of which `samples` are used."""
-    # The last rows see the most keys: they begin first. Heads run side by side, and find K in L2.
+    """mass = max(mass, shares of the sampled queries), for ROWS rows. A row uses `samples` of its SLOTS slots."""
+    # The last rows start first, because they see the most keys. Heads run side by side, and find K in L2.
     first_row = (tl.num_programs(1) - 1 - tl.program_id(1)) * ROWS
     stream = tl.program_id(0).to(tl.int64)
     batch = stream // heads
@@ -297,7 +299,7 @@ def sampled_share_kernel(
     slot = lane % SLOTS
     query = tl.minimum((first_row + lane // SLOTS) * BLOCK_Q + (slot + 1) * BLOCK_Q // samples, nq) - 1
     is_query = (slot < samples) & (first_row + lane // SLOTS < rows)
-    # -1: the others see no key.
+    # At position -1, an unused slot sees no key.
     position = tl.where(is_query, query + nk - nq, -1)
     q += batch * stride_qb * UNIT + head * stride_qh * UNIT
     step_q = stride_qn.to(tl.int64) * UNIT
@@ -318,7 +320,7 @@ def sampled_share_kernel(
         keys = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         scores = _sampled_scores(q0, q1, k, step_k, keys, position, start, nk, scale, D, D0, D1, PRECISION)
         new_top = tl.maximum(top, tl.max(scores, 1))
-        # A query that has seen nothing yet: any finite reference keeps -inf - -inf out of the exponent.
+        # For a query that has seen no key yet, any finite reference avoids -inf - -inf in the exponent.
         reference = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp2(top - reference) + tl.sum(tl.exp2(scores - reference[:, None]), 1)
         top = new_top
@@ -339,7 +341,7 @@ def sampled_share_kernel(
             share = here
         block = tile // PARTS
         largest = tl.max(tl.reshape(share * inverse, (ROWS, SLOTS)), 1)
-        # Where a row sees nothing of a block, block_mass_kernel has left nothing to join.
+        # If a row sees no key of a block, block_mass_kernel has written no mass for it.
         whole = (row < rows) & (block * BLOCK_K <= row_last) & (row_last >= start) & (tile % PARTS == PARTS - 1)
         before = tl.load(mass + block, mask=whole, other=0.0)
         tl.store(mass + block, tl.maximum(before, largest), mask=whole)
@@ -362,7 +364,7 @@ def pool_mean_kernel(
     heads,
     n,
     blocks,
-    before,  # keys before the first of these tokens
+    before,  # the number of keys before the first of these tokens
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
@@ -414,7 +416,7 @@ def pooled_score_kernel(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     block = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     if tl.program_id(1) * BLOCK_N * block_k > nk - nq + (tl.program_id(0) + 1) * BLOCK_M * block_q - 1:
-        return  # causality: no row of the tile reads its scores
+        return  # by causality, no row of this tile uses its scores
     stream = tl.program_id(2).to(tl.int64)
     kv_stream = stream // heads * (heads // group) + stream % heads // group
     is_row = row < rows
@@ -461,8 +463,10 @@ def adaptive_block_index(
 
 
 def _antidiagonal_mass(q, k, stride, kv_start, scale, block_q, block_k, sampled):
-    """The sum of `reference.antidiagonal_shares` over a row's groups, or their maximum if `sampled`; written only where
-    a row sees the block."""
+    """The sum of `reference.antidiagonal_shares` over a row's groups, or their maximum if `sampled`.
+
+    It is written only where a row sees the block.
+    """
     batch, heads, nq, d = q.shape
     kv_heads, nk = k.shape[1:3]
     rows, blocks = ceil_div(nq, block_q), ceil_div(nk, block_k)
@@ -542,7 +546,7 @@ def _join_sampled_shares(mass, q, k, samples, kv_start, scale, block_q, block_k)
     rows, blocks = mass.shape[2:]
     d0, d1 = split_head_dim(d)
     slots = triton.next_power_of_2(samples)
-    # A row's samples stay in one program: no two ever write one mass.
+    # One program has all samples of a row, so no two programs write the same mass.
     most = max(slots, 64 if q.element_size() == 2 else 32)
     tile_rows = min(most, max(16, slots * triton.next_power_of_2(rows))) // slots
     unit = stride_unit(q, k)

@@ -1,31 +1,33 @@
-"""Triton kernels of `sparse_attention` and `merge_attention`: any GPU that Triton supports, forward only.
+"""Triton kernels of `sparse_attention` and `merge_attention`, for any GPU that Triton supports. They are forward only.
 
-One program computes one query tile of one head. It walks the tile's key blocks, then its single keys, with an online
-softmax in base 2; nothing of size Nq × Nk exists.
+One program computes one query tile of one head. It processes the tile's key blocks and then its single keys, with an
+online softmax in base 2. No array of size Nq × Nk exists.
 
-            key blocks the row lists (ascending)            single keys, 64 at a time
+            key blocks of the row (ascending)               single keys, 64 at a time
            ┌────────┬────────┬─ ─ ─ ┬────────┬────────┐    ┌─┬─┬─┬─ ─ ─┬─┐
     K, V   │ lead   │ whole  │      │ whole  │ tail   │    │ gathered rows │   shared memory, `num_stages` deep
            └────────┴────────┴─ ─ ─ ┴────────┴────────┘    └─┴─┴─┴─ ─ ─┴─┘
-            crosses   no mask at all          crosses        masked: a key that a block of
-            kv_start, or                      the diagonal   the row covers counts once
-            the window's                      or the end
+            crosses   no mask at all          crosses        masked, so that a key that a
+            kv_start, or                      the diagonal   block of the row also covers
+            the window's                      or the end     counts only once
             lower edge
     registers, the whole time:  Q [BLOCK_M, D]   acc [BLOCK_M, D] fp32   row_max, row_sum [BLOCK_M] fp32
     registers, a tile at a time:  S = Q Kᵀ [BLOCK_M, BLOCK_N] fp32 → P in the input's dtype → acc += P V
 
 Floor, for a row of n selected keys (blocks and columns): 4 · BLOCK_M · n · D tensor-core operations, BLOCK_M · n
-exponentials, and 2 · n · D elements of K and V read once from L2. Query heads of one KV head run side by side, and
-KV heads in sections whose keys and values fit in L2, so that DRAM sees K and V about once per section and query row
-sweep. Rows run last to first: under causality the last are the longest, and long rows must not start at the end. Where
-even the first row may be long, a device-side sort orders them by their counts (`longest_first`). Few queries take
-`sparse_attention_decode.py`, where query heads share a tile and a long list is split among programs.
+exponentials, and 2 · n · D elements of K and V, read once from L2.
 
-A head dim that is not a power of two is cut in two power-of-two parts where that wastes less (80 = 64 + 16,
-96 = 64 + 32, 192 = 128 + 64), and padded where it does not.
+Query heads of one KV head run side by side. KV heads run in sections whose keys and values fit in L2. So DRAM sees K
+and V about once for each section and sweep over the query rows. Rows run from last to first, because under causality
+the last rows are the longest, and a long row must not be the last to start. If even the first row may be long, a sort
+on the device orders the rows by their counts (`longest_first`). Few queries use `sparse_attention_decode.py`, where
+query heads share a tile and several programs share a long list.
 
-Lists are trusted to be ascending, which the split into lead, whole and tail relies on. They are not trusted to be in
-range: an id outside the keys is skipped or clamped before any address is formed from it.
+If the head dim is not a power of two, it is cut in two power-of-two parts if this wastes less (80 = 64 + 16,
+96 = 64 + 32, 192 = 128 + 64). Otherwise it is padded.
+
+The kernel trusts that lists are ascending: the split into lead, whole and tail needs it. It does not trust that ids are
+in range: an id outside the keys is skipped or clamped before an address is computed from it.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ from ._common import (
 )
 from .block_lists import longest_first, make_lists, place, span
 
-COLUMNS = 64  # single keys are gathered in groups of this many
+COLUMNS = 64  # the number of single keys that are gathered at a time
 
 
 # --- device code -----------------------------------------------------------------------------------------------------
@@ -86,7 +88,7 @@ def sparse_attention_kernel(
     kv_start,
     order,
     qk_scale,
-    # Strides of q, k, v are in units of UNIT elements: a factor the compiler can see, for 16-byte loads.
+    # Strides of q, k, v are in units of UNIT elements. UNIT is a constant, so the compiler can use 16-byte loads.
     stride_qb,
     stride_qh,
     stride_qn,
@@ -159,7 +161,8 @@ def sparse_attention_kernel(
     start = 0
     if HAS_KV_START:
         start = tl.maximum(tl.load(kv_start + batch), 0)
-    # Some query of the tile sees keys from `start` to `limit`; all of them see `whole_start` to `whole_limit`.
+    # The keys from `start` to `limit` are those that any query of the tile sees. All queries of the tile see the keys
+    # from `whole_start` to `whole_limit`.
     last_position = tl.minimum(first + BLOCK_M, nq) - 1 + (nk - nq)
     limit = nk
     whole_limit = nk
@@ -194,13 +197,13 @@ def sparse_attention_kernel(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
 
-    # --- the blocks: [begin, end) of the list, of which [whole_begin, whole_end) need no mask ---
+    # --- the blocks [begin, end) of the list; those in [begin + lead, whole_end) need no mask ---
     ids = block_index + batch * stride_ib + index_head * stride_ih + block_row * stride_ir
     count = tl.load(block_count + batch * stride_nb + index_head * stride_nh + block_row * stride_nr)
     count = tl.minimum(count, block_capacity)
     blocks_end = (limit + BLOCK_K - 1) // BLOCK_K
     begin, end = span(ids, step_i, count, start // BLOCK_K, blocks_end)
-    # At most three listed blocks cross the diagonal or the end of the keys, and they are the last.
+    # At most three listed blocks cross the diagonal or the end of the keys. They are the last ones of the list.
     last = end - 4 + tl.arange(0, 4)
     last_ids = tl.load(ids + last * step_i, mask=last >= begin, other=0)
     whole_end = end - tl.sum(((last >= begin) & ((last_ids + 1) * BLOCK_K > whole_limit)).to(tl.int32), 0)
@@ -208,14 +211,15 @@ def sparse_attention_kernel(
     whole_end = tl.where(whole_blocks > 0, whole_end, begin)
     lead = begin * 0
     if HAS_KV_START or HAS_WINDOW:
-        # One block crosses kv_start; the window's lower edge moves by a tile of queries, over three at most.
+        # One block crosses kv_start. The window's lower edge moves with the queries of the tile, and crosses at most
+        # three blocks.
         leading = begin + tl.arange(0, 4)
         leading_ids = tl.load(ids + leading * step_i, mask=leading < whole_end, other=0)
         lead = tl.sum(((leading < whole_end) & (leading_ids * BLOCK_K < whole_start)).to(tl.int32), 0)
     SUB: tl.constexpr = BLOCK_K // BLOCK_N
     inner = tl.arange(0, BLOCK_N)
     for i in tl.range((begin + lead) * SUB, whole_end * SUB):
-        # In an ascending list the clamp changes nothing; in any other it keeps the address among the keys.
+        # In an ascending list the clamp changes nothing. In any other list it keeps the address inside the keys.
         block = tl.load(ids + i // SUB * step_i)
         block = tl.minimum(tl.maximum(block, 0), whole_blocks - 1).to(tl.int64)
         origin = block * BLOCK_K + (i % SUB) * BLOCK_N
@@ -265,7 +269,7 @@ def sparse_attention_kernel(
                 keys, present, allowed, qk_scale, D, D0, D1, True, PRECISION,
             )  # fmt: skip
 
-    # --- out = acc / sum, lse = ln 2 · (max + log2 sum); a row that saw nothing has sum 0 and max -inf ---
+    # --- out = acc / sum, lse = ln 2 · (max + log2 sum); a row that saw no key has sum 0 and max -inf ---
     seen = row_sum != 0
     inverse = tl.where(seen, 1.0 / tl.where(seen, row_sum, 1.0), 0.0)
     row_lse = tl.where(seen, row_max + tl.log2(tl.where(seen, row_sum, 1.0)), float("-inf")) * 0.6931471805599453
@@ -321,7 +325,7 @@ def merge_attention_kernel(
     a = tl.load(lse_a + batch * stride_lab + head * stride_lah + query * stride_lan, mask=is_row, other=0.0)
     b = tl.load(lse_b + batch * stride_lbb + head * stride_lbh + query * stride_lbn, mask=is_row, other=0.0)
     top = tl.maximum(a, b)
-    # Two rows that saw nothing: any finite reference keeps -inf - -inf out of the exponents.
+    # If neither side saw a key, any finite reference avoids -inf - -inf in the exponents.
     top = tl.where(top == float("-inf"), 0.0, top)
     weight_a = tl.exp(a - top)
     weight_b = tl.exp(b - top)
@@ -342,7 +346,7 @@ def merge_attention_kernel(
 
 
 class Config(NamedTuple):
-    """What a launch is compiled for, beside dtypes: chosen from shapes, so that no call ever tunes."""
+    """The constants that a launch is compiled for. They depend only on shapes and dtypes, so no call tunes."""
 
     d0: int
     d1: int
@@ -358,17 +362,17 @@ def choose_config(
 ) -> Config:
     """Tiles that keep the accumulator, the scores and the queries in registers, and as many stages as memory holds.
 
-    `masked`: there are columns or a window, whose loops and masks take registers of their own.
+    `masked` means that there are columns or a window. Their loops and masks need more registers.
     """
     d0, d1 = split_head_dim(d)
     width = d0 + d1
     rows = max(16, 1 << (nq - 1).bit_length())  # a decode step needs no 64 rows
-    if itemsize == 4:  # plain FMAs: small tiles, for whole operands pass through registers
+    if itemsize == 4:  # FMAs without tensor cores need small tiles, because whole operands pass through registers
         block_m = min(block_q, rows, 64 if width <= 64 else 32)
         block_n = 32 if width <= 64 else 16
         num_warps = 8
     else:
-        # wgmma keeps its second operand in shared memory; mma.sync needs registers for it, so smaller tiles.
+        # wgmma keeps its second operand in shared memory. mma.sync needs registers for it, so its tiles are smaller.
         if limits.wgmma:
             block_m = min(block_q, rows, 128 if width <= 128 else 64)
             block_n = (64 if masked else block_k) if width <= 128 else (32 if masked else 64)
@@ -380,7 +384,7 @@ def choose_config(
         num_warps = 8 if block_m == 128 or (width > 128 and block_m == 64) else 4
     stage = 2 * block_n * width * itemsize
     held = block_m * width * itemsize
-    most = 2 if masked and width > (64 if limits.wgmma else 128) else 3  # a third costs registers, and spills
+    most = 2 if masked and width > (64 if limits.wgmma else 128) else 3  # a third needs more registers, and spills
     num_stages = max(1, min(most, (limits.shared_memory - held - 4096) // stage))
     return Config(d0, d1, block_m, block_n, num_warps, num_stages)
 
@@ -423,7 +427,7 @@ def sparse_attention(
     if few:
         pack = decode.choose_pack(math.gcd(group, index_group), nq)
         splits = decode.choose_splits(batch * heads // pack, lists.keys(block_k), limits.processors)
-        limits = limits._replace(wgmma=False)  # which needs tiles of 64 rows
+        limits = limits._replace(wgmma=False)  # wgmma needs tiles of 64 rows
     masked = lists.has_columns or window is not None
     config = choose_config(d, pack * nq if few else nq, block_q, block_k, q.element_size(), limits, masked)
     options = dict(D=d, D0=config.d0, D1=config.d1, UNIT=unit, BLOCK_K=block_k, BLOCK_N=config.block_n)

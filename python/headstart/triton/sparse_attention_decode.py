@@ -1,9 +1,9 @@
 """Sparse attention of few queries (decode, a few drafted tokens): heads share a tile, and a long list is split.
 
-A decode step has one query a head. Query heads that read the same keys by the same list are therefore packed into one
-tile, whether the list is split or not. Where the lists are fewer than a GPU has room for, each program takes a share of
-one list, and a second, small kernel joins the shares by their log-sum-exp. Where they are not, one program takes the
-whole list and writes the result itself.
+A decode step has one query a head. So the query heads that read the same keys with the same list are packed into one
+tile, whether the list is split or not. If there are fewer lists than a GPU can run programs for, each program takes a
+share of one list, and a second, small kernel joins the shares by their log-sum-exp. Otherwise one program takes a whole
+list and writes the result itself.
 
               a row's list: blocks, then columns           query heads that share a list of the same keys stand
              ┌───────┬───────┬───────┬───────┬─ ─          together as rows of one tile, so K and V are read once
@@ -12,10 +12,11 @@ whole list and writes the result itself.
                  ▼       ▼       ▼       ▼                 out [splits, B · Hq · Nq, D] fp32
              merge_splits_kernel: one program a row        lse [splits, B · Hq · Nq] in base 2
 
-Floor: the listed keys and values once from DRAM, 2 · n · D elements a pack, and, if there are several splits, 8 ·
-splits · D bytes a row between the two kernels. All tiles are masked: the loads bound this kernel, not the comparisons.
+Floor: the listed keys and values are read once from DRAM, 2 · n · D elements a pack. If there are several splits,
+8 · splits · D bytes a row move between the two kernels. All tiles are masked, because loads limit this kernel and the
+comparisons do not.
 
-The number of splits follows from shapes and the device alone, so the same call always adds in the same order.
+The number of splits depends only on shapes and the device, so the same call always adds in the same order.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import triton.language as tl
 from ._common import attend, load_rows, on
 from .block_lists import span
 
-MAX_ROWS = 32  # rows of a tile; with more, the queries fill a tile of their own
+MAX_ROWS = 32  # the most rows of a tile; more queries than this fill a tile without packing heads
 MAX_SPLITS = 64
 SPLIT_KEYS = 256  # a split shorter than this costs more to join than it saves
 
@@ -58,7 +59,7 @@ def split_attention_kernel(
     covered,
     kv_start,
     qk_scale,
-    # Strides of q, k, v are in units of UNIT elements: a factor the compiler can see, for 16-byte loads.
+    # Strides of q, k, v are in units of UNIT elements. UNIT is a constant, so the compiler can use 16-byte loads.
     stride_qb,
     stride_qh,
     stride_qn,
@@ -109,7 +110,7 @@ def split_attention_kernel(
     HAS_KV_START: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_COVERED: tl.constexpr,
-    SPLIT: tl.constexpr,  # out and lse are those of a share, to be joined; else those of the whole list
+    SPLIT: tl.constexpr,  # out and lse are those of a share of the list, not of the whole list
     PRECISION: tl.constexpr,
 ):
     split = tl.program_id(1)
@@ -168,7 +169,7 @@ def split_attention_kernel(
             keys, present, allowed, qk_scale, D, D0, D1, True, PRECISION,
         )  # fmt: skip
 
-    # --- and of the single keys, in groups of BLOCK_C ---
+    # --- this split's share of the single keys, in groups of BLOCK_C ---
     if HAS_COLUMNS:
         columns = column_index + batch * stride_cb + index_head * stride_ch
         column_n = tl.load(column_count + batch * stride_cnb + index_head * stride_cnh)
@@ -230,7 +231,7 @@ def merge_splits_kernel(
     split = tl.arange(0, BLOCK_S)
     parts = tl.load(part_lse + split.to(tl.int64) * rows + row, mask=split < splits, other=float("-inf"))
     top = tl.max(parts, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)  # a row that saw nothing
+    top = tl.where(top == float("-inf"), 0.0, top)  # a row that saw no key
     total = tl.sum(tl.exp2(parts - top), 0)
     inverse = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
     dims = tl.arange(0, BLOCK_D)
@@ -249,19 +250,22 @@ def merge_splits_kernel(
 
 
 def choose_pack(shared: int, nq: int) -> int:
-    """How many of the `shared` heads that read the same keys by the same list stand in one tile of MAX_ROWS rows."""
+    """How many of the `shared` heads, which read the same keys with the same list, fit a tile of MAX_ROWS rows."""
     return max(pack for pack in range(1, shared + 1) if shared % pack == 0 and pack * nq <= MAX_ROWS)
 
 
 def choose_splits(units: int, keys: int, processors: int) -> int:
-    """How many programs share each of `units` lists of up to `keys` keys: two programs an SM, if the lists are long."""
+    """The number of programs that share each of `units` lists of up to `keys` keys.
+
+    If the lists are long enough, there are about two programs for each SM.
+    """
     return max(1, min(triton.cdiv(2 * processors, max(units, 1)), keys // SPLIT_KEYS, MAX_SPLITS))
 
 
 def split_attention(
     q, k, v, out, lse, lists, kv_start, scale, strides, window, *, pack, index_group, splits, config, options
 ) -> None:
-    """Fills out and lse; all queries are of one query block. `options` are the kernel's constants, but for its tile."""
+    """Fills out and lse. All queries are in one query block. `options` are the kernel's constants except its tile."""
     batch, heads, nq, d = q.shape
     nk = k.shape[2]
     rows = batch * heads * nq
@@ -270,7 +274,7 @@ def split_attention(
         part_out = q.new_empty((splits, rows, d), dtype=torch.float32)
         part_lse = q.new_empty((splits, rows), dtype=torch.float32)
     with on(q.device):
-        # The lists are the grid's first dimension: only that one may pass 65,535.
+        # The lists are the grid's first dimension, because only this dimension may be above 65,535.
         split_attention_kernel[(batch * heads // pack, splits)](
             q,
             k,

@@ -8,14 +8,15 @@
                      ▼      ▼      ▼            ▼
     vertical [Nk]   sums down the columns;      partial [query tile, BANDS, key tile]: sums by band. A diagonal crosses
                                                 two bands or three, and each of its weights is shared among them
-    band_mass_kernel     a band's sums over the key tiles it passes → mass [bands]
+    band_mass_kernel     a band's sums over the key tiles that it crosses → mass [bands]
     select, twice        the best columns; the best bands
     spread_bands_kernel  bands → blocks of every row
 
-Floor: K from memory twice, once a KV head (its query heads run side by side and find it in L2); 4 · last_q · Nk · D
-operations and 2 · last_q · Nk exponentials a head. Nothing of size last_q × Nk exists.
+Floor: each pass reads the keys of a KV head from memory once. Its query heads run side by side, so the others find the
+keys in L2. A query head needs 4 · last_q · Nk · D operations and 2 · last_q · Nk exponentials. No array of size
+last_q × Nk exists.
 
-No kernel adds with atomics: every sum has one order, so equal inputs give equal indices.
+No kernel adds with atomics. Every sum has one order, so equal inputs give equal indices.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ..reference.prefill_index import ceil_div, edge
 from ._common import LN2, load_rows, on, precision, split_head_dim, stride_unit, token_strides
 from .block_select import row_blocks, select
 
-SPLITS = 32  # of the keys in pass 1; pass 2 reads as many numbers per query
+SPLITS = 32  # the most splits of the keys in pass 1; pass 2 reads one number of each split for every query
 
 
 # --- device code -----------------------------------------------------------------------------------------------------
@@ -40,7 +41,7 @@ SPLITS = 32  # of the keys in pass 1; pass 2 reads as many numbers per query
 def _last_queries(
     q, stride, first, last_q, nq, D0: tl.constexpr, D1: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """BLOCK_M of the last `last_q` queries, in two parts of the head dim (the same part twice if D1 is 0)."""
+    """BLOCK_M of the last `last_q` queries: their rows, and two parts of the head dim (the same one if D1 is 0)."""
     row = first + tl.arange(0, BLOCK_M)
     q0 = load_rows(q, nq - last_q + row, stride, row < last_q, 0, D0, D, True)
     if D1 > 0:
@@ -128,9 +129,9 @@ def last_query_lse_kernel(
 
 @triton.jit
 def _nearest_band(offset, first_key, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The band of the last of BLOCK_N keys for a query that stands `offset` past key 0; negative for later keys."""
+    """The band of the last of BLOCK_N keys, for a query `offset` positions after key 0. Negative for later keys."""
     block = first_key // BLOCK_K
-    # Within a block the numerator stays positive, where division rounds down.
+    # Within a block the numerator is positive, so the division rounds down.
     return (offset - (first_key - block * BLOCK_K) - BLOCK_N + 1 + BLOCK_K) // BLOCK_K - 1 - block
 
 
@@ -177,8 +178,10 @@ def last_query_sums_kernel(
     HAS_KV_START: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Sums over BLOCK_N keys: `vertical` [stream, nk], and `partial` [stream, query tile, BANDS, key tile], the masses
-    of the BANDS bands that a tile of queries can meet among them, from the nearest on."""
+    """Sums over BLOCK_N keys: `vertical` [stream, nk] and `partial` [stream, query tile, BANDS, key tile].
+
+    `partial` holds the masses of the BANDS bands in which these keys can lie for a tile of queries, the nearest first.
+    """
     key_tile = tl.program_id(0)
     stream = tl.program_id(1).to(tl.int64)
     batch = stream // heads
@@ -212,7 +215,7 @@ def last_query_sums_kernel(
         inverse = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
         weights = tl.exp2(scores - top[:, None]) * inverse[:, None]
         column += tl.sum(weights, 0)
-        # From `offset` before the end of its block, a diagonal covers WIDTH positions; a band takes its share of them.
+        # A diagonal covers the WIDTH positions from `offset` on. A band gets the share of them that it contains.
         offset = (nk - last_q + edge + row)[:, None] - keys[None, :]
         nearest = _nearest_band(nk - last_q + edge + tile * BLOCK_M, key_tile * BLOCK_N, BLOCK_N, BLOCK_K)
         at = partial + ((stream * query_tiles + tile) * BANDS) * key_tiles + key_tile
@@ -240,7 +243,10 @@ def band_mass_kernel(
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """mass [stream, bands]. A tile of queries meets each next block one band nearer: a band is i-th in one block."""
+    """mass [stream, bands]. For one tile of queries, each next key block is one band nearer.
+
+    So a band has place i among the BANDS bands in one key block only.
+    """
     band = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     stream = tl.program_id(1).to(tl.int64)
     total = tl.zeros([CHUNK], tl.float32)
@@ -273,7 +279,7 @@ def spread_bands_kernel(
     CHUNK: tl.constexpr,
     HAS_KV_START: tl.constexpr,
 ):
-    """A row's block for each band it sees. Bands ascend, so the blocks descend: they are written from the last."""
+    """The block of each band that a row sees. Bands ascend and blocks descend, so the bands are taken from the last."""
     row = tl.program_id(0)
     stream = tl.program_id(1).to(tl.int64)
     begin, end, _, _ = row_blocks(kv_start, stream // heads, row, nq, nk, 0, 0, BLOCK_Q, BLOCK_K, HAS_KV_START)
@@ -282,7 +288,7 @@ def spread_bands_kernel(
     bands = band_index + stream * capacity
     at = stream * rows + row
     listed = index + at * capacity
-    # Bands past the row's first block are the last of the list, and so come first here.
+    # The bands that reach before the row's first block are the last of the list. Only the first `seen` bands are used.
     seen = 0
     for first in tl.range(0, kept, CHUNK):
         i = first + tl.arange(0, CHUNK)
@@ -307,7 +313,8 @@ def vertical_slash_index(
     rows, blocks = ceil_div(nq, block_q), ceil_div(nk, block_k)
     vertical, bands = _last_query_sums(q, k, min(last_q, nq), kv_start, scale, block_q, block_k)
     columns = min(vertical_size if max_columns is None else min(vertical_size, max_columns), nk)
-    # Columns are blocks of one key, of which a single row takes the sinks; so are bands, of which it takes the nearest.
+    # `select` sees the columns as blocks of one key in a single row, whose sinks are forced. It sees the bands in the
+    # same way, and the nearest bands are forced.
     one_row = dict(nq=nk, nk=nk, block_q=nk, block_k=1)
     column_count, column_index = select(vertical, columns, sink=sink, kv_start=kv_start, **one_row)
     wanted = min(ceil_div(slash_size, block_k), blocks)
@@ -339,7 +346,7 @@ def vertical_slash_index(
 
 
 def _last_query_sums(q, k, last_q, kv_start, scale, block_q, block_k):
-    """Sums of the last queries' softmax: of columns [B, Hq, 1, Nk], and of bands [B, Hq, 1, bands]."""
+    """Sums of the last queries' softmax by column [B, Hq, 1, Nk] and by band [B, Hq, 1, bands]."""
     batch, heads, nq, d = q.shape
     kv_heads, nk = k.shape[1:3]
     bands = nk // block_k + 2 + block_q // block_k

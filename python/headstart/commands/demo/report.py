@@ -35,6 +35,7 @@ def show(rows: list[Row], content: dict, folder: Path) -> None:
         caption=(
             f"loss, and top-1 agreement with {rows[0].name}: of the last {content['loss_tokens']:,} tokens\n"
             f"{place['cpu']}, {place['threads']} threads, tier {place['cpu_tier'] or 'none'}, bfloat16"
+            + (f"\n{content['note']}; `--tokens 8192` does so" if content["note"] else "")
         ),
     )
     for row in rows:

@@ -162,8 +162,17 @@ class _Dense:
 
 
 def save_compressed_tensors(model: nn.Module, folder: str | os.PathLike) -> None:
-    """Writes a model's `BitmapLinear` layers as "sparse-bitmask", for compressed-tensors up to 0.14.0.1 and for
-    `headstart.load`. Raises ValueError if a layer's values are quantised: the format has none."""
+    """Writes a model with `BitmapLinear` layers as a folder in compressed-tensors' format "sparse-bitmask".
+
+    compressed-tensors up to 0.14.0.1 and `headstart.load` open it, to the same bits.
+
+    Args:
+        model: a transformers model, for example one that `headstart.load` opened from a folder of `headstart.prune`.
+        folder: the folder to write. It is whole, or it is not there.
+
+    Raises:
+        ValueError: the model has no `BitmapLinear`, or the values of one are quantised, which the format does not know.
+    """
     layers = {name: m for name, m in packed_layers(model).items() if isinstance(m, BitmapLinear)}
     if not layers:
         raise ValueError(f"save_compressed_tensors: model: expected BitmapLinear layers, got a {type(model).__name__}")
