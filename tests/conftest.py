@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from headstart import _library
+import backends
 
 try:
     import hypothesis
@@ -30,35 +32,93 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--quick", action="store_true", help="leave out slow tests, and all tiers but the best and the generic one"
     )
+    parser.addoption("--gpu-report", type=Path, help="a file that gets a line of JSON for every test, as it ends")
+    parser.addoption("--registers", type=Path, help="a file that gets a line of JSON for every compiled Triton kernel")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Under pytest-xdist the reports of all workers come to the process that started them, which alone writes.
+    if config.getoption("--gpu-report") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(ResultsAsTheyCome(config.getoption("--gpu-report")))
+
+
+class ResultsAsTheyCome:
+    """So that a run that is stopped leaves what it found."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", encoding="utf-8", buffering=1)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            words = {} if report.outcome != "failed" else {"error": report.longreprtext[-4000:]}
+            line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 3), **words}
+            self._file.write(json.dumps(line) + "\n")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--quick"):
-        left_out = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    def left_out(item: pytest.Item) -> bool:
+        interpreted = item.get_closest_marker("interpreted") is not None
+        slow = item.get_closest_marker("slow") is not None and config.getoption("--quick")
+        return slow or interpreted != backends.INTERPRETED
+
+    config.hook.pytest_deselected(items=[item for item in items if left_out(item)])
+    items[:] = [item for item in items if not left_out(item)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    quick = metafunc.config.getoption("--quick")
+    if "ops" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("places")
+        kinds = backends.KINDS if marker is None else marker.args
+        metafunc.parametrize("ops", backends.parameters(metafunc.module.STEM, kinds, quick), indirect=True)
     if "cpu_tier" in metafunc.fixturenames:
-        tiers = _library.cpu_tiers() or ["no compiled CPU kernels"]
-        quick = metafunc.config.getoption("--quick")
-        chosen = list(dict.fromkeys([tiers[0], _library.cpu_tier() or tiers[-1]])) if quick else tiers
-        metafunc.parametrize("cpu_tier", chosen, indirect=True)
+        metafunc.parametrize("cpu_tier", backends.tiers(quick), indirect=True)
+
+
+@pytest.fixture
+def ops(request: pytest.FixtureRequest):
+    """The operators of the file's `STEM`, in one place after the other (backends.py)."""
+    with backends.opened(request.module.STEM, *request.param, request) as operators:
+        yield operators
 
 
 @pytest.fixture
 def cpu_tier(request: pytest.FixtureRequest):
     """Runs the test once in every instruction-set tier of this CPU; its value is the tier's name."""
-    if not _library.cpu_tiers():
-        pytest.skip(f"no compiled CPU kernels: {_library.cpu.error}")
-    before = _library.cpu_tier()
-    _library.set_cpu_tier(request.param)
-    yield request.param
-    _library.set_cpu_tier(before)
+    with backends.cpu_tier(request.param) as name:
+        yield name
+
+
+@pytest.fixture
+def gpu() -> None:
+    """A GPU whose CUDA library serves every operator."""
+    backends.require_cuda_kernels()
 
 
 # --- Triton ---
+
+
+@pytest.fixture
+def check_resources(request: pytest.FixtureRequest, tmp_path: Path):
+    """Checks a compiled Triton kernel: it fits its target's shared memory, and has no more than `stack` bytes of stack.
+
+    A kernel with a `case` is added to the file of ``--registers``.
+    """
+    from triton_testing import SHARED_MEMORY, resources
+
+    def check(binary, name: str, capability: int, case: str | None = None, stack: int = 0) -> None:
+        assert binary.metadata.shared <= SHARED_MEMORY[capability]
+        used = resources(binary, tmp_path)
+        if used is None:
+            return
+        path = request.config.getoption("--registers")
+        if path and case is not None:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"kernel": name, "target": f"sm_{capability}", "case": case, **used}) + "\n")
+        assert used["stack"] <= stack, f"spills: {used}"
+
+    return check
 
 
 @pytest.fixture

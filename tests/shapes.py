@@ -34,6 +34,7 @@ class Shape:
     kv_start: tuple[int, ...] | None = None
     causal: bool = True
     window: int | None = None
+    share: float = 0.4  # of the blocks, in `random_index`
 
     def __str__(self) -> str:
         name = f"b{self.batch}-h{self.heads_q}.{self.heads_kv}.{self.heads_index}-n{self.nq}.{self.nk}-d{self.head_dim}"
@@ -41,6 +42,7 @@ class Shape:
         name += f"-{self.columns}" if self.columns != "none" else ""
         name += f"-pad{'.'.join(map(str, self.kv_start))}" if self.kv_start else ""
         name += f"-w{self.window}" if self.window is not None else ""
+        name += f"-share{self.share}" if self.share != 0.4 else ""
         return name + ("" if self.causal else "-full")
 
     @property
@@ -69,12 +71,13 @@ class Shape:
         count = torch.full((1, 1, self.rows), self.blocks, dtype=torch.int32, device=device)
         return BlockIndex(count, ids.repeat(1, 1, self.rows, 1), block_q=self.block_q, block_k=self.block_k)
 
-    def random_index(self, share: float = 0.4) -> BlockIndex:
+    def random_index(self, share: float | None = None) -> BlockIndex:
         """Blocks with probability `share` and, as `columns` says, up to 100 single keys; garbage past the counts.
 
         Rows without a block, and lists without a column, come up by chance and are welcome.
         """
         lead = (self.batch, self.heads_index)
+        share = self.share if share is None else share
         blocks = random_lists((*lead, self.rows), self.blocks, share)
         columns = (None, None)
         if self.columns != "none":

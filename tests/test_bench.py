@@ -26,6 +26,7 @@ import limits  # noqa: E402
 import machine  # noqa: E402
 import measure  # noqa: E402
 import pages  # noqa: E402
+import registers  # noqa: E402
 import report  # noqa: E402
 import run as bench_run  # noqa: E402
 import targets  # noqa: E402
@@ -233,9 +234,9 @@ def test_every_loop_has_its_instructions_flags():
     loops = re.findall(r'\{"([^"]+)", 12 \* (\d+) \* 2, LOOP\(\w+, "([yz]mm)"\)\}', source)
     assert [name for name, *_ in loops] == list(limits.LOOPS)
     bits = {"fp32": 32, "bf16": 16, "int16": 16, "int8": 8}
-    for name, lanes, registers in loops:
-        assert int(lanes) == {"ymm": 256, "zmm": 512}[registers] // bits[limits.LOOPS[name][0]]
-        assert name.endswith(" 512") or name == "bf16 dot" or registers == "ymm"
+    for name, lanes, width in loops:
+        assert int(lanes) == {"ymm": 256, "zmm": 512}[width] // bits[limits.LOOPS[name][0]]
+        assert name.endswith(" 512") or name == "bf16 dot" or width == "ymm"
 
 
 @pytest.mark.slow
@@ -581,3 +582,12 @@ def test_a_file_that_is_not_a_results_file(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         report.load(path)
+
+
+def test_registers_of_a_kernel_are_read_and_shown():
+    text = """ Function void headstart::cuda::(anonymous namespace)::merge_kernel<headstart::BFloat16, 8>(Args, int):
+  REG:32 STACK:0 SHARED:1024 LOCAL:0"""
+    row = registers.kernel(registers.FUNCTION.search(text))
+    assert row == {"kernel": "merge_kernel", "case": "bf16, 8", "registers": 32, "stack": 0, "shared": 1024}
+    lines = registers.table([{**row, "target": "sm_80"}, {**row, "target": "sm_90a", "stack": 16}])
+    assert lines[-1] == "| merge | bf16, 8 | 32, 0, 1,024 | 32, 16, 1,024 |"

@@ -1,282 +1,307 @@
-"""Bitmap weights: bits against numpy's packbits, values compared as integers, the format, damage, and the product."""
+"""The bitmap operators: bits and products wherever they run, and the contract. BitmapWeight: test_bitmap_weight.py."""
+
+from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-import bitmap_judge as judge
-import sparse_bitmask_fixture
-from headstart.ops.bitmap import VALUE_DTYPES, BitmapWeight, bitmap_gemm
+import headstart
+from backends import STEMS, expect_no_wait, expect_same_when_replayed, gpu_kernel, places
+from headstart.ops.bitmap import BitmapWeight, bitmap_gemm
 from headstart.reference import bitmap as reference
-from tolerances import assert_close
+from judges import bitmap as judge
+from judges.bitmap import DTYPES, by_dtype, by_value_dtype, random_bits, random_weight, same_bits, sparse
 
-ops = torch.ops.headstart
-INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32}
-
-
-def bits(x):
-    return x.view(INTEGER[x.element_size()])
+STEM = STEMS["bitmap"]
+hs = torch.ops.headstart
+by_values = pytest.mark.parametrize("values", ["same", "int8", "int4"])
 
 
-def same_bits(a, b):
-    return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+# --- decompression ---------------------------------------------------------------------------------------------------
+
+# N, K, density. Columns: whole chunks, rows of the mask that 16, 8, 4 and 1 bytes divide, one column.
+SHAPES = (
+    (1, 1, 0.5), (3, 7, 0.1), (2, 256, 0.9), (17, 1024, 0.9), (5, 577, 0.9), (33, 96, 0.1), (16, 320, 0.5),
+    (4, 2304, 0.5), (37, 200, 0.5), (1, 33, 0.5), (19, 1, 0.5), (16, 512, 0.0), (5, 545, 0.7), (3, 1100, 1.0),
+)  # fmt: skip
+# More than 16 tiles of rows are not cut into segments in the lane model, which has one processor.
+MANY_ROWS = ((290, 64, 0.9), (270, 530, 0.1))
+LARGE = ((300, 5000, 0.1), (4, 20000, 0.5), (40000, 40, 0.5))
 
 
-def sparse(n, k, density=0.5, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    w = torch.randn(n, k, generator=generator)
-    return w.masked_fill(torch.rand(n, k, generator=generator) >= density, 0).to(dtype)
+@by_value_dtype
+@pytest.mark.parametrize("n, k, density", SHAPES)
+def test_decompress_moves_bits(ops, n, k, density, dtype):
+    stride = k + 5 if n % 2 else None
+    judge.check_bits(ops.bitmap_decompress_out, n, k, density, dtype, offset=n % 4, stride=stride)
+    if k == 320:  # aligned rows with room between them
+        judge.check_bits(ops.bitmap_decompress_out, n, k, density, dtype, stride=384)
 
 
-def tensors_of(w):
-    return w.values, w.bitmask, w.row_offsets, w.shape[1]
+@places("reference", "cpu", "lanes", "cuda", "triton")
+@by_value_dtype
+@pytest.mark.parametrize("n, k, density", MANY_ROWS)
+def test_decompress_moves_bits_of_many_rows(ops, n, k, density, dtype):
+    judge.check_bits(ops.bitmap_decompress_out, n, k, density, dtype, offset=n % 4)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    n=st.integers(0, 12),
-    k=st.integers(0, 80),
-    density=st.sampled_from([0, 0.1, 0.5, 1]),
-    dtype=st.sampled_from(VALUE_DTYPES),
-    seed=st.integers(0, 99),
-)
-def test_round_trip_and_numpy(n, k, density, dtype, seed):
-    # Random bit patterns: NaN payloads, subnormals, infinities and -0.0 among them.
-    size = torch.empty(0, dtype=dtype).element_size()
-    rng = np.random.default_rng(seed)
-    raw = rng.integers(0, 256, (n, k * size), dtype=np.uint8).view(f"i{size}") * (rng.random((n, k)) < density)
-    w = torch.from_numpy(np.ascontiguousarray(raw, dtype=f"i{size}")).view(dtype)
-    values, bitmask, row_offsets = ops.bitmap_compress(w)
-    packed = np.packbits(raw != 0, axis=-1, bitorder="little").reshape(n, -(-k // 8))
-    assert np.array_equal(bitmask.numpy(), packed)
-    assert row_offsets.tolist() == [0, *np.cumsum((raw != 0).sum(1)).tolist()]
-    assert same_bits(values, torch.from_numpy(raw[raw != 0].astype(f"i{size}")).view(dtype))
-    out = torch.full((n, k + 3), 1.0).to(dtype)[:, :k]  # strided rows, poisoned
-    ops.bitmap_decompress.out(values, bitmask, row_offsets, k, out=out)
-    assert same_bits(ops.bitmap_decompress(values, bitmask, row_offsets, k), w) and same_bits(out, w)
-    BitmapWeight(values, bitmask, row_offsets, (n, k)).validate()
+@places("cpu", "cuda", "triton")
+@by_value_dtype
+@pytest.mark.parametrize("n, k, density", LARGE)
+def test_decompress_moves_bits_of_large_weights(ops, n, k, density, dtype):
+    judge.check_bits(ops.bitmap_decompress_out, n, k, density, dtype)
 
 
-def test_negative_zero_and_nan_are_kept():
-    w = torch.tensor([[0.0, -0.0, torch.nan, 1e-45, -torch.inf]])
-    compressed = BitmapWeight.compress(w)
-    assert len(compressed.values) == 4 and same_bits(compressed.decompress(), w)
-    assert len(BitmapWeight.compress(w + 0.0).values) == 3
+@places("reference", "cpu", "interpreter", "cuda", "triton")
+@by_value_dtype
+def test_decompress_into_memory_of_its_own(ops, dtype):
+    for n, k in ((1, 1), (17, 1024), (5, 577)):
+        w = random_bits(n, k, 0.5, dtype)
+        assert same_bits(ops.bitmap_decompress(*reference.compress(w), k), w)
+    for values in ("int8", "int4") if dtype in DTYPES else ():
+        w = random_weight(37, 577, 0.5, dtype, values, 128)
+        got = ops.bitmap_decompress(w.values, w.bitmask, w.row_offsets, 577, scales=w.scales, group_size=128)
+        assert same_bits(got, judge.truth(w, dtype))
 
 
-def test_permuted_input_and_many_chunks():
-    w = sparse(70, 33).T
-    whole = BitmapWeight.compress(w)
-    assert same_bits(whole.decompress(), w.contiguous())
-    # The reference walks rows in chunks of 2^22 elements; a wide weight takes several.
-    wide = sparse(5, 2**20 + 5, 0.01)
-    assert same_bits(BitmapWeight.compress(wide).decompress(), wide)
+@by_dtype
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("n, k, density", [(3, 7, 0.5), (17, 700, 0.5), (1, 33, 0.5), (16, 512, 0.0), (3, 1100, 1.0)])
+def test_decompress_scales(ops, n, k, density, values, dtype):
+    for group_size in (32, -1, (13, 8, 200)[n % 3]):
+        judge.check_scaled(ops.bitmap_decompress_out, n, k, density, dtype, values, group_size, offset=n % 4)
 
 
-def test_rows_are_addressable():
-    w = sparse(20, 45)
-    c = BitmapWeight.compress(w)
-    assert same_bits(ops.bitmap_decompress(c.values, c.bitmask[7:12], c.row_offsets[7:13], 45), w[7:12])
-    q = BitmapWeight.compress(w, "int4", 16)
-    part = ops.bitmap_decompress(
-        q.values, q.bitmask[7:12], q.row_offsets[7:13], 45, scales=q.scales[7:12], group_size=16
-    )
-    assert same_bits(part, q.decompress()[7:12])
+@places("cpu", "lanes", "cuda", "triton")
+@by_dtype
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("n, k, density", SHAPES[2:] + MANY_ROWS)
+def test_decompress_scales_of_more_shapes(ops, n, k, density, values, dtype):
+    for group_size in (32, -1, (13, 8, 200)[n % 3]):
+        judge.check_scaled(ops.bitmap_decompress_out, n, k, density, dtype, values, group_size, offset=n % 4)
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    n=st.integers(1, 12),
-    k=st.integers(1, 80),
-    group_size=st.sampled_from([8, 13, 32, -1]),
-    values=st.sampled_from(["int8", "int4"]),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-    seed=st.integers(0, 99),
-)
-def test_quantised_values(n, k, group_size, values, dtype, seed):
-    w = sparse(n, k, dtype=dtype, seed=seed)
-    c = BitmapWeight.compress(w, values, group_size).validate()
-    dense = c.decompress()
-    assert c.dtype == dtype and dense.dtype == dtype and c.nbytes > 0
-    assert not dense[w == 0].any()
-    # Half a step where nothing is clipped; the search may clip to half the range to lower the squared error.
-    size = k if group_size == -1 else group_size
-    levels = 127 if values == "int8" else 7
-    for g in range(0, k, size):
-        part, got = w[:, g : g + size].float(), dense[:, g : g + size].float()
-        step = part.abs().amax(1, keepdim=True) / levels
-        plain = (part - (part / step.clamp(min=1e-9)).round() * step).square().sum(1)
-        rounding = (torch.finfo(dtype).eps * part).square().sum(1)
-        assert ((got - part).square().sum(1) <= 1.01 * plain + 40 * rounding + 1e-9).all()
+@places("cuda", "triton")
+@by_dtype
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("n, k, density", LARGE[:2])
+def test_decompress_scales_of_large_weights(ops, n, k, density, values, dtype):
+    for group_size in (128, -1, (13, 8, 200)[n % 3]):
+        judge.check_scaled(ops.bitmap_decompress_out, n, k, density, dtype, values, group_size, offset=n % 4)
 
 
-def test_sizes():
-    """At 50 %: 9 bits an element in bf16, 5 in int8, 3 in int4, and offsets and scales besides."""
-    w = sparse(64, 4096, dtype=torch.bfloat16)
-    for values, want in (("same", 9), ("int8", 5), ("int4", 3)):
-        c = BitmapWeight.compress(w, values, group_size=-1)
-        payload = 8 * (c.values.nbytes + c.bitmask.nbytes) / w.numel()
-        assert payload <= want + 0.05 and c.nbytes - c.values.nbytes - c.bitmask.nbytes <= 8 * 65 + 2 * 64
+@places("cpu", "lanes", "cuda")
+@by_dtype
+@pytest.mark.parametrize("values, group_size", [("int8", 545), ("int4", 64), ("int4", 13), ("int4", 1)])
+def test_decompress_groups_of_every_size(ops, values, group_size, dtype):
+    for n, k, density in SHAPES[-6:]:
+        judge.check_scaled(ops.bitmap_decompress_out, n, k, density, dtype, values, group_size, offset=n % 3)
 
 
-@pytest.mark.parametrize(("values", "group_size"), [("same", 128), ("int8", 32), ("int4", 13), ("int4", -1)])
-@judge.by_dtype
-def test_size_is_known_beforehand(dtype, values, group_size):
-    for density in (0, 0.3, 1):
-        w = sparse(33, 201, density, dtype)
-        w[0, :7] = -0.0
-        known, c = BitmapWeight.size(w, values, group_size), BitmapWeight.compress(w, values, group_size)
-        dropped = 0 if values == "same" else int(w.count_nonzero()) - int(c.row_offsets[-1])
-        assert dropped >= 0 and known - c.nbytes in (
-            {"same": [0], "int8": [dropped]}.get(values) or [dropped // 2, -(-dropped // 2)]
-        )
-    full = sparse(64, 512, 1, dtype)
-    assert BitmapWeight.size(full) > full.nbytes > BitmapWeight.size(sparse(64, 512, 0.5, dtype))
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    batch=st.lists(st.integers(0, 4), max_size=2),
-    n=st.integers(1, 30),
-    k=st.integers(1, 100),
-    values=st.sampled_from(["same", "int8", "int4"]),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-)
-def test_gemm_against_float64(batch, n, k, values, dtype):
-    w = BitmapWeight.compress(sparse(n, k, dtype=dtype), values, group_size=32)
-    x, bias = torch.randn(*batch, k).to(dtype), torch.randn(n).to(dtype)
-    out, true = bitmap_gemm(x, w, bias), judge.exact(w)
-    assert out.dtype == dtype and out.shape == (*batch, n)
-    by_torch = torch.nn.functional.linear(x, w.decompress(), bias)
-    assert_close(out, x.double() @ true.T + bias.double(), by_torch)
-
-
-# --- the CPU kernels, in every tier ---------------------------------------------------------------------------------
-
-# N, K, density, and rows of x
-SIZES = [
-    (37, 200, 0.5, (1, 2, 3, 4, 5, 6, 7, 13, 70)),
-    (1, 33, 0.5, (1, 9)),
-    (19, 1, 0.5, (1, 3)),
-    (16, 512, 0.0, (2, 8)),
-    (5, 545, 0.7, (1, 4, 13)),
-    (3, 1100, 1.0, (1, 2, 25)),
-]
-VALUES = [("same", 32, None), ("int8", 32, torch.float16), ("int8", -1, None), ("int4", 64, torch.bfloat16)]
-VALUES += [("int4", 13, torch.float32), ("int8", 545, None), ("int4", 1, None)]
-
-
-@judge.by_value_dtype
-def test_kernels_compress(cpu_tier, dtype):
-    for n, k, density in (*(size[:3] for size in SIZES), (0, 40, 1), (4, 0, 1), (2, 70000, 0.1)):
-        w = judge.random_bits(n, k, density, dtype) if n and k else torch.empty(n, k, dtype=dtype)
-        want = reference.compress(w)
-        for view in (w, torch.cat([w, w], 1)[:, k:], w.T.contiguous().T):
-            got = ops.bitmap_compress(view)
-            assert all(same_bits(a, b) if a.dtype == dtype else torch.equal(a, b) for a, b in zip(got, want))
-
-
-@judge.by_value_dtype
-def test_kernels_decompress(cpu_tier, dtype):
-    for n, k, density, _ in SIZES:
-        judge.check_bits(n, k, density, dtype, offset=n % 3, stride=k + n % 2 * 5)
-    # Large enough for streaming stores, where the output is aligned and where it is not.
+@places("cpu")
+@by_value_dtype
+def test_decompress_by_streaming_stores(ops, dtype):
+    """Large enough for them, where the output is aligned and where it is not."""
     rows = 2**23 // (1024 * torch.empty(0, dtype=dtype).element_size()) + 3
     for k, offset in ((1024, 0), (1030, 1)):
-        w = judge.random_bits(rows, k, 0.4, dtype)
-        c = BitmapWeight(*reference.compress(w), (rows, k))
+        w = random_bits(rows, k, 0.4, dtype)
         out = torch.empty(rows * k + 64, dtype=dtype)
         skip = (-out.data_ptr() % 64) // out.element_size() + offset
         out = out[skip : skip + rows * k].view(rows, k)
-        assert same_bits(c.decompress(out), w)
+        ops.bitmap_decompress_out(*reference.compress(w), k, out=out)
+        assert same_bits(out, w)
 
 
-@judge.by_dtype
-@pytest.mark.parametrize(("values", "group_size", "scale_dtype"), VALUES[1:])
-def test_kernels_decompress_scaled(cpu_tier, dtype, values, group_size, scale_dtype):
-    for n, k, density, _ in SIZES:
-        judge.check_scaled(n, k, density, scale_dtype or dtype, values, group_size, offset=n % 3)
+@places("cpu", "interpreter", "lanes")
+def test_decompress_past_two_to_the_31(ops):
+    judge.check_far(ops.bitmap_decompress_out)
 
 
-@pytest.mark.parametrize("values", ["same", "int8", "int4"])
-def test_kernels_take_slices_of_rows(cpu_tier, values):
-    judge.check_slice(torch.float32, values)
-    w = judge.random_weight(40, 300, 0.5, torch.bfloat16, values)
+@by_dtype
+@by_values
+def test_decompress_rows_anywhere(ops, values, dtype):
+    judge.check_slice(ops.bitmap_decompress_out, dtype, values)
+
+
+@places("interpreter", "lanes", "cuda", "triton")
+@by_dtype
+@by_values
+def test_decompress_damaged(ops, values, dtype):
+    judge.check_damaged(ops.bitmap_decompress_out, dtype, values)
+
+
+@by_values
+def test_pad_bits_are_not_columns(ops, values):
+    w = random_weight(20, 300, 0.5, torch.float32, values)
+    bitmask = w.bitmask.clone()
+    bitmask[:-1, -1] |= 0xF0
+    padded = dataclasses.replace(w, bitmask=bitmask)
+    assert torch.equal(*(judge.decompress(ops.bitmap_decompress_out, each) for each in (padded, w)))
+    for m in (1, 9):
+        x = torch.randn(m, 300)
+        assert torch.equal(*(judge.gemm(ops.bitmap_gemm, x, each) for each in (padded, w)))
+
+
+# --- the product -----------------------------------------------------------------------------------------------------
+
+# M, N, K: one row, a tile of 8 rows, tiles of 32 (float32: 16), more of them than one.
+CASES = (
+    (1, 40, 288), (1, 17, 33), (8, 17, 33), (9, 33, 300), (17, 70, 130), (40, 100, 90), (99, 20, 70), (2, 16, 1),
+)  # fmt: skip
+MORE_CASES = (
+    (1, 270, 520), (1, 16, 2304), (2, 64, 416), (9, 33, 1000), (13, 130, 257), (33, 100, 700), (40, 300, 290),
+    (2, 96, 1), (20, 19, 330),
+)  # fmt: skip
+
+
+@by_dtype
+@by_values
+@pytest.mark.parametrize("m, n, k", CASES)
+def test_gemm_against_float64(ops, m, n, k, values, dtype):
+    check_gemm(ops, m, n, k, values, dtype)
+
+
+@places("reference", "cpu", "lanes", "cuda", "triton")
+@by_dtype
+@by_values
+@pytest.mark.parametrize("m, n, k", MORE_CASES)
+def test_gemm_against_float64_in_more_cases(ops, m, n, k, values, dtype):
+    if ops.kind == "triton" and m not in (1, 9, 40):
+        pytest.skip("each number of rows compiles a kernel")
+    check_gemm(ops, m, n, k, values, dtype)
+
+
+def check_gemm(ops, m, n, k, values, dtype):
+    scales = dtype if values == "same" or dtype == torch.float16 else DTYPES[(m + n) % 3]
+    group_size, density = (32, -1, (13, 40)[m % 2])[n % 3], (0.2, 0.5, 0.8)[m % 3]
+    judge.check_case(ops.bitmap_gemm, m, n, k, dtype, values, group_size, density, scales, bias=k % 2 == 0)
+
+
+@places("cuda", "triton")
+@by_dtype
+@by_values
+@pytest.mark.parametrize("m", [1, 2, 8, 9, 16, 32, 33, 64, 150])
+@pytest.mark.parametrize("n, k", [(1024, 4096), (17, 33), (1000, 5000), (130, 1000), (64, 1)])
+def test_gemm_with_large_weights(ops, n, k, m, values, dtype):
+    if ops.kind == "triton" and m not in (1, 16, 64, 150):
+        pytest.skip("each number of rows compiles a kernel")
+    scales = dtype if values == "same" or dtype == torch.float16 else DTYPES[n % 3]
+    group_size, density = (128, -1, 40)[n % 3], (0.2, 0.5, 0.8)[m % 3]
+    judge.check_case(ops.bitmap_gemm, m, n, k, dtype, values, group_size, density, scales, bias=n % 2 == 0)
+
+
+VALUES = [("same", 32, None), ("int8", 32, torch.float16), ("int8", -1, None), ("int4", 64, torch.bfloat16)]
+VALUES += [("int4", 13, torch.float32), ("int8", 545, None), ("int4", 1, None)]
+by_scales = pytest.mark.parametrize("values, group_size, scale_dtype", VALUES)
+
+
+@places("reference", "cpu")
+@by_dtype
+@by_scales
+@pytest.mark.parametrize(
+    "n, k, density, rows",
+    [
+        (37, 200, 0.5, (1, 2, 3, 4, 5, 6, 7, 13, 70)),
+        (1, 33, 0.5, (1, 9)),
+        (19, 1, 0.5, (1, 3)),
+        (16, 512, 0.0, (2, 8)),
+        (5, 545, 0.7, (1, 4, 13)),
+        (3, 1100, 1.0, (1, 2, 25)),
+    ],
+)
+def test_gemm_of_every_size_of_a_tile(ops, n, k, density, rows, values, group_size, scale_dtype, dtype):
+    w = random_weight(n, k, density, scale_dtype or dtype, values, group_size)
+    w = dataclasses.replace(w, values=judge.surrounded(w.values, n % 3))
+    for m in rows:
+        x, bias = judge.rows_between_nan(m, k, dtype), torch.randn(n).to(dtype) if m % 2 else None
+        judge.check(ops.bitmap_gemm, x, w, bias)
+
+
+@places("reference", "cpu")
+def test_gemm_of_any_shape(ops):
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+
+    @hypothesis.settings(max_examples=25, deadline=None)
+    @hypothesis.given(
+        batch=st.lists(st.integers(0, 4), max_size=2),
+        n=st.integers(1, 30),
+        k=st.integers(1, 100),
+        values=st.sampled_from(["same", "int8", "int4"]),
+        dtype=st.sampled_from(DTYPES),
+    )
+    def run(batch, n, k, values, dtype):
+        w = BitmapWeight.compress(sparse(n, k, dtype=dtype), values, group_size=32)
+        judge.check(ops.bitmap_gemm, torch.randn(*batch, k).to(dtype), w, torch.randn(n).to(dtype))
+
+    run()
+
+
+@by_dtype
+@by_values
+def test_gemm_reads_every_weight(ops, values, dtype):
+    n, k, batches = {
+        "reference": (37, 300, (60,)),
+        "interpreter": (20, 150, (75,)),
+        "lanes": (20, 300, (1, 75)),
+    }.get(ops.kind, (37, 300, (1, 2, 3, 4, 8, 32, 60, 75)))
+    whole_powers = ops.kind in ("reference", "cpu")
+    judge.check_every_weight(ops.bitmap_gemm, dtype, n, k, batches, values, whole_powers)
+
+
+@places("cuda", "triton")
+@by_dtype
+@by_values
+def test_gemm_reads_every_weight_of_many(ops, values, dtype):
+    judge.check_every_weight(ops.bitmap_gemm, dtype, 700, 2000, (8, 64, 1000), values)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@by_dtype
+def test_gemm_on_odd_input(ops, dtype):
+    for m in (1, 3, 8, 20):
+        judge.check_what_is_not_finite(ops.bitmap_gemm, dtype, m)
+    judge.check_strides(ops.bitmap_gemm, dtype)
+
+
+@places("cpu")
+@by_values
+def test_gemm_with_a_slice_of_rows(ops, values):
+    w = random_weight(40, 300, 0.5, torch.bfloat16, values)
     scales = None if w.scales is None else w.scales[3:30]
     offsets = w.row_offsets[3:31]
     part = dataclasses.replace(w, bitmask=w.bitmask[3:30], row_offsets=offsets, scales=scales, shape=(27, 300))
     for m in (1, 9):
         x = torch.randn(m, 300).bfloat16()
-        assert torch.equal(bitmap_gemm(x, part), bitmap_gemm(x, w)[:, 3:30])
+        assert torch.equal(judge.gemm(ops.bitmap_gemm, x, part), judge.gemm(ops.bitmap_gemm, x, w)[:, 3:30])
 
 
-@pytest.mark.parametrize("values", ["same", "int8", "int4"])
-def test_pad_bits_are_not_columns(cpu_tier, values):
-    w = judge.random_weight(20, 300, 0.5, torch.float32, values)
-    padded = w.bitmask.clone()
-    padded[:-1, -1] |= 0xF0
-    padded = dataclasses.replace(w, bitmask=padded)
-    assert torch.equal(padded.decompress(), w.decompress())
-    for m in (1, 9):
-        x = torch.randn(m, 300)
-        assert torch.equal(bitmap_gemm(x, padded), bitmap_gemm(x, w))
-
-
-@judge.by_dtype
-@pytest.mark.parametrize(("values", "group_size", "scale_dtype"), VALUES)
-def test_kernels_multiply(cpu_tier, dtype, values, group_size, scale_dtype):
-    for n, k, density, rows in SIZES:
-        w = judge.random_weight(n, k, density, scale_dtype or dtype, values, group_size)
-        w = dataclasses.replace(w, values=judge.surrounded(w.values, n % 3))
-        for m in rows:
-            x, bias = judge.rows_between_nan(m, k, dtype), torch.randn(n).to(dtype) if m % 2 else None
-            trash = [torch.full((m, n), torch.nan, dtype=d) for d in (dtype, torch.float32)]
-            del trash  # what the kernel is likely to be given for its output
-            judge.check(x, w, bias)
-
-
-@judge.by_dtype
-@pytest.mark.parametrize("values", ["same", "int8", "int4"])
-def test_kernels_read_every_weight(cpu_tier, dtype, values):
-    """Scales that are powers of two, so that no product is rounded."""
-    w = judge.random_weight(37, 300, 0.5, dtype, values)
-    if w.scales is not None:
-        w = dataclasses.replace(w, scales=(2.0 ** torch.randint(-3, 4, w.scales.shape)).to(dtype))
-    want, picks = w.decompress(), torch.eye(300, dtype=dtype)
-    for batch in (1, 2, 3, 4, 60):
-        assert torch.equal(torch.cat([bitmap_gemm(x, w) for x in picks.split(batch)]).T, want)
-
-
-@judge.by_dtype
-@pytest.mark.parametrize(("values", "group_size", "scale_dtype"), VALUES)
-def test_a_row_does_not_depend_on_the_batch_or_the_threads(cpu_tier, dtype, values, group_size, scale_dtype):
-    w = judge.random_weight(53, 1100, 0.5, scale_dtype or dtype, values, group_size)
+@places("cpu")
+@by_dtype
+@by_scales
+def test_a_row_does_not_depend_on_the_batch_or_the_threads(ops, dtype, values, group_size, scale_dtype):
+    w = random_weight(53, 1100, 0.5, scale_dtype or dtype, values, group_size)
     x, bias = torch.randn(270, 1100).to(dtype), torch.randn(53).to(dtype)
-    whole = bitmap_gemm(x, w, bias)
+
+    def gemm(x):
+        return judge.gemm(ops.bitmap_gemm, x, w, bias)
+
+    whole = gemm(x)
     for m in (1, 2, 3, 4, 5, 6, 7, 9, 64):
-        assert torch.equal(torch.cat([bitmap_gemm(part, w, bias) for part in x[:70].split(m)]), whole[:70]), m
+        assert torch.equal(torch.cat([gemm(rows) for rows in x[:70].split(m)]), whole[:70]), m
     threads = torch.get_num_threads()
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            assert torch.equal(bitmap_gemm(x, w, bias), whole)
-            assert torch.equal(bitmap_gemm(x[:1], w, bias), whole[:1])
+            assert torch.equal(gemm(x), whole) and torch.equal(gemm(x[:1]), whole[:1])
     finally:
         torch.set_num_threads(threads)
 
 
-@judge.by_dtype
-def test_strides_and_what_is_not_finite(cpu_tier, dtype):
-    judge.check_strides(dtype)
-    for m in (1, 3, 8):
-        judge.check_what_is_not_finite(dtype, m)
-
-
-def test_empty_sizes(cpu_tier):
+@places("reference", "cpu")
+def test_empty_sizes(ops):
     bias = torch.randn(3)
     for values in ("same", "int8"):
         quantised = values != "same"
@@ -288,103 +313,103 @@ def test_empty_sizes(cpu_tier):
             torch.ones(3, 1) if quantised else None,
         )
         for m in (1, 9):
-            assert torch.equal(bitmap_gemm(torch.empty(m, 0), w, bias), bias.expand(m, 3))
-            assert not bitmap_gemm(torch.empty(m, 0), w).any()
-        assert w.decompress().shape == (3, 0)
-    w = BitmapWeight.compress(torch.empty(0, 40))
-    assert bitmap_gemm(torch.randn(2, 40), w).shape == (2, 0) and w.decompress().shape == (0, 40)
-    assert bitmap_gemm(torch.randn(2, 0, 40), BitmapWeight.compress(torch.ones(5, 40))).shape == (2, 0, 5)
+            assert torch.equal(judge.gemm(ops.bitmap_gemm, torch.empty(m, 0), w, bias), bias.expand(m, 3))
+            assert not judge.gemm(ops.bitmap_gemm, torch.empty(m, 0), w).any()
+        assert judge.decompress(ops.bitmap_decompress_out, w).shape == (3, 0)
+    w = BitmapWeight(*reference.compress(torch.empty(0, 40)), (0, 40))
+    assert judge.gemm(ops.bitmap_gemm, torch.randn(2, 40), w).shape == (2, 0)
+    assert ops.bitmap_decompress(w.values, w.bitmask, w.row_offsets, 40).shape == (0, 40)
+    w = BitmapWeight(*reference.compress(torch.ones(5, 40)), (5, 40))
+    assert judge.gemm(ops.bitmap_gemm, torch.randn(2, 0, 40), w).shape == (2, 0, 5)
 
 
-# --- compressed-tensors ---------------------------------------------------------------------------------------------
+# --- on a GPU --------------------------------------------------------------------------------------------------------
 
 
-def without_negative_zeros(w):
-    """The library's mask is ``w != 0``, which leaves -0.0 out."""
-    return torch.where(w == 0, torch.zeros_like(w), w)
+def weight_on_the_gpu(n: int, k: int, values: str = "same") -> BitmapWeight:
+    return random_weight(n, k, 0.5, torch.bfloat16, values, 128).to("cuda")
 
 
-def same_tensors(got, want):
-    return got.keys() == want.keys() and all(
-        got[name].shape == want[name].shape
-        and (same_bits if want[name].dtype.is_floating_point else torch.equal)(got[name], want[name])
-        for name in want
-    )
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["cuda", "triton"])
+@pytest.mark.parametrize("m", [1, 12, 60, 500])
+def test_in_a_cuda_graph(gpu, kind, m):
+    decompress, gemm = (gpu_kernel(name, kind) for name in ("bitmap_decompress.out", "bitmap_gemm"))
+    w = weight_on_the_gpu(1000, 2048)
+    x = torch.randn(m, 2048, dtype=torch.bfloat16, device="cuda")
+    given = w.values, w.bitmask, w.row_offsets
+    dense = torch.empty(1000, 2048, dtype=torch.bfloat16, device="cuda")
+
+    def step():
+        decompress(*given, 2048, out=dense)
+        return gemm(x * 1.0, *given, cols=2048), dense + 0.0
+
+    def change():
+        x.normal_()
+        w.values.normal_()
+
+    expect_no_wait(step)
+    expect_same_when_replayed(step, change)
 
 
-@pytest.mark.parametrize("name", list(sparse_bitmask_fixture.dense_tensors()))
-def test_the_library_s_own_bytes(name):
-    """Against a file that compressed-tensors 0.14.0.1 made (sparse_bitmask_fixture.py)."""
-    w = sparse_bitmask_fixture.dense_tensors()[name]
-    stored = sparse_bitmask_fixture.stored(name)
-    assert same_tensors(BitmapWeight.compress(without_negative_zeros(w)).to_compressed_tensors(), stored)
-    assert same_bits(BitmapWeight.from_compressed_tensors(stored).decompress(), without_negative_zeros(w))
+@pytest.mark.gpu
+def test_compiles_whole_on_a_gpu(gpu):
+    w = weight_on_the_gpu(300, 512, "int8")
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: headstart.bitmap_gemm(x * 1.0, w), fullgraph=True, dynamic=True)
+    for m in (2, 30, 700):
+        x = torch.randn(m, 512, dtype=torch.bfloat16, device="cuda")
+        assert torch.equal(compiled(x), headstart.bitmap_gemm(x, w))
 
 
-@pytest.mark.skipif(not sparse_bitmask_fixture.library_installed(), reason="needs compressed-tensors 0.14.0.1")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_against_the_library(dtype):
-    for n, k, density in ((1, 1, 1), (1, 100, 0.5), (70, 1, 0.5), (33, 77, 0.0), (33, 77, 1.0), (64, 4099, 0.3)):
-        w = without_negative_zeros(judge.random_bits(n, k, density, dtype))
-        stored = sparse_bitmask_fixture.compress(w)
-        assert same_tensors(BitmapWeight.compress(w).to_compressed_tensors(), stored)
-        assert same_bits(BitmapWeight.from_compressed_tensors(stored).decompress(), w)
-        assert same_bits(sparse_bitmask_fixture.decompress(BitmapWeight.compress(w).to_compressed_tensors()), w)
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["cuda", "triton"])
+def test_past_two_to_the_31_on_a_gpu(gpu, kind):
+    decompress, gemm = (gpu_kernel(name, kind) for name in ("bitmap_decompress.out", "bitmap_gemm"))
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of free GPU memory")
+    # Full rows, so that the values, too, are more than 2^31; rows repeat every 61, which no power of two does.
+    n, k = 2**15 + 16, 2**16
+    few = torch.randint(1, 256, (61, k), dtype=torch.uint8, device="cuda").view(torch.int8)
+    values = few.repeat(-(-n // 61), 1)[:n].flatten()
+    bitmask = torch.full((n, k // 8), 255, dtype=torch.uint8, device="cuda")
+    offsets = torch.arange(n + 1, device="cuda") * k
+    out = torch.zeros(n, k, dtype=torch.int8, device="cuda")
+    decompress(values, bitmask, offsets, k, out=out)
+    assert torch.equal(out.flatten(), values)
+    del out
+    scales = torch.ones(n, 1, dtype=torch.bfloat16, device="cuda")
+    x = torch.zeros(1, k, dtype=torch.bfloat16, device="cuda")
+    x[0, -1] = 1
+    got = gemm(x, values, bitmask, offsets, cols=k, scales=scales)
+    assert torch.equal(got[0], values.view(n, k)[:, -1].bfloat16())
 
 
-@pytest.mark.parametrize("prefix", ["", "model.layers.0.mlp.up_proj.", "model.layers.0.mlp.up_proj.weight."])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compressed_tensors(prefix, dtype):
-    w = sparse(9, 21, dtype=dtype)
-    w[4] = 0
-    mask = w != 0
-    stored = {
-        "compressed": w[mask],
-        "bitmask": torch.from_numpy(np.packbits(mask.numpy(), axis=-1, bitorder="little")),
-        "shape": torch.tensor([9, 21]),
-        "row_offsets": torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)[:-1]]),
-    }
-    c = BitmapWeight.from_compressed_tensors({prefix + name: x for name, x in stored.items()})
-    assert same_bits(c.decompress(), w)
-    written = c.to_compressed_tensors()
-    assert written.keys() == stored.keys() and all(torch.equal(written[name], stored[name]) for name in stored)
+# --- compression -----------------------------------------------------------------------------------------------------
 
 
-def damage(field, change):
-    def apply(tensors):
-        tensors[field] = change(tensors[field].clone())
-
-    return field, apply
-
-
-@pytest.mark.parametrize(
-    ("field", "apply"),
-    [
-        damage("compressed", lambda x: x[:-1]),
-        damage("compressed", lambda x: x.double()),
-        damage("bitmask", lambda x: x.index_fill_(0, torch.tensor([2]), 0)),
-        damage("bitmask", lambda x: x[:, :-1]),
-        damage("bitmask", lambda x: x | (torch.arange(3) == 2) * torch.tensor(128, dtype=torch.uint8)),
-        damage("row_offsets", lambda x: x.flip(0)),
-        damage("row_offsets", lambda x: x + 1),
-        damage("row_offsets", lambda x: x * 0),
-        damage("row_offsets", lambda x: x.int()),
-        damage("shape", lambda x: x[:1]),
-        damage("shape", lambda x: -x),
-    ],
-)
-def test_damaged_files_name_the_field(field, apply):
-    tensors = BitmapWeight.compress(sparse(6, 21)).to_compressed_tensors()
-    apply(tensors)
-    # A count that disagrees may be the fault of any of the three; the first that shows it is named.
-    named = {"compressed": "compressed|bitmask|row_offsets", "row_offsets": "row_offsets|bitmask"}.get(field, field)
-    with pytest.raises(ValueError, match=f"from_compressed_tensors: ({named}): expected .*, got "):
-        BitmapWeight.from_compressed_tensors(tensors)
-    with pytest.raises(ValueError, match=f"from_compressed_tensors: {field}: expected a tensor of that name"):
-        BitmapWeight.from_compressed_tensors({name: x for name, x in tensors.items() if name != field})
+@by_value_dtype
+def test_compress(cpu_tier, dtype):
+    for n, k, density in (*SHAPES[-6:], (0, 40, 1), (4, 0, 1), (2, 70000, 0.1)):
+        w = random_bits(n, k, density, dtype) if n and k else torch.empty(n, k, dtype=dtype)
+        want = reference.compress(w)
+        for view in (w, torch.cat([w, w], 1)[:, k:], w.T.contiguous().T):
+            got = hs.bitmap_compress(view)
+            assert all(same_bits(a, b) if a.dtype == dtype else torch.equal(a, b) for a, b in zip(got, want))
 
 
-# --- the contract ---------------------------------------------------------------------------------------------------
+@pytest.mark.gpu
+def test_compress_on_a_gpu(gpu):
+    w = random_bits(83, 135, 0.5, torch.bfloat16)
+    for a, b in zip(hs.bitmap_compress(w.cuda()), reference.compress(w)):
+        assert same_bits(a.cpu(), b) if b.is_floating_point() else torch.equal(a.cpu(), b)
+
+
+# --- the contract ----------------------------------------------------------------------------------------------------
+
+
+def tensors_of(w):
+    return w.values, w.bitmask, w.row_offsets, w.shape[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -394,23 +419,23 @@ def test_opcheck(dtype, permuted):
     w, x = BitmapWeight.compress(dense), torch.randn(2, 3, 30).to(dtype)
     if permuted:
         dense, x = dense.T, x.transpose(0, 1)
-    torch.library.opcheck(ops.bitmap_gemm.default, (x, *tensors_of(w)[:3], torch.ones(11).to(dtype)), dict(cols=30))
+    torch.library.opcheck(hs.bitmap_gemm.default, (x, *tensors_of(w)[:3], torch.ones(11).to(dtype)), dict(cols=30))
     if dtype != torch.float32:
         return
-    torch.library.opcheck(ops.bitmap_compress.default, (dense,))
-    torch.library.opcheck(ops.bitmap_decompress.default, tensors_of(w))
+    torch.library.opcheck(hs.bitmap_compress.default, (dense,))
+    torch.library.opcheck(hs.bitmap_decompress.default, tensors_of(w))
     out = torch.empty(30, 11).T.contiguous() if permuted else torch.empty(11, 40)[:, :30]
-    torch.library.opcheck(ops.bitmap_decompress.out, tensors_of(w), dict(out=out))
+    torch.library.opcheck(hs.bitmap_decompress.out, tensors_of(w), dict(out=out))
     q = BitmapWeight.compress(sparse(11, 30), "int4", 16)
     scaled = dict(scales=q.scales, group_size=16)
-    torch.library.opcheck(ops.bitmap_decompress.default, tensors_of(q), scaled)
-    torch.library.opcheck(ops.bitmap_gemm.default, (x, *tensors_of(q)[:3]), dict(cols=30, **scaled))
+    torch.library.opcheck(hs.bitmap_decompress.default, tensors_of(q), scaled)
+    torch.library.opcheck(hs.bitmap_gemm.default, (x, *tensors_of(q)[:3]), dict(cols=30, **scaled))
 
 
 def test_compile_dynamic():
     def run(x, values, bitmask, row_offsets, out):
-        ops.bitmap_decompress.out(values, bitmask, row_offsets, x.shape[-1], out=out)
-        return ops.bitmap_gemm(x, values, bitmask, row_offsets, cols=x.shape[-1]) + x @ out.T
+        hs.bitmap_decompress.out(values, bitmask, row_offsets, x.shape[-1], out=out)
+        return hs.bitmap_gemm(x, values, bitmask, row_offsets, cols=x.shape[-1]) + x @ out.T
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
     for n, k in ((9, 20), (17, 50)):
@@ -424,10 +449,10 @@ def test_compile_dynamic():
 
 def test_compress_traces_with_a_size_from_data():
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        compiled = torch.compile(ops.bitmap_compress, fullgraph=True, dynamic=True, backend="aot_eager")
+        compiled = torch.compile(hs.bitmap_compress, fullgraph=True, dynamic=True, backend="aot_eager")
         for n in (3, 8):
             w = sparse(n, 20)
-            assert all(torch.equal(a, b) for a, b in zip(compiled(w), ops.bitmap_compress(w), strict=True))
+            assert all(torch.equal(a, b) for a, b in zip(compiled(w), hs.bitmap_compress(w), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -458,27 +483,7 @@ def test_bad_input_names_the_argument(change, argument):
     args = dict(x=torch.randn(2, 30), values=values, bitmask=bitmask, row_offsets=row_offsets, bias=None, cols=cols)
     said = f"bitmap_gemm: {argument}: expected .*, got "
     with pytest.raises((ValueError, RuntimeError), match=said) as compiled:
-        ops.bitmap_gemm(**(args | change))
+        hs.bitmap_gemm(**(args | change))
     with pytest.raises(ValueError, match=said) as by_reference:
-        ops.bitmap_gemm.default._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, **(args | change))
+        hs.bitmap_gemm.default._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, **(args | change))
     assert str(compiled.value).splitlines()[0] == str(by_reference.value)
-
-
-def test_other_errors():
-    w = BitmapWeight.compress(sparse(6, 21))
-
-    def fails(message, function, *args, **kwargs):
-        with pytest.raises((ValueError, RuntimeError), match=message):
-            function(*args, **kwargs)
-
-    fails(
-        "compress: values: expected 'same', 'int8' or 'int4', got 'int2'", BitmapWeight.compress, sparse(2, 2), "int2"
-    )
-    fails("compress: w: expected float32 or", BitmapWeight.compress, torch.ones(2, 2).double())
-    fails("compress: w: expected finite", BitmapWeight.compress, torch.full((2, 2), torch.nan), "int8")
-    fails("bitmap_decompress: out: expected float32", w.decompress, torch.empty(6, 21).half())
-    fails("bitmap_decompress: out: expected a contiguous last", w.decompress, torch.empty(21, 6).T)
-    fails("bitmap_compress: w: expected", ops.bitmap_compress, torch.ones(3))
-    fails("bitmap_gemm: weight: expected a BitmapWeight", bitmap_gemm, torch.ones(1, 21), w.values)
-    fails("scales: expected None", BitmapWeight.compress(sparse(2, 8), "int8").to_compressed_tensors)
-    fails("BitmapWeight: bitmask: expected 7 rows", BitmapWeight, w.values, w.bitmask, w.row_offsets, (7, 21))

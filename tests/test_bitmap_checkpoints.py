@@ -9,9 +9,9 @@ transformers = pytest.importorskip("transformers")
 
 import bitmap_formats  # noqa: E402
 import headstart  # noqa: E402
-from headstart import BitmapLinear, BitmapWeight  # noqa: E402
-from headstart.weights.sources.sparse_bitmask import save_compressed_tensors  # noqa: E402
+from headstart import BitmapLinear, BitmapWeight, save_compressed_tensors  # noqa: E402
 from models import logits, make, tokens  # noqa: E402
+from supported import BITMAP_VALUES  # noqa: E402
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -203,7 +203,7 @@ def test_what_cannot_be_written(tmp_path):
 # --- our own --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["same", "int8", "int4"])
+@pytest.fixture(scope="module", params=BITMAP_VALUES)
 def own(request, tmp_path_factory):
     """A folder that save_pretrained wrote, and the model that it must be."""
     model, folder = bitmap_formats.prune(make(attention_bias=True)), tmp_path_factory.mktemp("own")

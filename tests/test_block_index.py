@@ -14,8 +14,8 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import headstart
 import shapes
-from exact import dense_mask
 from headstart import BlockIndex
+from judges.sparse_attention import dense_mask
 from shapes import Shape
 from tolerances import error
 

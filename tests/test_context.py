@@ -129,6 +129,8 @@ def test_top_p_takes_the_fewest_clusters_that_hold_the_mass(model, context, patc
         needed = order[: int((weight[order].cumsum(0) < 0.5).sum()) + 1]
         keys = torch.cat([torch.arange(*clusters.cluster_offsets[head, j : j + 2].tolist()) for j in needed])
         assert index[0, head, 0, : count[0, head, 0]].tolist() == keys.sort().values.tolist()
+    with pytest.raises(ValueError, match="centroid_top_p: max_columns: expected .*, got -3"):
+        centroid_top_p(q, clusters, 0.5, max_columns=-3)
 
 
 def test_generate_answers_like_the_model_on_the_whole_text(model, context):

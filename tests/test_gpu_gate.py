@@ -80,10 +80,10 @@ def test_the_tests_themselves_fail_where_another_would_stand_in(tree):
         sys.executable,
         "-m",
         "pytest",
-        "tests/gpu/test_gpu_attention.py",
+        "tests/test_cuda_graphs.py",
         "-q",
         "-k",
-        "test_rows_that_see_nothing",
+        "test_side_streams",
     ]
     done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "1 error" in done.stdout, done.stdout + done.stderr
@@ -131,17 +131,11 @@ def test_the_first_call_that_a_stand_in_serves_warns_with_the_cause(tree):
 
 
 def test_the_smoke_test_runs_every_operator_of_the_library():
-    smoke = (ROOT / "tests" / "gpu" / "smoke.py").read_text()
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "python"), str(ROOT / "tests")])}
-    script = "import sys; sys.path.insert(0, sys.argv[1]); import smoke; print(*smoke.CASES); print(*smoke.INT4_ROWS)"
-    done = subprocess.run(
-        [sys.executable, "-c", script, ROOT / "tests" / "gpu"], env=env, capture_output=True, text=True, timeout=120
-    )
+    script = "import gpu_smoke; print(*gpu_smoke.CASES); print(*gpu_smoke.INT4_ROWS)"
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     cases, rows = (line.split() for line in done.stdout.splitlines())
     listed = re.findall(r'^HEADSTART_OPERATOR\("([\w.]+)"', (ROOT / "csrc" / "kernels.inc").read_text(), re.MULTILINE)
-    assert len(listed) > 5
-    for name in listed:
-        assert f'cuda_kernel("{name}")' in smoke or f'"{name}",' in smoke, f"the smoke test does not run {name}"
-    assert {name.partition(".")[0] for name in listed} == set(cases)
+    assert len(listed) > 5 and set(listed) == set(cases)
     assert rows == ["1", "12", "40", "200"]

@@ -15,6 +15,7 @@ import int4_formats  # noqa: E402
 from headstart.weights.files import CheckpointFiles  # noqa: E402
 from headstart.weights.int4_linear import Int4Linear  # noqa: E402
 from models import logits, make, tokens  # noqa: E402
+from supported import INT4_FORMATS  # noqa: E402
 
 LAYERS = 14  # of the tiny model: two of seven
 
@@ -40,18 +41,7 @@ def check(model, reference, codes):
     torch.testing.assert_close(logits(model, tokens()), logits(reference, tokens()), rtol=1e-4, atol=1e-4)
 
 
-FORMATS = [
-    ("awq", dict()),
-    ("awq", dict(symmetric=True)),
-    ("gptq", dict()),
-    ("gptq", dict(version=2)),
-    ("gptq", dict(version=2, symmetric=True)),
-    ("gptq", dict(act_order=True)),
-    ("gptq", dict(act_order=True, symmetric=True)),
-    ("compressed-tensors", dict()),
-    ("compressed-tensors", dict(symmetric=True)),
-    ("compressed-tensors", dict(act_order=True)),
-]
+FORMATS = [(packed.method, packed.options) for packed in INT4_FORMATS]
 
 
 @pytest.mark.parametrize(("method", "options"), FORMATS, ids=str)

@@ -29,7 +29,7 @@ def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 OPERATORS = """
 import headstart
-from exact import by_torch
+from judges.sparse_attention import by_torch
 from headstart.attention.index import full_index
 from headstart.reference.sparse_attention import index_to_mask
 from tolerances import assert_close

@@ -1,7 +1,6 @@
 """Families of models, small and with random weights: patched with a plan that selects everything, each is itself.
 
-What a family brings: head dims that are not hidden / heads, 256 of them, norms on queries and keys, one projection for
-all three, rotation of some dims only, sliding windows in all layers or in some.
+`supported.py` lists them, and what each brings.
 """
 
 import warnings
@@ -16,20 +15,8 @@ from headstart.attention.plan import PrefillPlan  # noqa: E402
 from headstart.attention.recording import record  # noqa: E402
 from headstart.model.patch import patch, unpatch  # noqa: E402
 from models import EVERYTHING, left_padded, logits, make, tokens  # noqa: E402
+from supported import FAMILIES  # noqa: E402
 
-WINDOW = 48
-MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
-FAMILIES = {
-    "Llama": {},
-    "Qwen2": dict(use_sliding_window=True, sliding_window=WINDOW, layer_types=MIXED),
-    "Qwen3": dict(head_dim=32),
-    "Mistral": dict(sliding_window=WINDOW),
-    "Phi3": dict(sliding_window=WINDOW),
-    "Gemma3Text": dict(head_dim=256, query_pre_attn_scalar=256, sliding_window=WINDOW, layer_types=MIXED),
-    "Glm": dict(head_dim=16, partial_rotary_factor=0.5),
-    "Cohere2": dict(sliding_window=WINDOW, layer_types=MIXED),
-    "Olmo3": dict(sliding_window=WINDOW, layer_types=MIXED),
-}
 PLANS = ("dense", "adaptive")
 LENGTH = 200
 
@@ -43,12 +30,12 @@ def sparse_from_the_first_block():
 
 
 def family(name: str):
-    return make(name, num_hidden_layers=3, initializer_range=0.1, **FAMILIES[name])
+    return make(name, num_hidden_layers=3, initializer_range=0.1, **FAMILIES[name].sizes)
 
 
 def windows_of(name: str) -> list[int | None]:
-    window = FAMILIES[name].get("sliding_window")
-    kinds = FAMILIES[name].get("layer_types", ["sliding_attention"] * 3)
+    window = FAMILIES[name].sizes.get("sliding_window")
+    kinds = FAMILIES[name].sizes.get("layer_types", ["sliding_attention"] * 3)
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 

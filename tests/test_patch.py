@@ -19,6 +19,7 @@ from headstart.weights import upcast  # noqa: E402
 from headstart.weights.int4_linear import Int4Linear  # noqa: E402
 from headstart.weights.int4_quantize import quantize_linears  # noqa: E402
 from models import EVERYTHING, left_padded, logits, make, tokens  # noqa: E402
+from supported import OWN_ATTENTION  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -240,14 +241,10 @@ def test_padding_on_the_right_or_within():
         )
 
 
-def test_soft_capping():
-    model = make("Gemma2", "eager", head_dim=16, attn_logit_softcapping=5.0, sliding_window=4096)
-    own_attention_is_said_once(model, "softcap", lambda m: logits(m, tokens()))
-
-
-def test_attention_sinks():
-    model = make("GptOss", "eager", head_dim=16, num_local_experts=2, num_experts_per_tok=1, sliding_window=4096)
-    own_attention_is_said_once(model, "s_aux", lambda m: logits(m, tokens()))
+@pytest.mark.parametrize("family", OWN_ATTENTION)
+def test_families_with_attention_of_their_own(family):
+    sizes, _, word = OWN_ATTENTION[family]
+    own_attention_is_said_once(make(family, "eager", **sizes), word, lambda m: logits(m, tokens()))
 
 
 def test_gradients():

@@ -22,7 +22,7 @@ import int4_formats  # noqa: E402
 from headstart.attention.view import view_of  # noqa: E402
 from headstart.stream import plan as stream_plan  # noqa: E402
 from headstart.stream.load import load_streamed  # noqa: E402
-from headstart.stream.plan import Part, Tensor, parse_budget, plan, spread  # noqa: E402
+from headstart.stream.plan import Part, StreamedTensor, parse_budget, plan, spread  # noqa: E402
 from headstart.stream.ring import stream_of  # noqa: E402
 from headstart.weights.bitmap_linear import BitmapLinear  # noqa: E402
 from headstart.weights.convert import Original, convert  # noqa: E402
@@ -485,7 +485,7 @@ def test_budgets_that_are_none(budget):
 
 def part(name, count, path="/f", begin=0):
     stored = stream_plan.Stored(path, torch.uint8, (count,), begin, begin + count)
-    return Part.of(name, [Tensor(name, name, stored, torch.uint8)])
+    return Part.of(name, [StreamedTensor(name, name, stored, torch.uint8)])
 
 
 def test_resident_layers_are_as_many_as_fit_and_evenly_spread():
@@ -513,7 +513,9 @@ def test_spread():
 
 def test_extents_are_joined_over_small_gaps_only():
     def tensor(name, path, begin, end):
-        return Tensor(name, name, stream_plan.Stored(path, torch.uint8, (end - begin,), begin, end), torch.uint8)
+        return StreamedTensor(
+            name, name, stream_plan.Stored(path, torch.uint8, (end - begin,), begin, end), torch.uint8
+        )
 
     gap = stream_plan.GAP
     apart = [tensor("a", "/f", 5000, 6000), tensor("b", "/f", 7000, 7001), tensor("c", "/f", 7002 + gap, 9000 + gap)]

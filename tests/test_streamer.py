@@ -316,6 +316,16 @@ streamer.acquire(0)
     assert child.returncode == -signal.SIGINT and errors.rstrip().endswith("KeyboardInterrupt")
 
 
+def test_closed_while_storage_is_slow_it_counts_no_more_time(file):
+    streamer, _ = make(file, bytes_per_second=100)
+    streamer.start()
+    time.sleep(0.1)
+    streamer.close()
+    before = streamer.statistics()["reading"]
+    time.sleep(0.1)
+    assert streamer.statistics()["reading"] == before > 0
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of fork beside threads, which is what is tested
 def test_a_forked_process_is_told_and_can_end(file):
     streamer, buffers = make(file, bytes_per_second=1e5)

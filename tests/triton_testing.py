@@ -1,43 +1,14 @@
-"""How Triton kernels are tested without a GPU: through the interpreter, and by compiling them for a GPU that is absent.
-
-The interpreter must be chosen before triton is imported, so a test file runs itself again with TRITON_INTERPRET=1. To
-see the interpreted cases one by one: ``TRITON_INTERPRET=1 pytest tests/test_triton_<stem>.py``.
-"""
+"""How Triton kernels are compiled for a GPU that is absent, and how their launches are recorded."""
 
 from __future__ import annotations
 
-import math
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter, in a process of its own")
-compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-
-
-def run_in_the_interpreter(file: str):
-    """Runs the interpreted tests of a file, in a process of their own."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert re.search(r"\d+ passed", done.stdout), done.stdout[-2000:]
-
-
-def surrounded(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Random [B, H, N, D] with NaN before and after the tokens of each head, so that a read outside them shows."""
-    b, h, n, d = shape
-    x = torch.full((b, h, n + 192, d), math.nan).to(dtype)
-    x[:, :, 64 : 64 + n] = torch.randn(b, h, n, d).to(dtype)
-    return x[:, :, 64 : 64 + n]
-
 
 POINTERS = {
     torch.bfloat16: "*bf16",

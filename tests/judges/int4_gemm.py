@@ -1,6 +1,6 @@
-"""How an int4_gemm is judged, wherever it runs: against float64, weight by weight, row by row.
+"""How int4_gemm is judged: against float64, weight by weight, row by row.
 
-`OP` is the operator under test, with the signature of `torch.ops.headstart.int4_gemm`.
+`op` is the operator under test, with the signature of `torch.ops.headstart.int4_gemm`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import torch
 
 from headstart.ops.int4_gemm import Int4Weight
 from tolerances import assert_close
-
-OP: Callable = torch.ops.headstart.int4_gemm.default
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -36,8 +34,8 @@ def exact(codes, scales, zeros, group_size):
     return (codes.double() - (8 if zeros is None else zeros.double()[:, group])) * scales.double()[:, group]
 
 
-def gemm(x, w: Int4Weight, bias=None):
-    return OP(x, w.packed, w.scales, w.zeros, bias, group_size=w.group_size, n=w.shape[0])
+def gemm(op: Callable, x, w: Int4Weight, bias=None, **options):
+    return op(x, w.packed, w.scales, w.zeros, bias, group_size=w.group_size, n=w.shape[0], **options)
 
 
 def surrounded(*shape: int, dtype: torch.dtype, pad: int = 8) -> torch.Tensor:
@@ -47,22 +45,22 @@ def surrounded(*shape: int, dtype: torch.dtype, pad: int = 8) -> torch.Tensor:
     return whole[..., pad : pad + shape[-1]]
 
 
-def check(x, w: Int4Weight, true, bias=None):
+def check(op, x, w: Int4Weight, true, bias=None):
     """Against float64, with the room that `F.linear` takes for the same weight in x's dtype."""
     want = x.double() @ true.T + (0 if bias is None else bias.double())
-    out = gemm(x, w, bias)
+    out = gemm(op, x, w, bias)
     assert out.dtype == x.dtype and out.shape == want.shape and out.is_contiguous()
     assert_close(out, want, torch.nn.functional.linear(x, true.to(x.dtype), bias), "out")
     return out
 
 
-def check_case(m, n, k, group_size, dtype, symmetric=False, scale_dtype=torch.float16, bias=True):
+def check_case(op, m, n, k, group_size, dtype, symmetric=False, scale_dtype=torch.float16, bias=True):
     *parts, w = random_weight(n, k, group_size, symmetric, dtype=scale_dtype)
     x = surrounded(m, k, dtype=dtype, pad=8 if (m + n) % 2 else 3)
-    check(x, w, exact(*parts, group_size), torch.randn(n).to(dtype) if bias else None)
+    check(op, x, w, exact(*parts, group_size), torch.randn(n).to(dtype) if bias else None)
 
 
-def check_every_weight(dtype, n, k, group_size, batches, symmetric=False):
+def check_every_weight(op, dtype, n, k, group_size, batches, symmetric=False):
     """One-hot rows, scales that are powers of two: every weight comes back exactly."""
     codes, _, zeros, _ = random_weight(n, k, group_size, symmetric)
     scales = 2.0 ** torch.randint(-3, 4, (n, -(-k // group_size)))
@@ -70,34 +68,34 @@ def check_every_weight(dtype, n, k, group_size, batches, symmetric=False):
     w = Int4Weight._of_codes(codes, scales, zeros, group_size)
     hot = torch.eye(k, dtype=dtype)
     for m in batches:
-        assert torch.equal(torch.cat([gemm(rows, w) for rows in hot.split(m)]).T, want)
+        assert torch.equal(torch.cat([gemm(op, rows, w) for rows in hot.split(m)]).T, want)
 
 
-def check_batches(dtype, n, k, group_size, batches, rows=70):
+def check_batches(op, dtype, n, k, group_size, batches, rows=70):
     """A row's result does not depend, in any bit, on the rows beside it, nor a column's on the other columns."""
     w = random_weight(n, k, group_size, dtype=torch.float16)[3]
     x, bias = torch.randn(rows, k).to(dtype), torch.randn(n).to(dtype)
-    whole = gemm(x, w, bias)
+    whole = gemm(op, x, w, bias)
     for m in batches:
-        assert torch.equal(torch.cat([gemm(part, w, bias) for part in x.split(m)]), whole), m
+        assert torch.equal(torch.cat([gemm(op, part, w, bias) for part in x.split(m)]), whole), m
     first = Int4Weight(w.packed[:2], w.scales[:2], w.zeros[:2], group_size, (min(n, 32), k))
-    assert torch.equal(gemm(x, first), gemm(x, w)[:, :32])
+    assert torch.equal(gemm(op, x, first), gemm(op, x, w)[:, :32])
 
 
-def check_zero_points(dtype, m=5):
+def check_zero_points(op, dtype, m=5):
     """Any byte may be a zero point, not only those that fit a code."""
     codes, scales, zeros, _ = random_weight(40, 160, 32)
     zeros = torch.randint(0, 256, zeros.shape, dtype=torch.uint8)
     zeros[:, 0], zeros[0, :], zeros[1, 1] = 255, 127, 128
     w = Int4Weight._of_codes(codes, scales, zeros, 32)
-    check(torch.randn(m, 160).to(dtype), w, exact(codes, scales, zeros, 32))
+    check(op, torch.randn(m, 160).to(dtype), w, exact(codes, scales, zeros, 32))
     scales = torch.ones_like(scales)
     w = Int4Weight._of_codes(codes, scales, zeros, 32)
     hot = torch.eye(160, dtype=dtype)
-    assert torch.equal(gemm(hot, w).T, exact(codes, scales, zeros, 32).to(dtype))
+    assert torch.equal(gemm(op, hot, w).T, exact(codes, scales, zeros, 32).to(dtype))
 
 
-def check_strides(dtype):
+def check_strides(op, dtype):
     w = random_weight(40, 96, 32)[3]
     wide = torch.randn(3, 7, 2, 301).to(dtype)
     views = (
@@ -110,20 +108,20 @@ def check_strides(dtype):
         torch.randn(1, 96).to(dtype).expand(5, 96),
     )
     for x in views:
-        out = gemm(x, w)
-        assert out.shape == (*x.shape[:-1], 40) and torch.equal(out, gemm(x.contiguous(), w))
+        out = gemm(op, x, w)
+        assert out.shape == (*x.shape[:-1], 40) and torch.equal(out, gemm(op, x.contiguous(), w))
     odd = torch.empty(w.packed.numel() + 1, dtype=torch.int32)[1:].view(w.packed.shape).copy_(w.packed)
     moved = Int4Weight(odd, w.scales, w.zeros, 32, w.shape)
-    assert torch.equal(gemm(views[0], moved), gemm(views[0], w))
+    assert torch.equal(gemm(op, views[0], moved), gemm(op, views[0], w))
     one = random_weight(5, 1, 32)[3]
-    assert gemm(torch.randn(4, 6).to(dtype)[:, 2:3], one).shape == (4, 5)
+    assert gemm(op, torch.randn(4, 6).to(dtype)[:, 2:3], one).shape == (4, 5)
 
 
-def check_what_is_not_finite_stays_in_its_row(dtype):
+def check_what_is_not_finite_stays_in_its_row(op, dtype):
     w = random_weight(40, 96, 32)[3]
     x = torch.randn(9, 96).to(dtype)
-    want = gemm(x, w)
+    want = gemm(op, x, w)
     x[4, 17] = torch.nan
-    got = gemm(x, w)
+    got = gemm(op, x, w)
     keep = torch.arange(9) != 4
     assert got[4].isnan().all() and torch.equal(got[keep], want[keep])

@@ -6,10 +6,17 @@ import pytest
 import torch
 
 import headstart
-import test_prefill_index as truth
-from on_a_gpu import BUILDERS, expect_same_when_replayed, random_index
+from backends import expect_same_when_replayed
+from judges.prefill_index import tensors
+from shapes import Shape
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
+BUILDERS = {
+    "vertical_slash": lambda q, k: headstart.vertical_slash_index(q, k, 60, 256),
+    "block_topk": lambda q, k: headstart.block_topk_index(q, k, 4),
+    "adaptive": lambda q, k: headstart.adaptive_block_index(q, k, threshold=0.9, stride=8),
+    "adaptive, sampled": lambda q, k: headstart.adaptive_block_index(q, k, threshold=0.9, stride=16, samples=4),
+}
 
 
 @pytest.mark.parametrize("builder", BUILDERS.values(), ids=BUILDERS.keys())
@@ -33,7 +40,7 @@ def test_prefill_in_a_cuda_graph(builder):
 
     def step():
         index = builder(q, k)
-        return (*truth.tensors(index), *headstart.sparse_attention(q, k, v, index))
+        return (*tensors(index), *headstart.sparse_attention(q, k, v, index))
 
     def change():
         for x in (q, k, v):
@@ -44,7 +51,7 @@ def test_prefill_in_a_cuda_graph(builder):
 
 def test_cuda_graph():
     q, k, v = (torch.randn(1, 4, 512, 128, dtype=torch.float16, device="cuda") for _ in range(3))
-    index = random_index(1, 4, 512, 512, columns=40)
+    index = Shape(1, 4, 4, 512, 512, 128, heads_index=4, columns="own").random_index().to("cuda")
 
     def step():
         out, lse = headstart.sparse_attention(q, k, v, index)

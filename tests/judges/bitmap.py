@@ -1,6 +1,6 @@
-"""How bitmap_decompress and bitmap_gemm are judged, wherever they run: bits as integers, products against float64.
+"""How bitmap_decompress and bitmap_gemm are judged: bits as integers, products against float64.
 
-`DECOMPRESS` (with out=), `GEMM` are the operators under test, with the signatures of `torch.ops.headstart`.
+`op` is the operator under test, with the signature of `torch.ops.headstart.bitmap_decompress.out` or `bitmap_gemm`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 by_value_dtype = pytest.mark.parametrize("dtype", VALUE_DTYPES, ids=str)
 
 
-def decompress_op(*args, out, **options) -> None:
-    torch.ops.headstart.bitmap_decompress.out(*args, out=out, **options)
-
-
-DECOMPRESS: Callable = decompress_op
-GEMM: Callable = torch.ops.headstart.bitmap_gemm.default
-
-
 def bits(x: torch.Tensor) -> torch.Tensor:
     return x.view(reference.INTEGER[x.element_size()])
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
+
+
+def sparse(n: int, k: int, density: float = 0.5, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(n, k, generator=generator)
+    return w.masked_fill(torch.rand(n, k, generator=generator) >= density, 0).to(dtype)
 
 
 def random_bits(n: int, k: int, density: float, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -54,10 +56,9 @@ def random_weight(n, k, density, dtype, values="same", group_size=32, seed=0) ->
     w = (w * kept).to(dtype)
     if values == "same":
         return BitmapWeight(*reference.compress(w), (n, k))
-    bits = {"int8": 8, "int4": 4}[values]
-    codes, scales = reference.quantize(w, group_size, bits)
+    codes, scales = reference.quantize(w, group_size, {"int8": 8, "int4": 4}[values])
     packed, bitmask, row_offsets = reference.compress(codes * (w != 0))
-    packed = reference.pack_signed_nibbles(packed) if bits == 4 else packed
+    packed = reference.pack_signed_nibbles(packed) if values == "int4" else packed
     return BitmapWeight(packed, bitmask, row_offsets, (n, k), scales, group_size)
 
 
@@ -86,7 +87,7 @@ def surrounded(x: torch.Tensor, offset: int = 0, pad: int = 64) -> torch.Tensor:
     return flat[start : start + x.numel()].view(x.shape)
 
 
-def decompress(w: BitmapWeight, stride: int | None = None, offset: int = 0) -> torch.Tensor:
+def decompress(op: Callable, w: BitmapWeight, stride: int | None = None, offset: int = 0) -> torch.Tensor:
     """Into an output that was NaN; nothing outside of it may have been written."""
     n, k = w.shape
     stride = stride or k
@@ -95,7 +96,7 @@ def decompress(w: BitmapWeight, stride: int | None = None, offset: int = 0) -> t
     flat.view(torch.uint8).fill_(0x7F)
     untouched = bits(flat).clone()
     out = flat[pad + offset :].as_strided((n, k), (stride, 1))
-    DECOMPRESS(w.values, w.bitmask, w.row_offsets, k, scales=w.scales, group_size=w.group_size, out=out)
+    op(w.values, w.bitmask, w.row_offsets, k, scales=w.scales, group_size=w.group_size, out=out)
     got = out.clone()
     bits(flat)[pad + offset :].as_strided((n, k), (stride, 1)).copy_(
         untouched[pad + offset :].as_strided((n, k), (stride, 1))
@@ -104,21 +105,21 @@ def decompress(w: BitmapWeight, stride: int | None = None, offset: int = 0) -> t
     return got
 
 
-def check_bits(n, k, density, dtype, offset=0, stride=None):
+def check_bits(op, n, k, density, dtype, offset=0, stride=None):
     w = random_bits(n, k, density, dtype)
     values, bitmask, row_offsets = reference.compress(w)
     compressed = BitmapWeight(surrounded(values, offset), surrounded(bitmask, offset), row_offsets, (n, k))
-    got = decompress(compressed, stride, offset)
-    assert torch.equal(bits(got), bits(w))
+    got = decompress(op, compressed, stride, offset)
+    assert same_bits(got, w)
 
 
-def check_scaled(n, k, density, dtype, values, group_size, offset=0):
+def check_scaled(op, n, k, density, dtype, values, group_size, offset=0):
     w = random_weight(n, k, density, dtype, values, group_size)
     w = dataclasses.replace(w, values=surrounded(w.values, offset), scales=surrounded(w.scales))
-    assert torch.equal(decompress(w), truth(w, dtype))
+    assert torch.equal(decompress(op, w), truth(w, dtype))
 
 
-def check_slice(dtype, values="same"):
+def check_slice(op, dtype, values="same"):
     """Rows of a larger weight, whose offsets do not begin at 0."""
     w = random_weight(40, 300, 0.5, dtype, values)
     part = slice(7, 29)
@@ -126,16 +127,16 @@ def check_slice(dtype, values="same"):
     rows = dataclasses.replace(
         w, bitmask=w.bitmask[part], row_offsets=w.row_offsets[7:30], scales=scales, shape=(22, 300)
     )
-    assert torch.equal(decompress(rows), truth(w, dtype)[part])
+    assert torch.equal(decompress(op, rows), truth(w, dtype)[part])
     # Rows in any order, one twice: only where a row begins matters.
     order = torch.tensor([5, 0, 5, 39])
     offsets = torch.cat([w.row_offsets[order], w.row_offsets[:1]])
     scales = None if w.scales is None else w.scales[order]
     rows = dataclasses.replace(w, bitmask=w.bitmask[order], row_offsets=offsets, scales=scales, shape=(4, 300))
-    assert torch.equal(decompress(rows), truth(w, dtype)[order])
+    assert torch.equal(decompress(op, rows), truth(w, dtype)[order])
 
 
-def check_damaged(dtype, values="same"):
+def check_damaged(op, dtype, values="same"):
     """Offsets and bits that point outside the values: nothing there is read, and those weights are 0."""
     w = random_weight(20, 300, 0.5, dtype, values)
     w = dataclasses.replace(w, values=surrounded(w.values, 1))
@@ -143,33 +144,33 @@ def check_damaged(dtype, values="same"):
     offsets = w.row_offsets.clone()
     offsets[2:9] = torch.tensor([last - 1, last, last + 1, last + 2**40, 2**62, last - 37, last - 200])
     damaged = dataclasses.replace(w, row_offsets=offsets)
-    want, got = truth(damaged, dtype), decompress(damaged)
+    want, got = truth(damaged, dtype), decompress(op, damaged)
     assert torch.equal(got, want) and not torch.equal(want, truth(w, dtype))
     offsets[2:5] = torch.tensor([-1, -(2**40), -(2**62)])
-    got = decompress(dataclasses.replace(w, row_offsets=offsets))
+    got = decompress(op, dataclasses.replace(w, row_offsets=offsets))
     assert torch.equal(got[5:], want[5:]) and (got[3:5] == 0).all() and got.float().abs().max() < 1e3
     # Pad bits are not columns.
     padded = w.bitmask.clone()
     padded[:, -1] |= 0xF0
-    assert torch.equal(decompress(dataclasses.replace(w, bitmask=padded)), truth(w, dtype))
+    assert torch.equal(decompress(op, dataclasses.replace(w, bitmask=padded)), truth(w, dtype))
 
 
-def check_far():
+def check_far(op):
     """Values and output rows more than 2^31 elements from where their tensors begin; nothing between is touched."""
     n, k, first, stride = 4, 300, 2**31 + 13, 2**30
     w = random_bits(n, k, 0.5, torch.int8)
     values, bitmask, row_offsets = reference.compress(w)
     far, out = (torch.empty(size, dtype=torch.int8) for size in (first + len(values), 3 * stride + k))
     far[first:], out = values, out.as_strided((n, k), (stride, 1))
-    DECOMPRESS(far, bitmask, row_offsets + first, k, scales=None, group_size=-1, out=out)
+    op(far, bitmask, row_offsets + first, k, scales=None, group_size=-1, out=out)
     assert torch.equal(out, w)
 
 
 # --- products --------------------------------------------------------------------------------------------------------
 
 
-def gemm(x, w: BitmapWeight, bias=None) -> torch.Tensor:
-    return GEMM(x, w.values, w.bitmask, w.row_offsets, bias, cols=w.shape[1], scales=w.scales, group_size=w.group_size)
+def gemm(op: Callable, x, w: BitmapWeight, bias=None) -> torch.Tensor:
+    return op(x, w.values, w.bitmask, w.row_offsets, bias, cols=w.shape[1], scales=w.scales, group_size=w.group_size)
 
 
 def rows_between_nan(m: int, k: int, dtype: torch.dtype, pad: int = 8) -> torch.Tensor:
@@ -178,34 +179,39 @@ def rows_between_nan(m: int, k: int, dtype: torch.dtype, pad: int = 8) -> torch.
     return whole[1:-1, pad : pad + k]
 
 
-def check(x, w: BitmapWeight, bias=None, what="out"):
+def check(op, x, w: BitmapWeight, bias=None):
     """Against float64, with the room that `F.linear` takes for the same weight in x's dtype."""
     true = exact(w)
     want = x.double() @ true.T + (0 if bias is None else bias.double())
-    out = gemm(x, w, bias)
+    out = gemm(op, x, w, bias)
     assert out.dtype == x.dtype and out.shape == want.shape and out.is_contiguous()
-    assert_close(out, want, torch.nn.functional.linear(x, true.to(x.dtype), bias), what)
+    assert_close(out, want, torch.nn.functional.linear(x, true.to(x.dtype), bias), "out")
     return out
 
 
-def check_case(m, n, k, dtype, values="same", group_size=32, density=0.5, scale_dtype=None, bias=True):
+def check_case(op, m, n, k, dtype, values="same", group_size=32, density=0.5, scale_dtype=None, bias=True):
     w = random_weight(n, k, density, scale_dtype or dtype, values, group_size, seed=m)
     w = dataclasses.replace(w, values=surrounded(w.values, m % 3))
     x = rows_between_nan(m, k, dtype) if m % 2 else torch.randn(m, k).to(dtype)
-    check(x, w, torch.randn(n).to(dtype) if bias else None)
+    check(op, x, w, torch.randn(n).to(dtype) if bias else None)
 
 
-def check_every_weight(dtype, n, k, batches, values="same"):
-    """Rows of x with a single one pick weights out, exactly: none is lost, moved or counted twice."""
+def check_every_weight(op, dtype, n, k, batches, values="same", whole_powers=False):
+    """Rows of x with a single one pick weights out, exactly: none is lost, moved or counted twice.
+
+    With `whole_powers` scales are powers of two, for kernels that round more than the weight.
+    """
     w = random_weight(n, k, 0.5, dtype, values, 16)
+    if whole_powers and w.scales is not None:
+        w = dataclasses.replace(w, scales=(2.0 ** torch.randint(-3, 4, w.scales.shape)).to(dtype))
     want, picks = truth(w, dtype), torch.eye(k, dtype=dtype)
     for batch in batches:
         for x in picks.split(batch):
             columns = x.argmax(1)
-            assert torch.equal(gemm(x, w), want[:, columns].T), f"{batch} rows, from column {columns[0]}"
+            assert torch.equal(gemm(op, x, w), want[:, columns].T), f"{batch} rows, from column {columns[0]}"
 
 
-def check_what_is_not_finite(dtype, m):
+def check_what_is_not_finite(op, dtype, m):
     """Infinity in one weight, NaN in one row of x: they touch what they meet and nothing else."""
     w = random_weight(20, 300, 0.5, dtype)
     dense = truth(w, dtype)
@@ -214,13 +220,13 @@ def check_what_is_not_finite(dtype, m):
     x = 1 + torch.rand(m, 300).to(dtype)
     if m > 1:
         x[1] = math.nan
-    out = gemm(x, w)
+    out = gemm(op, x, w)
     clean = torch.arange(m) != 1
     assert (out[clean][:, 3] == math.inf).all()
     assert out[clean][:, torch.arange(20) != 3].isfinite().all() and out[~clean].isnan().all()
 
 
-def check_strides(dtype):
+def check_strides(op, dtype):
     w = random_weight(33, 130, 0.5, dtype)
     for shape, x in (
         ((3, 5, 33), torch.randn(3, 5, 130)),
@@ -230,7 +236,7 @@ def check_strides(dtype):
         ((0, 33), torch.randn(0, 130)),
     ):
         x = x.to(dtype) if x.is_contiguous() else torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x)
-        assert check(x, w).shape == shape
+        assert check(op, x, w).shape == shape
     # No columns: nothing to add but the bias.
     empty, bias = random_weight(5, 0, 0.5, dtype), torch.randn(5).to(dtype)
-    assert torch.equal(gemm(torch.empty(2, 0, dtype=dtype), empty, bias), bias.expand(2, 5))
+    assert torch.equal(gemm(op, torch.empty(2, 0, dtype=dtype), empty, bias), bias.expand(2, 5))
