@@ -168,7 +168,8 @@ sanitize: $(VENV)/.dependencies build/.compiled $(VENV)/.installed
 		-DHEADSTART_SANITIZE=ON -DHEADSTART_CUDA=OFF)
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH=$(SANITIZED) \
-	$(BIN)/python -m pytest tests/test_sparse_attention.py tests/test_prefill_index.py -q --capture=no $(TEST_ARGS)
+	$(BIN)/python -m pytest tests/test_sparse_attention.py tests/test_prefill_index.py -q -m "not slow and not gpu" \
+		--capture=no $(TEST_ARGS)
 
 # --- GPU ---------------------------------------------------------------------------------------------------------------
 #
