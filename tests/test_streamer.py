@@ -301,8 +301,9 @@ def test_a_signal_wakes_a_waiting_caller(file):
 
 def test_ctrl_c_ends_a_program(file):
     code = f"""
-import mmap
+import mmap, signal
 from headstart import _stream
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with SIGINT ignored
 buffers = [mmap.mmap(-1, {SIZE})]
 streamer = _stream.Streamer([{str(file)!r}], [("a", [(0, 0, {SIZE}, 0)])], buffers, [0], bytes_per_second=100)
 print("waiting", flush=True)
