@@ -26,7 +26,7 @@ BASELINE = "transformers + SDPA"
 LINEARS = "SDPA, fp32 linears"
 TOKENS = (8192, 4096)  # the model's context, and what a slow machine reads
 PATIENCE = 120.0  # seconds that transformers + SDPA may take
-PROBES = (512, 1536)  # prompts from whose times that of a long one is predicted; they warm up as well
+PROBES = (128, 384)  # prompts from whose times that of a long one is predicted; they warm up as well
 WARM_UP_TOKENS = 1024
 LOGITS_ROWS = 1024
 
