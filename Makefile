@@ -28,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .NOTPARALLEL: # cmake and pytest use all cores by themselves
 
 help:
-	@echo 'make demo      set everything up and read 8,192 tokens with SmolLM2-135M, with and without headstart'
+	@echo 'make demo      set everything up and read a long text with SmolLM2-135M, with and without headstart'
 	@echo 'make demo-context  many questions about one long text, with the same model'
 	@echo 'make demo-offload  the model in less memory than its weights take'
 	@echo 'make check     the tests for work in progress: the best CPU tier and the generic one, nothing slow'
@@ -111,7 +111,7 @@ build/.compiled: $(KERNEL_SOURCES) $(VENV)/.demo-dependencies $(LIBRARY_MISSING)
 	$(call compile,$(VENV_PYTHON),build,$(PACKAGE),-DHEADSTART_CPU_TIERS=all)
 	@touch $@ build/.compiled-for-demo
 
-build: build/.compiled
+build: $(VENV)/.dependencies build/.compiled
 
 build/.compiled-for-tests: $(KERNEL_SOURCES) $(VENV)/.demo-dependencies $(LIBRARY_MISSING)
 	$(check_compiler)
