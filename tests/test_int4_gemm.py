@@ -145,11 +145,21 @@ def test_any_shape(ops):
         group_size=st.sampled_from([32, 64, 96, 128, -1]),
         symmetric=st.booleans(),
         dtype=st.sampled_from(DTYPES),
+        seed=st.integers(0, 2**16),
     )
-    def run(batch, n, k, group_size, symmetric, dtype):
-        *parts, w = random_weight(n, k, group_size, symmetric, dtype=torch.float16)
+    def run(batch, n, k, group_size, symmetric, dtype, seed):
+        torch.manual_seed(seed)
+        codes, scales, zeros, w = random_weight(n, k, group_size, symmetric, dtype=torch.float16)
         x, bias = torch.randn(*batch, k).to(dtype), torch.randn(n).to(dtype)
-        judge.check(ops.int4_gemm, x, w, exact(*parts, group_size), bias)
+        want = x.double() @ exact(codes, scales, zeros, group_size).T + bias.double()
+        out = judge.gemm(ops.int4_gemm, x, w, bias)
+        assert out.dtype == dtype and out.shape == (*batch, n)
+        # Codes, zero points and an offset of 16 are multiplied apart, and a short sum of them may cancel out. So the
+        # room is that of these terms, and not of the result.
+        terms = exact(codes + 16, scales, torch.zeros_like(scales), group_size)
+        terms += exact(torch.zeros_like(codes), -scales, zeros, group_size)
+        room = x.double().abs() @ terms.T + bias.double().abs()
+        assert ((out.double() - want).abs() <= torch.finfo(dtype).eps * want.abs() + 2e-7 * room + 1e-30).all()
 
     run()
 
