@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     options = parse(arguments)
     console, environment = report.console(), machine.environment()
-    model, tokenizer = load_model(SMOLLM2, dtype=machine.DTYPES[options.dtype])
+    model, tokenizer = load_model(SMOLLM2, dtype=machine.DTYPES[options.dtype], packed=False)
     ids = token_ids(tokenizer)[None, : options.context]
     with console.status("quantising"):
         models = {options.dtype: twin(model)}

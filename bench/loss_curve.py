@@ -64,7 +64,7 @@ def main() -> None:
 
     searched = None
     if options.measurements:
-        own, tokenizer = load_model(SMOLLM2)
+        own, tokenizer = load_model(SMOLLM2, packed=False)
         ids = {name: token_ids(tokenizer, sample=name) for name in sample_texts()}
 
         def searched(budget):

@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     options = parse(arguments)
     console, environment = report.console(), machine.environment()
-    model, tokenizer = load_model(SMOLLM2, dtype=machine.DTYPES[options.dtype])
+    model, tokenizer = load_model(SMOLLM2, dtype=machine.DTYPES[options.dtype], packed=False)
     ids = token_ids(tokenizer)[None, : max(options.tokens)]
     rows = []
     table = Table("linear layers", "tokens", *NAMES, "patched / own", "rounds", "paths of the layers")

@@ -123,11 +123,13 @@ struct Int4GemmArgs {
   int64_t x_row;
   const uint32_t* packed;
   const void* scales;
-  const uint8_t* zeros;  // null means 8
+  const uint8_t* zeros;  // null means the middle code (8, or 128 in 8 bits), or 0 if there are minimums
+  const void* minimums;  // in scale_dtype, or null; a weight is code * scale + minimum
   const void* bias;      // [N] or null
   void* out;             // [M, N]
   int64_t m, n, k;
-  int64_t group_size;     // a multiple of 32, or -1 for the whole row
+  int64_t group_size;     // a multiple of a slab, or -1 for the whole row
+  int bits;               // of a code: 4 or 8
   bool int8_activations;  // a CPU kernel may round x to int8; on a GPU, x is not rounded
 };
 
@@ -135,6 +137,7 @@ struct Int4PackArgs {
   uint8_t* codes;  // [N, K] contiguous; int4_pack reads codes and writes packed, int4_unpack does the reverse
   uint32_t* packed;
   int64_t n, k;
+  int bits;
 };
 
 // A headstart.BitmapWeight [N, K]. All tensors are contiguous. The rows may be a slice of a larger weight.

@@ -70,6 +70,9 @@ class Packed(NamedTuple):
 
 
 # Opened with the same codes and scales (test_int4_checkpoints.py).
+GGUF_ARCHITECTURES = ("llama", "llama, tied", "qwen2", "qwen3", "gemma2")
+GGUF_KINDS = ("Q4_0", "Q4_1", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+
 INT4_FORMATS = [
     Packed("awq", dict(), "zero points"),
     Packed("awq", dict(symmetric=True), "all zero points 8"),
@@ -142,7 +145,9 @@ def _formats() -> Iterator[tuple[str, str]]:
         "headstart's own, bitmap",
         f"of `headstart prune`, or of `save_pretrained`; values: {', '.join(BITMAP_VALUES)}",
     )
-    yield "GGUF", "a file that transformers reads; its weights become plain ones of 16 bits"
+    names = ", ".join(name for name in GGUF_ARCHITECTURES if "," not in name)
+    kept = f"weights in {', '.join(GGUF_KINDS)} stay packed, other kinds become plain"
+    yield "GGUF", f"architectures in the tests: {names}; {kept}"
     yield "plain", "a folder that transformers writes, in one file or in shards"
 
 

@@ -444,7 +444,7 @@ def test_short_prompts_compares_twins_that_share_their_weights(tmp_path, monkeyp
 
     sizes = dict(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, attn_implementation="sdpa")).eval()
-    monkeypatch.setattr(short_prompts, "load_model", lambda *_, dtype: (model.to(dtype), None))
+    monkeypatch.setattr(short_prompts, "load_model", lambda *_, dtype, packed: (model.to(dtype), None))
     monkeypatch.setattr(short_prompts, "token_ids", lambda _: torch.arange(300) % 64)
     output = tmp_path / "short.json"
     few = ["--tokens", "200", "--tokens", "96", "--seconds", "0", "--dtype", "fp32", "--output", str(output)]

@@ -101,6 +101,59 @@ def test_more_against_float64(ops, m, n, k, group_size, dtype):
     judge.check_case(ops.int4_gemm, m, n, k, group_size, dtype, n % 4 == 0, DTYPES[(m + n) % 3], bias=k % 2 == 0)
 
 
+@places("reference", "cpu", "interpreter", "cuda", "triton")
+@by_dtype
+@pytest.mark.parametrize("kind", judge.WIDE)
+@pytest.mark.parametrize("m, n, k, group_size", [(1, 70, 288, 32), (3, 17, 33, -1), (40, 33, 416, 128)])
+def test_eight_bits_and_minimums(ops, m, n, k, group_size, kind, dtype):
+    judge.check_wide_case(ops.int4_gemm, kind, m, n, k, group_size, dtype, DTYPES[(m + n) % 3], bias=k % 2 == 0)
+
+
+@places("cpu")
+@by_dtype
+@pytest.mark.parametrize("kind", judge.WIDE)
+def test_every_size_of_a_tile_in_eight_bits_and_with_minimums(ops, kind, dtype):
+    sizes = [(200, 288, 32), (17, 33, 64), (96, 1, 32), (64, 1000, -1)]
+    sizes += [(40, 272, 16), (33, 100, 48)] if kind.startswith("8") else []
+    for n, k, group_size in sizes:
+        for m in (1, 2, 3, 4, 5, 6, 7, 13, 70):
+            judge.check_wide_case(ops.int4_gemm, kind, m, n, k, group_size, dtype, bias=m % 2 == 0)
+
+
+@places("cpu", "reference")
+@pytest.mark.parametrize("kind", judge.WIDE)
+def test_a_row_does_not_depend_on_others_in_eight_bits_and_with_minimums(ops, kind):
+    w, _ = judge.random_wide_weight(kind, 60, 300, 32, torch.float16)
+    for dtype in DTYPES:
+        x = torch.randn(70, 300).to(dtype)
+        for options in ({}, {"int8_activations": True}) if ops.kind == "cpu" else ({},):
+            whole = judge.gemm(ops.int4_gemm, x, w, **options)
+            for m in (1, 3, 7, 64) if ops.kind == "cpu" else ():
+                assert torch.equal(
+                    torch.cat([judge.gemm(ops.int4_gemm, part, w, **options) for part in x.split(m)]), whole
+                )
+            spoiled = x.clone()
+            spoiled[4, 17] = torch.inf
+            got, keep = judge.gemm(ops.int4_gemm, spoiled, w, **options), torch.arange(70) != 4
+            assert not got[4].isfinite().any()
+            torch.testing.assert_close(got[keep], whole[keep])
+
+
+@places("cpu")
+@pytest.mark.parametrize("kind", judge.WIDE)
+def test_rounded_rows_in_eight_bits_and_with_minimums(ops, kind):
+    """Rounding x is all that is lost: against the weight by its definition, in float64."""
+    for group_size in (32, 128, -1):
+        w, true = judge.random_wide_weight(kind, 60, 600, group_size)
+        for m in (1, 2, 5, 12, 40):
+            x = torch.randn(m, 600)
+            rounded = reference.round_to_int8(x, group_size)
+            want = rounded.double() @ true.T
+            got = judge.gemm(ops.int4_gemm, x, w, int8_activations=True)
+            room = 1e-6 * (rounded.double().abs() @ true.abs().T)
+            assert ((got - want).abs() <= room).all()
+
+
 @places("cpu")
 @by_dtype
 @pytest.mark.parametrize("n, k", [(200, 288), (1, 32), (17, 33), (96, 1), (64, 1000), (33, 416)])
@@ -377,6 +430,17 @@ def test_against_float64_in_the_order_of_hopper(ops, m, n, k, group_size, monkey
 
 @pytest.mark.slow
 @by_dtype
+@pytest.mark.parametrize("kind", judge.WIDE)
+def test_open_in_the_lane_model(dtype, kind):
+    from lane_model.int4_gemm import dequantize
+
+    for n, k, group_size in ((40, 288, 32), (17, 33, -1), (5, 130, 64)):
+        w, _ = judge.random_wide_weight(kind, n, k, group_size, torch.float16)
+        assert torch.equal(dequantize(w, dtype), w.dequantize(dtype))
+
+
+@pytest.mark.slow
+@by_dtype
 @pytest.mark.parametrize("n, k, group_size", [(40, 288, 32), (17, 33, -1), (5, 130, 64), (20, 1088, 96)])
 def test_dequantize_in_the_lane_model(dtype, n, k, group_size):
     from lane_model.int4_gemm import dequantize
@@ -422,13 +486,24 @@ def test_compiles_whole_on_a_gpu(gpu):
 
 @pytest.mark.parametrize(("n", "k"), [(200, 288), (1, 32), (17, 33), (96, 1), (64, 1000), (33, 416), (40, 64)])
 def test_pack_and_unpack(cpu_tier, n, k):
-    codes = torch.randint(0, 256, (n, k), dtype=torch.uint8)  # the low four bits count
-    packed = hs.int4_pack(codes)
-    assert torch.equal(packed, reference.pack(codes))
-    assert torch.equal(hs.int4_pack(codes.T.contiguous().T), packed)
-    assert torch.equal(hs.int4_unpack(packed, n, k), codes & 15)
-    assert torch.equal(hs.int4_unpack(packed, n, k), reference.unpack(packed, n, k))
-    assert hs.int4_pack(codes[:0]).numel() == hs.int4_pack(codes[:, :0]).numel() == 0
+    for bits in (4, 8):
+        codes = torch.randint(0, 2**bits, (n, k), dtype=torch.uint8)
+        packed = hs.int4_pack(codes, bits=bits)
+        assert torch.equal(packed, reference.pack(codes, bits))
+        assert torch.equal(hs.int4_pack(codes.T.contiguous().T, bits=bits), packed)
+        assert torch.equal(hs.int4_unpack(packed, n, k, bits=bits), codes)
+        assert torch.equal(hs.int4_unpack(packed, n, k, bits=bits), reference.unpack(packed, n, k, bits))
+        assert hs.int4_pack(codes[:0], bits=bits).numel() == hs.int4_pack(codes[:, :0], bits=bits).numel() == 0
+
+
+def test_codes_above_the_range_are_not_truncated(cpu_tier):
+    codes = torch.full((5, 40), 3, dtype=torch.uint8)
+    codes[4, 39] = 16
+    with pytest.raises((ValueError, RuntimeError), match="int4_pack: codes: expected values 0 to 15, got 16"):
+        hs.int4_pack(codes)
+    with pytest.raises((ValueError, RuntimeError), match="int4_pack: bits: expected 4 or 8, got 5"):
+        hs.int4_pack(codes, bits=5)
+    assert torch.equal(hs.int4_unpack(hs.int4_pack(codes, bits=8), 5, 40, bits=8), codes)
 
 
 @pytest.mark.gpu
@@ -454,6 +529,11 @@ def test_opcheck(dtype, permuted):
     if dtype == torch.float32:
         torch.library.opcheck(hs.int4_gemm.default, (x, w.packed, w.scales), dict(group_size=32, n=20))
         torch.library.opcheck(hs.int4_pack.default, (codes,))
+        wide, _ = judge.random_wide_weight("8 bits with minimums", 20, 70, 16)
+        options = dict(group_size=16, n=20, minimums=wide.minimums, bits=8)
+        torch.library.opcheck(hs.int4_gemm.default, (x, wide.packed, wide.scales), options)
+        torch.library.opcheck(hs.int4_pack.default, (codes,), dict(bits=8))
+        torch.library.opcheck(hs.int4_unpack.default, (wide.packed, 20, 70), dict(bits=8))
         torch.library.opcheck(hs.int4_unpack.default, (w.packed, 20, 70))
 
 

@@ -1,4 +1,5 @@
-// Int4 GEMM on the CPU. One shift and one and-or per 32 codes prepare the weights for the multiplier.
+// Int4 GEMM on the CPU, and its counterpart for codes in 8 bits. One shift and one and-or per 32 codes of 4 bits prepare
+// the weights for the multiplier.
 //
 // A word of the packed layout (layouts/int4.h) holds eight codes of one column. The 16 columns of a panel are one
 // vector of 64 bytes. Codes are extracted in pairs (k, k + 1), as two bf16 values in one lane, each 16 above the code:
@@ -42,6 +43,13 @@
 //
 //   total[n] += scale[n, g] · scale_x · (Σ x code - zero[n, g] · Σ x)
 //
+// Eight bits. A word holds four codes of a column, k = 4 t to 4 t + 3. For floats, each code is moved to the top of its
+// lane, shifted down and converted: codes of a symmetric weight with their sign, after 128 is subtracted; others without
+// one. For integers, vpdpbusd takes the word as it is. vpmaddubsw would overflow in pairs of two such products, so the
+// tiers without VNNI multiply |code - 128| by x with the sign of code - 128.
+//
+// Minimums. A weight is code · scale + minimum, so a group adds minimum[n, g] · Σ x.
+//
 // All ways add the products of a column in the same order, the order of the packed words. A group has one accumulator;
 // a longer group has one for each span of 256 values of K. The groups are added in order. So a row's result does not
 // depend on the other rows or on the number of threads.
@@ -74,7 +82,6 @@ constexpr uint32_t kOffsetPair = 0x41804180u;         // 16 and 16 as bf16
 constexpr uint32_t kCodePair = int4::kPairMask << 3;  // the bits that hold the codes: code and kOffset make 16 + code
 constexpr float kLeak = 0x1p-16f;                     // `high` contains the low code times this factor
 constexpr float kHigh = kOffset + 0x4180 * 0x1p-19f;  // the value of `high` for two zero codes
-constexpr int kSymmetricZero = 8;
 constexpr uint32_t kCodeBytes = 0x0f0f0f0fu;
 constexpr float kLargestByte = 127.0f;
 constexpr float kVanishing = 1e-30f;  // a span of smaller values becomes 0: the reciprocal of its scale would overflow
@@ -103,6 +110,15 @@ inline Words bytes(Words w) {
 inline Vec to_floats(Vec whole) { return {_mm512_cvtepi32_ps(_mm512_castps_si512(whole.v))}; }
 inline Vec high(Words pair) { return {_mm512_castsi512_ps(pair.v)}; }
 inline Vec low(Words pair) { return {_mm512_castsi512_ps(_mm512_slli_epi32(pair.v, 16))}; }
+// Byte `i` of every lane, with its sign or without.
+template <int i, bool is_signed>
+inline Words byte(Words w) {
+  const __m512i top = i == 3 ? w.v : _mm512_slli_epi32(w.v, 24 - 8 * i);
+  return {is_signed ? _mm512_srai_epi32(top, 24) : _mm512_srli_epi32(top, 24)};
+}
+inline Words flip(Words w, uint32_t bits) { return {_mm512_xor_si512(w.v, _mm512_set1_epi32(static_cast<int>(bits)))}; }
+inline Words halves(Words w) { return {_mm512_srli_epi32(w.v, 16)}; }
+inline Vec to_floats(Words w) { return {_mm512_cvtepi32_ps(w.v)}; }
 inline Vec load_zeros(const uint8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
@@ -125,6 +141,14 @@ inline Words bytes(Words w) {
 inline Vec to_floats(Vec whole) { return {_mm256_cvtepi32_ps(_mm256_castps_si256(whole.v))}; }
 inline Vec high(Words pair) { return {_mm256_castsi256_ps(pair.v)}; }
 inline Vec low(Words pair) { return {_mm256_castsi256_ps(_mm256_slli_epi32(pair.v, 16))}; }
+template <int i, bool is_signed>
+inline Words byte(Words w) {
+  const __m256i top = i == 3 ? w.v : _mm256_slli_epi32(w.v, 24 - 8 * i);
+  return {is_signed ? _mm256_srai_epi32(top, 24) : _mm256_srli_epi32(top, 24)};
+}
+inline Words flip(Words w, uint32_t bits) { return {_mm256_xor_si256(w.v, _mm256_set1_epi32(static_cast<int>(bits)))}; }
+inline Words halves(Words w) { return {_mm256_srli_epi32(w.v, 16)}; }
+inline Vec to_floats(Words w) { return {_mm256_cvtepi32_ps(w.v)}; }
 inline Vec load_zeros(const uint8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
 }
@@ -150,6 +174,14 @@ inline Words bytes(Words w) {
 inline Vec to_floats(Vec whole) { return {__builtin_convertvector((Vec::Ints)whole.v, Vec::Floats)}; }
 inline Vec high(Words pair) { return {(Vec::Floats)pair.v}; }
 inline Vec low(Words pair) { return {(Vec::Floats)(pair.v << 16)}; }
+template <int i, bool is_signed>
+inline Words byte(Words w) {
+  const Vec::Words top = w.v << (24 - 8 * i);
+  return {is_signed ? (Vec::Words)((Vec::Ints)top >> 24) : top >> 24};
+}
+inline Words flip(Words w, uint32_t bits) { return {w.v ^ bits}; }
+inline Words halves(Words w) { return {w.v >> 16}; }
+inline Vec to_floats(Words w) { return {__builtin_convertvector((Vec::Ints)w.v, Vec::Floats)}; }
 inline Vec load_zeros(const uint8_t* p) {
   return {Vec::Floats{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
                       static_cast<float>(p[3])}};
@@ -215,6 +247,26 @@ inline Vec nearest_whole(Vec x) {
 struct ExactUnit : FloatUnit {};
 constexpr float kMiddle = 8.0f;
 
+// For codes in 8 bits. If they are centred, 128 is subtracted from each.
+template <bool centred>
+struct WideUnit : FloatUnit {};
+constexpr int kWideMiddle = 128;
+constexpr uint32_t kTopBits = 0x80808080u;  // flipping them subtracts 128 from each code, as a signed byte
+
+template <typename Unit>
+constexpr int kBitsOf = 4;
+template <bool centred>
+constexpr int kBitsOf<WideUnit<centred>> = 8;
+
+template <bool centred>
+inline Vec even_code(Words pair, WideUnit<centred>) {
+  return to_floats(byte<0, centred>(pair));
+}
+template <bool centred>
+inline Vec odd_code(Words pair, WideUnit<centred>) {
+  return to_floats(byte<1, centred>(pair));
+}
+
 inline Vec even_code(Words pair, FloatUnit) { return low(pair); }
 inline Vec even_code(Words pair, ExactUnit) { return low(pair) - broadcast(kOffset + kMiddle); }
 inline Vec odd_code(Words pair, FloatUnit) { return high(pair); }
@@ -238,6 +290,15 @@ inline double offsets(double even, double odd, FloatUnit) {
   return kOffset * (even - odd * kLeak) + static_cast<double>(kHigh) * odd;
 }
 inline double offsets(double even, double odd, ExactUnit) { return -kMiddle * (even + odd - odd * kLeak); }
+
+template <bool centred>
+inline void order_slab(float* to, const float* values, WideUnit<centred>) {
+  std::memcpy(to, values, int4::slab_values(8) * sizeof(float));
+}
+template <bool centred>
+inline double offsets(double even, double odd, WideUnit<centred>) {
+  return centred ? -kWideMiddle * (even + odd) : 0.0;
+}
 
 // sum[r][v] += activations of the pair · pair[v], for `rows` rows of x. The units of two rows are `stride` apart.
 template <typename Unit, int rows, int vecs>
@@ -268,12 +329,14 @@ template <typename Unit>
 struct DigitsOf {
   static constexpr int value = 1;
 };
-template <bool vnni, int digits>
+template <bool vnni, int digits, int bits = 4>
 struct ByteUnit;
-template <bool vnni, int digits>
-struct DigitsOf<ByteUnit<vnni, digits>> {
+template <bool vnni, int digits, int bits>
+struct DigitsOf<ByteUnit<vnni, digits, bits>> {
   static constexpr int value = digits;
 };
+template <bool vnni, int digits, int bits>
+constexpr int kBitsOf<ByteUnit<vnni, digits, bits>> = bits;
 
 // The same for units that the multiplier takes without conversion.
 template <typename Unit, int rows, int vecs>
@@ -309,10 +372,11 @@ inline double offsets(double even, double odd, PairUnit) { return kOffset * (eve
 
 // Four codes and four rounded activations. The sums are int32 in the lanes of a Vec. Whether the CPU has VNNI is known
 // only when the kernel runs, so the instruction is written in assembly.
-template <bool vnni, int digits>
+template <bool vnni, int digits, int bits>
 struct ByteUnit {
   using Type = uint32_t;
   static constexpr int values = 4;
+  static constexpr bool centred = bits == 8 && !vnni;  // whether a unit has code - 128 instead of the code
 
 #if HEADSTART_TIER_AVX512
   static Vec load_units(const uint32_t* p) { return {_mm512_loadu_ps(p)}; }
@@ -324,7 +388,12 @@ struct ByteUnit {
       __asm__("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(codes.v), "v"(x.v));
       return sum;
     } else {
-      const __m512i pairs = _mm512_maddubs_epi16(_mm512_castps_si512(codes.v), _mm512_castps_si512(x.v));
+      __m512i factor = _mm512_castps_si512(codes.v), signs = _mm512_castps_si512(x.v);
+      if constexpr (centred) {
+        signs = _mm512_mask_sub_epi8(signs, _mm512_movepi8_mask(factor), _mm512_setzero_si512(), signs);
+        factor = _mm512_abs_epi8(factor);
+      }
+      const __m512i pairs = _mm512_maddubs_epi16(factor, signs);
       const __m512i fours = _mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
       return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(sum.v), fours))};
     }
@@ -335,7 +404,12 @@ struct ByteUnit {
     return {_mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(*p)))};
   }
   static Vec dot(Vec x, Vec codes, Vec sum) {
-    const __m256i pairs = _mm256_maddubs_epi16(_mm256_castps_si256(codes.v), _mm256_castps_si256(x.v));
+    __m256i factor = _mm256_castps_si256(codes.v), signs = _mm256_castps_si256(x.v);
+    if constexpr (centred) {
+      signs = _mm256_sign_epi8(signs, factor);
+      factor = _mm256_abs_epi8(factor);
+    }
+    const __m256i pairs = _mm256_maddubs_epi16(factor, signs);
     const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
     return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(sum.v), fours))};
   }
@@ -345,7 +419,8 @@ struct ByteUnit {
   static Vec dot(Vec x, Vec codes, Vec sum) {
     Vec::Ints total = (Vec::Ints)sum.v;
     for (int i = 0; i < 4; ++i) {
-      const auto code = (Vec::Ints)((Vec::Words)codes.v >> 8 * i & 0xffu);
+      const Vec::Words top = (Vec::Words)codes.v << (24 - 8 * i);
+      const auto code = centred ? (Vec::Ints)top >> 24 : (Vec::Ints)(top >> 24);
       total += code * ((Vec::Ints)((Vec::Words)x.v << (24 - 8 * i)) >> 24);
     }
     return {(Vec::Floats)total};
@@ -355,11 +430,21 @@ struct ByteUnit {
 
 // Writes a slab of rounded activations as `digits` digits of base 256, each between -128 and 127. The units of the
 // digits follow each other, the lowest digit first.
-template <int digits>
-inline void order_slab(uint32_t* to, const int32_t values[kSlab]) {
-  int32_t rest[kSlab];
+template <int digits, int bits>
+inline void order_slab(uint32_t* to, const int32_t* values) {
+  constexpr int count = int4::slab_values(bits);
+  int32_t rest[count];
   std::memcpy(rest, values, sizeof rest);
   for (int d = 0; d < digits; ++d) {
+    if constexpr (bits == 8) {
+      uint8_t digit[count];
+      for (int k = 0; k < count; ++k) {
+        digit[k] = static_cast<uint8_t>(rest[k]);
+        rest[k] = (rest[k] + 128) >> 8;
+      }
+      for (int t = 0; t < kWordsPerColumn; ++t) std::memcpy(to + t * digits + d, digit + 4 * t, sizeof *to);
+      continue;
+    }
     uint16_t pairs[kSlab / 2];  // pair k holds k and k + 16; the pairs k and k + 1 are a unit
     for (int k = 0; k < kSlab / 2; ++k) {
       pairs[k] = static_cast<uint16_t>((rest[k] & 0xff) | (rest[k + kSlab / 2] & 0xff) << 8);
@@ -371,13 +456,19 @@ inline void order_slab(uint32_t* to, const int32_t values[kSlab]) {
   }
 }
 
+template <int i, bool vnni, int digits, int bits>
+inline Words piece(Words word, ByteUnit<vnni, digits, bits>) {
+  if constexpr (bits == 4) return bytes<i>(word);
+  return ByteUnit<vnni, digits, bits>::centred ? flip(word, kTopBits) : word;
+}
+template <int i, bool centred>
+inline Words piece(Words word, WideUnit<centred>) {
+  const Words moved = centred ? flip(word, kTopBits) : word;
+  return i == 0 ? moved : halves(moved);
+}
 template <int i, typename Unit>
-inline Words piece(Words word) {
-  if constexpr (Unit::values == 4) {
-    return bytes<i>(word);
-  } else {
-    return pair<i>(word);
-  }
+inline Words piece(Words word, Unit) {
+  return pair<i>(word);
 }
 
 template <int i>
@@ -385,12 +476,13 @@ struct PieceNumber {
   static constexpr int value = i;
 };
 
-// Calls body for the pieces of a word: four pairs, or two times four bytes.
+// Calls body for the pieces of a word. With 4 bits: four pairs, or two times four bytes. With 8: half of that.
 template <typename Unit, typename Body>
 inline __attribute__((always_inline)) void for_each_piece(const Body& body) {
+  constexpr int count = (Unit::values < 4 ? 4 : 2) * 4 / kBitsOf<Unit>;
   body(PieceNumber<0>());
-  body(PieceNumber<1>());
-  if constexpr (Unit::values < 4) {
+  if constexpr (count > 1) body(PieceNumber<1>());
+  if constexpr (count > 2) {
     body(PieceNumber<2>());
     body(PieceNumber<3>());
   }
@@ -401,7 +493,7 @@ inline __attribute__((always_inline)) void for_each_piece(const Body& body) {
 constexpr int kPrefetchWords = 192;  // each panel is prefetched 12 cache lines ahead
 constexpr int kTilePanels = 4;
 constexpr int kTileColumns = kTilePanels * kPanel;
-constexpr int64_t kSpanSlabs = 8;    // a longer group is added up in spans, because short sums round less
+constexpr int kSpanValues = 256;     // a longer group is added up in spans, because short sums round less
 constexpr int kBlockUnits = 64;      // the depth of a tile in units; 64 · 64 units are 16 KiB
 constexpr int64_t kChunkRows = 252;  // the most rows of a job: totals, sums and a block's activations fit in L2
 
@@ -411,9 +503,11 @@ struct Int4Gemm {
 
   static constexpr bool kRounds = Unit::values == 4;  // whether activations are rounded to integers
   static constexpr int kDigits = DigitsOf<Unit>::value;
-  static constexpr int kWordUnits = 2 * kPairsPerWord / Unit::values;
-  static constexpr int kPieceUnits = kRounds ? 1 : kWordUnits / kPairsPerWord;
-  static constexpr int kSlabUnits = kSlab / Unit::values;
+  static constexpr int kBits = kBitsOf<Unit>, kSlabValues = int4::slab_values(kBits);
+  static constexpr int kWordUnits = kSlabValues / kWordsPerColumn / Unit::values;
+  static constexpr int kPieceUnits = kRounds ? 1 : 2 / Unit::values;
+  static constexpr int kSlabUnits = kSlabValues / Unit::values;
+  static constexpr int64_t kSpanSlabs = kSpanValues / kSlabValues;
   static constexpr int kBlockSlabs = kBlockUnits / kSlabUnits;
   // Up to this many rows are multiplied in one pass over the weights. More rows repay a tile.
   static constexpr int kStreamRows = kRounds && Vec::width == 16 ? 12 / kDigits : 6;
@@ -434,8 +528,8 @@ struct Int4Gemm {
   explicit Int4Gemm(const Int4GemmArgs& args)
       : a(args),
         panels(int4::panels(a.n)),
-        slabs(int4::slabs(a.k)),
-        group_slabs(a.group_size < 0 ? slabs : min(slabs, a.group_size / kSlab)),
+        slabs(int4::slabs(a.k, kBits)),
+        group_slabs(a.group_size < 0 ? slabs : min(slabs, a.group_size / kSlabValues)),
         groups(ceil_div(slabs, group_slabs)),
         group_spans(ceil_div(group_slabs, kSpanSlabs)),
         spans((groups - 1) * group_spans + ceil_div(slabs - (groups - 1) * group_slabs, kSpanSlabs)),
@@ -461,13 +555,15 @@ struct Int4Gemm {
     return units + (slab * a.m + row * count) * kSlabUnits * kDigits;
   }
 
-  const uint32_t* words_of(int64_t panel, int64_t slab) const { return a.packed + int4::slab_word(panel, slab, a.k); }
+  const uint32_t* words_of(int64_t panel, int64_t slab) const {
+    return a.packed + (panel * slabs + slab) * kWordsPerSlab;
+  }
 
   // --- activations ---
 
-  void read_slab(float values[kSlab], int64_t row, int64_t slab) const {
-    const int64_t left = a.k - slab * kSlab, at = row * a.x_row + slab * kSlab;
-    for (int j = 0; j < kSlab; j += Vec::width) {
+  void read_slab(float* values, int64_t row, int64_t slab) const {
+    const int64_t left = a.k - slab * kSlabValues, at = row * a.x_row + slab * kSlabValues;
+    for (int j = 0; j < kSlabValues; j += Vec::width) {
       const auto n = static_cast<int>(max(0, min(Vec::width, left - j)));
       store(values + j, n == 0 ? broadcast(0.0f) : load_first_as(a.dtype, a.x, at + j, n));
     }
@@ -491,20 +587,20 @@ struct Int4Gemm {
   }
 
   Terms order_span(int64_t row, int64_t span) {
-    float lane[kSlab] = {};
+    float lane[kSlabValues] = {};
     for_each_block(span, [&](int64_t slab, int64_t count) {
       U* to = block_row(slab, count, row);
       for (const int64_t end = slab + count; slab < end; ++slab, to += kSlabUnits) {
-        float values[kSlab];
+        float values[kSlabValues];
         read_slab(values, row, slab);
         order_slab(to, values, Unit());
-        for (int j = 0; j < kSlab; ++j) lane[j] += values[j];
+        for (int j = 0; j < kSlabValues; ++j) lane[j] += values[j];
       }
     });
-    for (int width = kSlab / 2; width >= 2; width /= 2) {
+    for (int width = kSlabValues / 2; width >= 2; width /= 2) {
       for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
     }
-    const double even = lane[0], odd = lane[1], zero = a.zeros == nullptr ? kSymmetricZero : 0;
+    const double even = lane[0], odd = lane[1], zero = a.zeros == nullptr ? shared_zero() : 0;
     const double start = -offsets(even, odd, Unit()) - zero * (even + odd);
     return {static_cast<float>(start), static_cast<float>(-(even + odd)), 1.0f};
   }
@@ -512,10 +608,10 @@ struct Int4Gemm {
   Terms round_span(int64_t row, int64_t span) {
     static_assert(!kRounds || kBlockSlabs == kSpanSlabs, "a block is a span");
     const int64_t first = span_begin(span), count = span_end(span) - first;
-    float values[kSpanSlabs * kSlab];
+    float values[kSpanValues];
     Vec top = broadcast(0.0f), bad = top;
-    for (int64_t slab = 0; slab < count; ++slab) read_slab(values + slab * kSlab, row, first + slab);
-    for (int64_t j = 0; j < count * kSlab; j += Vec::width) {
+    for (int64_t slab = 0; slab < count; ++slab) read_slab(values + slab * kSlabValues, row, first + slab);
+    for (int64_t j = 0; j < count * kSlabValues; j += Vec::width) {
       const Vec x = load(values + j);
       top = max(top, max(x, broadcast(0.0f) - x));
       bad = bad + (x - x);
@@ -531,39 +627,48 @@ struct Int4Gemm {
     const float scale = scale_of(largest) + wrong;  // NaN if a value is not finite
     if (!(scale == scale)) std::memset(values, 0, sizeof values);
     const Vec inverse = broadcast(scale > 0.0f ? 1.0f / scale : 0.0f);
-    int32_t lane[kSlab] = {};
+    int32_t lane[kSlabValues] = {};
     U* to = block_row(first, count, row);
     for (int64_t slab = 0; slab < count; ++slab, to += kSlabUnits * kDigits) {
-      float* x = values + slab * kSlab;
-      int32_t whole[kSlab];
-      for (int j = 0; j < kSlab; j += Vec::width) store(x + j, nearest_whole(load(x + j) * inverse));
-      for (int j = 0; j < kSlab; ++j) {
+      float* x = values + slab * kSlabValues;
+      int32_t whole[kSlabValues];
+      for (int j = 0; j < kSlabValues; j += Vec::width) store(x + j, nearest_whole(load(x + j) * inverse));
+      for (int j = 0; j < kSlabValues; ++j) {
         whole[j] = static_cast<int32_t>(x[j]);
         lane[j] += whole[j];
       }
-      order_slab<kDigits>(to, whole);
+      order_slab<kDigits, kBits>(to, whole);
     }
     int32_t sum = 0;
-    for (int j = 0; j < kSlab; ++j) sum += lane[j];
+    for (int j = 0; j < kSlabValues; ++j) sum += lane[j];
     return {0.0f, -static_cast<float>(sum), scale};  // the bits of +0 are also the integer 0
   }
 
   // --- the end of a span and of a row, for few rows and for many ---
 
+  // The zero point of a weight without zeros.
+  int shared_zero() const { return a.minimums == nullptr ? 1 << (kBits - 1) : 0; }
+
   struct Scaling {
-    Vec scale, zero;
+    Vec scale, zero, minimum;
   };
 
   Scaling scaling(int64_t panel, int64_t group, int v) const {
     const int64_t at = (panel * groups + group) * kPanel + v * Vec::width;
-    const Vec symmetric = broadcast(kRounds ? static_cast<float>(kSymmetricZero) : 0.0f);
-    return {load_as(a.scale_dtype, a.scales, at), a.zeros == nullptr ? symmetric : load_zeros(a.zeros + at)};
+    Vec zero =
+        a.zeros == nullptr ? broadcast(kRounds ? static_cast<float>(shared_zero()) : 0.0f) : load_zeros(a.zeros + at);
+    if constexpr (kRounds) {
+      if constexpr (Unit::centred) zero = zero - broadcast(static_cast<float>(kWideMiddle));
+    }
+    return {load_as(a.scale_dtype, a.scales, at), zero,
+            a.minimums == nullptr ? broadcast(0.0f) : load_as(a.scale_dtype, a.minimums, at)};
   }
 
   // total plus the scaled sum of a span. `sum` points to the sum; for rounded x, it points to the sum of the lowest
   // digit, and the sums of the other digits follow, each `step` further on.
   inline __attribute__((always_inline)) Vec with_span(Vec total, const Vec* sum, int step, Scaling by,
                                                       const Terms& term) const {
+    if (a.minimums != nullptr) total = fma(by.minimum, broadcast(-term.minus_sum * term.scale), total);
     if constexpr (kRounds) {
       Vec whole = to_floats(sum[(kDigits - 1) * step]);
 #pragma GCC unroll 2
@@ -613,7 +718,7 @@ struct Int4Gemm {
           for_each_piece<Unit>([&](auto i) __attribute__((always_inline)) {
             Words part[vecs];
 #pragma GCC unroll 8
-            for (int v = 0; v < vecs; ++v) part[v] = piece<i.value, Unit>(word[v]);
+            for (int v = 0; v < vecs; ++v) part[v] = piece<i.value>(word[v], Unit());
             add_pairs(sum, x + i.value * kPieceUnits * kDigits, stride, part, Unit());
           });
         }
@@ -657,7 +762,7 @@ struct Int4Gemm {
         : weights(kTileColumns * kBlockUnits), sums(rows * kTileColumns), totals(rows * kTileColumns) {}
     Buffer<U> weights;  // [panel][unit][16]
     Buffer<float> sums, totals;
-    Vec scale[kTilePanels * kPanelVecs], zero[kTilePanels * kPanelVecs];
+    Scaling by[kTilePanels * kPanelVecs];
   };
 
   // Dequantises a block of a panel to [units][16]. The words hold their codes in the order of the units, so the output
@@ -669,7 +774,7 @@ struct Int4Gemm {
       for (int v = 0; v < kPanelVecs; ++v) {
         const Words word = load_words(words + v * Vec::width);
         for_each_piece<Unit>([&](auto i) __attribute__((always_inline)) {
-          store_pair(to + i.value * kPieceUnits * kPanel + v * Vec::width, piece<i.value, Unit>(word), Unit());
+          store_pair(to + i.value * kPieceUnits * kPanel + v * Vec::width, piece<i.value>(word, Unit()), Unit());
         });
       }
       words += kPanel;
@@ -720,8 +825,8 @@ struct Int4Gemm {
       for (int v = 0; v < vecs; ++v) {
         const int at = r * kTileColumns + v * Vec::width;
         if (block.last || kRounds) {
-          store(total + at, with_span(load(total + at), &sum[r * kDigits][v], vecs,
-                                      {tile.scale[from + v], tile.zero[from + v]}, block.term[i + r]));
+          store(total + at,
+                with_span(load(total + at), &sum[r * kDigits][v], vecs, tile.by[from + v], block.term[i + r]));
         } else {
           store(kept + at, sum[r][v]);
         }
@@ -759,11 +864,7 @@ struct Int4Gemm {
     const int vecs = width * kPanelVecs;
     zero(tile.totals, rows * kTileColumns);
     for (int64_t s = 0; s < spans; ++s) {
-      for (int v = 0; v < vecs; ++v) {
-        const Scaling by = scaling(panel + v / kPanelVecs, group_of(s), v % kPanelVecs);
-        tile.scale[v] = by.scale;
-        tile.zero[v] = by.zero;
-      }
+      for (int v = 0; v < vecs; ++v) tile.by[v] = scaling(panel + v / kPanelVecs, group_of(s), v % kPanelVecs);
       for_each_block(s, [&](int64_t slab, int64_t count) {
         for (int p = 0; p < width; ++p) {
           dequantize(tile.weights + p * kBlockUnits * kPanel, words_of(panel + p, slab), count);
@@ -827,11 +928,33 @@ inline void unpack_slab(uint8_t* codes, const uint32_t* words) {
   }
 }
 
+// The same for codes in 8 bits.
+inline void pack_wide_slab(uint32_t* to, const uint8_t* codes) {
+  for (int t = 0; t < kWordsPerColumn; ++t) std::memcpy(to + t * kPanel, codes + 4 * t, sizeof *to);
+}
+
+inline void unpack_wide_slab(uint8_t* codes, const uint32_t* words) {
+  for (int t = 0; t < kWordsPerColumn; ++t) std::memcpy(codes + 4 * t, words + t * kPanel, sizeof *words);
+}
+
+void wide_gemm(const Int4GemmArgs& a, const Parallel& parallel) {
+#if HEADSTART_TIER_AVX512 && !HEADSTART_EMULATE_BF16_DOT
+  if (__builtin_cpu_supports("avx512vnni")) {
+    if (a.int8_activations) return Int4Gemm<ByteUnit<true, 1, 8>>(a).run(parallel);
+    if (a.dtype != Dtype::kFloat32) return Int4Gemm<ByteUnit<true, 3, 8>>(a).run(parallel);
+  }
+#endif
+  if (a.int8_activations) return Int4Gemm<ByteUnit<false, 1, 8>>(a).run(parallel);
+  if (a.zeros == nullptr && a.minimums == nullptr) return Int4Gemm<WideUnit<true>>(a).run(parallel);
+  Int4Gemm<WideUnit<false>>(a).run(parallel);
+}
+
 }  // namespace
 
 namespace HEADSTART_TIER {
 
 void int4_gemm(const Int4GemmArgs& a, const Parallel& parallel) {
+  if (a.bits == 8) return wide_gemm(a, parallel);
 #if HEADSTART_TIER_AVX512 && !HEADSTART_EMULATE_BF16_DOT  // so tests can run all units on a CPU with VNNI
   if (__builtin_cpu_supports("avx512vnni")) {
     if (a.int8_activations) return Int4Gemm<ByteUnit<true, 1>>(a).run(parallel);
@@ -846,38 +969,39 @@ void int4_gemm(const Int4GemmArgs& a, const Parallel& parallel) {
 }
 
 void int4_pack(const Int4PackArgs& a, const Parallel& parallel) {
-  const int64_t slabs = int4::slabs(a.k);
+  const int64_t slabs = int4::slabs(a.k, a.bits), depth = int4::slab_values(a.bits);
   for_each_job(parallel, int4::panels(a.n), [&](int64_t panel, int) {
-    uint32_t* to = a.packed + int4::slab_word(panel, 0, a.k);
+    uint32_t* to = a.packed + panel * slabs * kWordsPerSlab;
     const int64_t columns = min(kPanel, a.n - panel * kPanel);
     if (columns < kPanel) std::memset(to, 0, static_cast<size_t>(slabs * kWordsPerSlab) * sizeof(uint32_t));
     for (int64_t s = 0; s < slabs; ++s, to += kWordsPerSlab) {
-      const int64_t left = a.k - s * kSlab;
+      const int64_t left = a.k - s * depth;
       for (int64_t c = 0; c < columns; ++c) {
-        const uint8_t* from = a.codes + (panel * kPanel + c) * a.k + s * kSlab;
+        const uint8_t* from = a.codes + (panel * kPanel + c) * a.k + s * depth;
         uint8_t padded[kSlab] = {};
-        if (left < kSlab) {
+        if (left < depth) {
           std::memcpy(padded, from, static_cast<size_t>(left));
           from = padded;
         }
-        pack_slab(to + c, from);
+        a.bits == 8 ? pack_wide_slab(to + c, from) : pack_slab(to + c, from);
       }
     }
   });
 }
 
 void int4_unpack(const Int4PackArgs& a, const Parallel& parallel) {
-  const int64_t slabs = int4::slabs(a.k);
+  const int64_t slabs = int4::slabs(a.k, a.bits), depth = int4::slab_values(a.bits);
   for_each_job(parallel, int4::panels(a.n), [&](int64_t panel, int) {
-    const uint32_t* from = a.packed + int4::slab_word(panel, 0, a.k);
+    const uint32_t* from = a.packed + panel * slabs * kWordsPerSlab;
     const int64_t columns = min(kPanel, a.n - panel * kPanel);
     for (int64_t s = 0; s < slabs; ++s, from += kWordsPerSlab) {
-      const int64_t left = a.k - s * kSlab;
+      const int64_t left = a.k - s * depth;
       for (int64_t c = 0; c < columns; ++c) {
-        uint8_t* to = a.codes + (panel * kPanel + c) * a.k + s * kSlab;
+        uint8_t* to = a.codes + (panel * kPanel + c) * a.k + s * depth;
         uint8_t padded[kSlab];
-        unpack_slab(left < kSlab ? padded : to, from + c);
-        if (left < kSlab) std::memcpy(to, padded, static_cast<size_t>(left));
+        uint8_t* whole = left < depth ? padded : to;
+        a.bits == 8 ? unpack_wide_slab(whole, from + c) : unpack_slab(whole, from + c);
+        if (left < depth) std::memcpy(to, padded, static_cast<size_t>(left));
       }
     }
   });

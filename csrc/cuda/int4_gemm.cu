@@ -9,6 +9,9 @@
 //
 //                 lane 16 s + 4 t + j loads word t of slab s, columns 4 j .. 4 j + 3
 //                 lane  8 j + u       stores unit u of 128 bytes of column 4 j + q, for q = 0 .. 3
+//
+//   open          The same for weights in 8 bits or with minimums: a thread opens a word. It is simple, not fast: its
+//                 stores are of 2 or 4 bytes.
 
 #include "int4_block.h"
 
@@ -97,6 +100,29 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
+__global__ void __launch_bounds__(kThreads) open_kernel(const Int4GemmArgs args, int64_t group_slabs) {
+  const int depth = int4::slab_values(args.bits);
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;  // of the word
+  const int64_t slabs = int4::slabs(args.k, args.bits), groups = (slabs + group_slabs - 1) / group_slabs;
+  const int64_t panel = at / int4::kWordsPerSlab / slabs, slab = at / int4::kWordsPerSlab % slabs;
+  const int t = static_cast<int>(at / int4::kPanel % int4::kWordsPerColumn);
+  const int64_t row = panel * int4::kPanel + at % int4::kPanel;
+  if (row >= args.n) return;
+  const int64_t group = int4::scale_index(row, slab / group_slabs, groups);
+  const float scale = load_scale(args.scales, group, args.scale_dtype);
+  const float minimum = args.minimums == nullptr ? 0.0f : load_scale(args.minimums, group, args.scale_dtype);
+  const int shared_zero = args.minimums == nullptr ? 1 << (args.bits - 1) : 0;
+  const int zero = args.zeros == nullptr ? shared_zero : args.zeros[group];
+  const uint32_t word = args.packed[at];
+  T* to = static_cast<T*>(args.out) + row * args.k;
+  for (int i = 0; i < 32 / args.bits; ++i) {
+    const int64_t k = slab * depth + (args.bits == 8 ? 4 * t + i : int4::pair_k(t, i % 4) + i / 4);
+    const int code = static_cast<int>(word >> args.bits * i) & ((1 << args.bits) - 1);
+    if (k < args.k) to[k] = from_float<T>(__fadd_rn(__fmul_rn(static_cast<float>(code - zero), scale), minimum));
+  }
+}
+
+template <typename T>
 const char* add_parts(const Int4GemmArgs& args, const float* parts, CUstream_st* stream) {
   return launch(add_parts_kernel<T>, (args.m * args.n + kThreads - 1) / kThreads, kThreads, 0, stream, args, parts);
 }
@@ -104,8 +130,13 @@ const char* add_parts(const Int4GemmArgs& args, const float* parts, CUstream_st*
 template <typename T>
 const char* dequantize(const Int4GemmArgs& args, CUstream_st* stream) {
   const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % mma::kUnitBytes == 0; };
-  const int64_t slabs = int4::slabs(args.k), warps = int4::panels(args.n) * ((slabs + kWarpSlabs - 1) / kWarpSlabs);
-  const int64_t group_slabs = args.group_size < 0 ? slabs : args.group_size / int4::kSlab;
+  const int64_t slabs = int4::slabs(args.k, args.bits);
+  const int64_t group_slabs = args.group_size < 0 ? slabs : args.group_size / int4::slab_values(args.bits);
+  if (args.bits == 8 || args.minimums != nullptr) {
+    const int64_t words = int4::panels(args.n) * slabs * int4::kWordsPerSlab;
+    return launch(open_kernel<T>, (words + kThreads - 1) / kThreads, kThreads, 0, stream, args, group_slabs);
+  }
+  const int64_t warps = int4::panels(args.n) * ((slabs + kWarpSlabs - 1) / kWarpSlabs);
   const bool vectors = args.k * sizeof(T) % mma::kUnitBytes == 0 && aligned(args.out);
   return launch(dequantize_kernel<T>, (warps * 32 + kThreads - 1) / kThreads, kThreads, 0, stream, args, group_slabs,
                 aligned(args.packed), vectors);

@@ -1,4 +1,6 @@
-// The packed layout of int4 weights: which nibble of which word holds weight (n, k).
+// The packed layout of weights in 4 or 8 bits: which bits of which word hold weight (n, k).
+//
+// 4 bits:
 //
 // Words are int32 [ceil(N/16)][ceil(K/32)][4][16]: panel of 16 output columns, slab of 32 k-values, t, column.
 // A slab of one column is four words. Word t holds these k-values, in pairs (k, k+1):
@@ -19,8 +21,12 @@
 // A CPU reads the 16 columns of (slab, t) as one vector of 64 bytes. It multiplies pair i by the broadcast activation
 // pair (x[8i + 2t], x[8i + 2t + 1]) of the slab.
 //
-// A panel depends only on its own 16 columns, so a slice of N is a slice of memory. The same holds for scales and
-// zeros, which lie as [ceil(N/16)][groups][16]. Padding is zero.
+// 8 bits: a slab has 16 k-values, so it is four words of a column too. Words are int32 [ceil(N/16)][ceil(K/16)][4][16].
+// Word t holds k = 4 t, 4 t + 1, 4 t + 2 and 4 t + 3, the first in the lowest byte. A slab is half as long as with 4
+// bits, because GGUF's Q6_K has a scale for each 16 weights.
+//
+// A panel depends only on its own 16 columns, so a slice of N is a slice of memory. The same holds for scales, zeros
+// and minimums, which lie as [ceil(N/16)][groups][16]. Padding is zero.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +40,7 @@
 namespace headstart::int4 {
 
 constexpr int kPanel = 16;          // output columns
-constexpr int kSlab = 32;           // k-values
+constexpr int kSlab = 32;           // k-values, in 4 bits
 constexpr int kWordsPerColumn = 4;  // in a slab
 constexpr int kPairsPerWord = 4;
 constexpr int kWordsPerSlab = kPanel * kWordsPerColumn;
@@ -46,7 +52,10 @@ struct Place {
 };
 
 HEADSTART_HOST_DEVICE constexpr std::int64_t panels(std::int64_t n) { return (n + kPanel - 1) / kPanel; }
-HEADSTART_HOST_DEVICE constexpr std::int64_t slabs(std::int64_t k) { return (k + kSlab - 1) / kSlab; }
+HEADSTART_HOST_DEVICE constexpr int slab_values(int bits) { return kSlab * 4 / bits; }
+HEADSTART_HOST_DEVICE constexpr std::int64_t slabs(std::int64_t k, int bits = 4) {
+  return (k + slab_values(bits) - 1) / slab_values(bits);
+}
 
 // The first of the 64 words of (panel, slab).
 HEADSTART_HOST_DEVICE constexpr std::int64_t slab_word(std::int64_t panel, std::int64_t slab, std::int64_t k_size) {

@@ -34,7 +34,35 @@ def exact(codes, scales, zeros, group_size):
     return (codes.double() - (8 if zeros is None else zeros.double()[:, group])) * scales.double()[:, group]
 
 
+# Weights that are not plain int4 ones, as `random_wide_weight` makes them.
+WIDE = ("4 bits with minimums", "8 bits, symmetric", "8 bits with zero points", "8 bits with minimums")
+
+
+def random_wide_weight(kind, n, k, group_size, dtype=torch.float32, seed=0) -> tuple[Int4Weight, torch.Tensor]:
+    """A weight of a kind of `WIDE`, and its values in float64 by the definition."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = int(kind[0])
+    codes = torch.randint(0, 2**bits, (n, k), generator=generator, dtype=torch.uint8)
+    groups = 1 if group_size == -1 else -(-k // group_size)
+    scales = ((torch.rand(n, groups, generator=generator) + 0.1) / 2**bits).to(dtype)
+    shift = torch.zeros(n, groups, dtype=torch.float64)
+    parts = {}
+    if "minimums" in kind:
+        parts["minimums"] = (torch.randn(n, groups, generator=generator) / 2).to(dtype)
+        shift = parts["minimums"].double()
+    elif "zero" in kind:
+        parts["zeros"] = torch.randint(0, 256, (n, groups), generator=generator, dtype=torch.uint8)
+        shift = -parts["zeros"].double() * scales.double()
+    else:
+        shift = -128 * scales.double()
+    group = torch.arange(k) // (k if group_size == -1 else group_size)
+    true = codes.double() * scales.double()[:, group] + shift[:, group]
+    return Int4Weight.from_codes(codes, scales, group_size=group_size, bits=bits, **parts), true
+
+
 def gemm(op: Callable, x, w: Int4Weight, bias=None, **options):
+    options |= {} if w.minimums is None else {"minimums": w.minimums}
+    options |= {} if w.bits == 4 else {"bits": w.bits}
     return op(x, w.packed, w.scales, w.zeros, bias, group_size=w.group_size, n=w.shape[0], **options)
 
 
@@ -58,6 +86,12 @@ def check_case(op, m, n, k, group_size, dtype, symmetric=False, scale_dtype=torc
     *parts, w = random_weight(n, k, group_size, symmetric, dtype=scale_dtype)
     x = surrounded(m, k, dtype=dtype, pad=8 if (m + n) % 2 else 3)
     check(op, x, w, exact(*parts, group_size), torch.randn(n).to(dtype) if bias else None)
+
+
+def check_wide_case(op, kind, m, n, k, group_size, dtype, scale_dtype=torch.float16, bias=True):
+    w, true = random_wide_weight(kind, n, k, group_size, scale_dtype)
+    x = surrounded(m, k, dtype=dtype, pad=8 if (m + n) % 2 else 3)
+    check(op, x, w, true, torch.randn(n).to(dtype) if bias else None)
 
 
 def check_every_weight(op, dtype, n, k, group_size, batches, symmetric=False):

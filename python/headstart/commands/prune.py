@@ -72,7 +72,7 @@ def prune(
     check_output(OP, out)
     words = {Path(text).name: read_text(text) for text in texts}
     expect(len(words) == len(texts), OP, "text", "files of different names", ", ".join(map(str, texts)))
-    reader, tokenizer = load_model(model)
+    reader, tokenizer = load_model(model, packed=False)
     expect(not getattr(reader, "is_quantized", False), OP, "model", "one that is not quantised", model)
     ids = {name: token_ids(tokenizer, text) for name, text in words.items()}
     ids = ids or {name: token_ids(tokenizer, sample=name) for name in sample_texts()}

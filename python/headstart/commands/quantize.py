@@ -68,7 +68,7 @@ def _original(model: str | os.PathLike, dtype: torch.dtype | None) -> Original:
     folder, gguf = find_checkpoint(model, OP)
     if gguf is None:
         return Original.of_folder(OP, folder)
-    reader, tokenizer = load_model(model, dtype=dtype)
+    reader, tokenizer = load_model(model, dtype=dtype, packed=False)
     return Original.of_model(reader, tokenizer)
 
 

@@ -20,6 +20,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     memory_budget: int | str | None = None,
+    packed: bool = True,
 ):
     """A transformers model in evaluation mode, with the attention it has by default; packed layers are `Int4Linear`
     or `BitmapLinear`.
@@ -40,6 +41,9 @@ def load(
             their files whenever a token needs them, ahead of time (`stream/ring.py`). The model computes the same; it
             cannot be saved, copied, moved or trained. Not for GGUF files, nor for packed checkpoints of other makers.
             On a GPU the budget is of its memory, and up to three layers more take host memory.
+        packed: for a GGUF file. If true, weights in Q4_0, Q4_1, Q4_K, Q5_K, Q6_K and Q8_0 stay in 4 or 8 bits, with the
+            very values that the file has: linear layers, output layer and embedding. Other kinds become plain weights.
+            If false, all become plain weights of `dtype`, as transformers opens the file.
 
     Raises:
         ValueError, RuntimeError or FileNotFoundError: naming the file, and the field or tensor that is missing,
@@ -48,7 +52,7 @@ def load(
     from ..weights.sources import Checkpoint, open_source
 
     with quiet():
-        source = open_source(Checkpoint(*find_checkpoint(model, "load")))
+        source = open_source(Checkpoint(*find_checkpoint(model, "load"), packed))
         if memory_budget is not None:
             if source.NOT_STREAMED is not None:
                 what, cure = source.NOT_STREAMED
@@ -62,9 +66,10 @@ def load(
 def _fill(source, device: torch.device | str | None, dtype: torch.dtype | None):
     """A model with all weights in memory."""
     from ..weights.assemble import assemble, check_loaded, dtype_of
-    from ..weights.config import HeadstartConfig
+    from ..weights.config import PLAIN, HeadstartConfig
     from ..weights.files import DTYPES
     from ..weights.names import auto_class, skeleton_of
+    from ..weights.place import parameters_at, place_for, put, tied_embedding
 
     folder = source.folder
     if source.BY_TRANSFORMERS:
@@ -75,36 +80,58 @@ def _fill(source, device: torch.device | str | None, dtype: torch.dtype | None):
             model, info = auto_class(folder, source.config).from_pretrained(folder, **options)
         except SafetensorError as error:
             raise ValueError(f"{folder}: a safetensors file there is not whole: {error}") from None
-        check_loaded(folder, info, source.strict)
+        check_loaded(source.origin, info, source.strict)
         return model
 
     skeleton = skeleton_of(folder, source.config)
     names = source.names(skeleton)
     tensors = source.plain(names)
+    dtype = dtype or source.default_dtype
     model = assemble(
         source,
         skeleton,
         tensors,
-        [f"{name}.{field}" for name in names for field, _ in skeleton.get_submodule(name).named_parameters()],
-        HeadstartConfig(source.weights),
+        [parameter for name in names for parameter in parameters_at(skeleton, name)],
+        HeadstartConfig(source.weights if names else PLAIN),
         dtype=dtype or dtype_of(source.config, (DTYPES[x.get_dtype()] for x in tensors.values())),
         device=device,
         one_at_a_time=True,
     )
     for name, stored in names.items():
-        model.set_submodule(name, source.read(stored, model.get_submodule(name)).to(model.device))
-    model.config.quantization_config = model.hf_quantizer.quantization_config = HeadstartConfig.of(model)
+        layer = source.read(stored, place_for(model, name)).to(model.device)
+        put(model, name, layer, tied_embedding(skeleton, name))
+    if names:
+        model.config.quantization_config = model.hf_quantizer.quantization_config = HeadstartConfig.of(model)
     return model
 
 
-def load_model(model: str | os.PathLike, *, dtype: torch.dtype | None = None):
+def load_model(model: str | os.PathLike, *, dtype: torch.dtype | None = None, packed: bool = True):
     """(model, tokenizer) of what `load` opens; it raises what `load` raises."""
+    with quiet():
+        tokenizer = load_tokenizer(*find_checkpoint(model, "load_model"))
+    return load(model, dtype=dtype, packed=packed), tokenizer
+
+
+def load_tokenizer(folder: Path, gguf: str | None = None):
+    """The tokenizer of a folder, or of a GGUF file in it."""
     import transformers
 
-    folder, gguf = find_checkpoint(model, "load_model")
-    with quiet():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **({} if gguf is None else {"gguf_file": gguf}))
-    return load(model, dtype=dtype), tokenizer
+    if gguf is None:
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    # AutoTokenizer would read the config for the name of the class, with a reader that takes seconds.
+    kind = transformers.PreTrainedTokenizerFast if _has_plain_tokenizer(folder / gguf) else transformers.AutoTokenizer
+    return kind.from_pretrained(folder, gguf_file=gguf)
+
+
+def _has_plain_tokenizer(path: Path) -> bool:
+    """Whether AutoTokenizer has no class of its own for the model of a GGUF file."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.models.auto import tokenization_auto
+
+    from ..weights.gguf_file import GgufFile
+
+    names = getattr(tokenization_auto, "TOKENIZER_MAPPING_NAMES", {})
+    return names.get(GgufFile(path).config().model_type, None) in (None, PreTrainedTokenizerFast.__name__)
 
 
 def find_checkpoint(model: str | os.PathLike, op: str) -> tuple[Path, str | None]:

@@ -1,7 +1,8 @@
-"""Int4 weights in plain torch: quantisation, the packed layout, the checkpoint formats, the product.
+"""Weights in 4 or 8 bits in plain torch: quantisation, the packed layout, the checkpoint formats, the product.
 
-Codes are uint8 [N, K] with values 0 to 15. A weight is ``(code - zero) * scale``. Each `group_size` consecutive weights
-of a row share a zero and a scale, so these are [N, ceil(K / group_size)]. A group_size of -1 means one group a row.
+Codes are uint8 [N, K] with values 0 to 15, or 0 to 255 in 8 bits. A weight is ``(code - zero) * scale``, or
+``code * scale + minimum``. Each `group_size` consecutive weights of a row share these numbers, so they are
+[N, ceil(K / group_size)]. A group_size of -1 means one group a row.
 """
 
 from __future__ import annotations
@@ -10,7 +11,13 @@ import torch
 import torch.nn.functional as F
 
 PANEL = 16  # output columns that stand together
-SLAB = 32  # k-values of a column that stand together, in four words
+WORDS = 4  # of a column that stand together: a slab
+
+
+def slab(bits: int) -> int:
+    """The number of k-values in a slab, which is the least group size."""
+    return 128 // bits
+
 
 # --- the packed layout (csrc/layouts/int4.h draws it) ---------------------------------------------------------------
 
@@ -20,18 +27,27 @@ def _shifts(device: torch.device) -> torch.Tensor:
     return 4 * torch.arange(4, device=device)[:, None, None] + 16 * torch.arange(2, device=device)
 
 
-def pack(codes: torch.Tensor) -> torch.Tensor:
+def pack(codes: torch.Tensor, bits: int = 4) -> torch.Tensor:
     n, k = codes.shape
-    padded = F.pad(codes.to(torch.int32) & 15, (0, -k % SLAB, 0, -n % PANEL))
-    slabs = padded.reshape(-(-n // PANEL), PANEL, -(-k // SLAB), 4, 4, 2)  # [panel, column, slab, i, t, h]
+    padded = F.pad(codes, (0, -k % slab(bits), 0, -n % PANEL))
+    if bits == 8:  # a word is four codes in order
+        words = padded.contiguous().view(torch.int32).reshape(-(-n // PANEL), PANEL, -1, WORDS)
+        return words.permute(0, 2, 3, 1).contiguous()
+    slabs = padded.to(torch.int32).reshape(-(-n // PANEL), PANEL, -1, 4, 4, 2)  # [panel, column, slab, i, t, h]
     words = (slabs << _shifts(codes.device)).sum((3, 5), dtype=torch.int32)
     return words.permute(0, 2, 3, 1).contiguous()
 
 
-def unpack(packed: torch.Tensor, n: int, k: int) -> torch.Tensor:
-    words = packed.permute(0, 3, 1, 2)[:, :, :, None, :, None]
-    slabs = (words >> _shifts(packed.device)) & 15
-    return slabs.reshape(packed.shape[0] * PANEL, packed.shape[1] * SLAB)[:n, :k].to(torch.uint8)
+def unpack(packed: torch.Tensor, n: int, k: int, bits: int = 4) -> torch.Tensor:
+    return unpack_columns(packed.permute(0, 3, 1, 2).flatten(0, 1)[:n], k, bits)
+
+
+def unpack_columns(words: torch.Tensor, k: int, bits: int) -> torch.Tensor:
+    """uint8 [..., k] from the words [..., slabs, 4] of output columns."""
+    if bits == 8:
+        return words.contiguous().view(torch.uint8).flatten(-2)[..., :k]
+    slabs = (words[..., None, :, None] >> _shifts(words.device)) & 15
+    return slabs.flatten(-4)[..., :k].to(torch.uint8)
 
 
 def to_panels(groups: torch.Tensor) -> torch.Tensor:
@@ -89,13 +105,27 @@ def _quantize_rows(w, group_size, symmetric, bits):
     return codes, scale.squeeze(-1).to(w.dtype), zero.squeeze(-1).to(torch.uint8)
 
 
-def dequantize(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, group_size: int) -> torch.Tensor:
-    """float32 [N, K] from codes [N, K] and scales and zeros [N, groups]. Without zeros, every zero point is 8."""
+def dequantize(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    group_size: int,
+    minimums: torch.Tensor | None = None,
+    bits: int = 4,
+) -> torch.Tensor:
+    """float32 [N, K] from codes [N, K], and scales, zeros and minimums [N, groups].
+
+    Without zeros and minimums, every zero point is the middle code, 8 or 128. With minimums it is 0.
+    """
     k = codes.shape[1]
     group = k if group_size == -1 else min(group_size, k)
-    scales = scales.float().repeat_interleave(group, 1)[:, :k]
-    zeros = 8 if zeros is None else zeros.float().repeat_interleave(group, 1)[:, :k]
-    return (codes.float() - zeros) * scales
+
+    def spread(x: torch.Tensor) -> torch.Tensor:
+        return x.float().repeat_interleave(group, 1)[:, :k]
+
+    if minimums is not None:
+        return codes.float() * spread(scales) + spread(minimums)
+    return (codes.float() - (2 ** (bits - 1) if zeros is None else spread(zeros))) * spread(scales)
 
 
 # --- nibbles of checkpoints -----------------------------------------------------------------------------------------
@@ -138,10 +168,17 @@ def round_to_int8(x: torch.Tensor, group_size: int) -> torch.Tensor:
     return torch.cat(parts, -1) if parts else x.float()
 
 
-def int4_gemm(x, packed, scales, zeros=None, bias=None, *, group_size: int, n: int) -> torch.Tensor:
-    codes = unpack(packed, n, x.shape[-1])
-    zeros = None if zeros is None else from_panels(zeros, n)
-    out = x.float() @ dequantize(codes, from_panels(scales, n), zeros, group_size).mT
+def weight_of(packed, scales, zeros, minimums, *, group_size: int, n: int, k: int, bits: int) -> torch.Tensor:
+    """float32 [n, k] from the tensors of an `Int4Weight`."""
+    zeros, minimums = (None if x is None else from_panels(x, n) for x in (zeros, minimums))
+    return dequantize(unpack(packed, n, k, bits), from_panels(scales, n), zeros, group_size, minimums, bits)
+
+
+def int4_gemm(
+    x, packed, scales, zeros=None, bias=None, *, group_size: int, n: int, minimums=None, bits: int = 4
+) -> torch.Tensor:
+    sizes = {"group_size": group_size, "n": n, "k": x.shape[-1], "bits": bits}
+    out = x.float() @ weight_of(packed, scales, zeros, minimums, **sizes).mT
     if bias is not None:
         out = out + bias.float()
     return out.to(x.dtype)

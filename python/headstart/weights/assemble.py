@@ -55,7 +55,7 @@ def assemble(
             ignore_mismatched_sizes=True,  # `check_loaded` names the tensor
             **options,
         )
-    check_loaded(source.folder, info, source.strict)
+    check_loaded(source.origin, info, source.strict)
     model.name_or_path = model.config.name_or_path = str(source.folder)
     if (generation := generation_config_of(source.folder)) is not None:
         model.generation_config = generation

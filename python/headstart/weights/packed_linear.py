@@ -48,13 +48,14 @@ class PackedLinear(nn.Module):
     bias: nn.Parameter | None
 
     @classmethod
-    def like(cls, linear: nn.Linear, options: Mapping[str, Any]) -> PackedLinear:
-        """A layer without data, for the place of a linear layer, from the options of a config."""
+    def like(cls, module: nn.Linear | nn.Embedding, options: Mapping[str, Any]) -> PackedLinear:
+        """A layer without data with the sizes of a module's weight, from the options of a config."""
         options = dict(options)
         if "scale_dtype" in options:
             options["scale_dtype"] = getattr(torch, options["scale_dtype"])
-        options |= {"bias": linear.bias is not None, "dtype": linear.weight.dtype, "device": "meta"}
-        return cls(linear.in_features, linear.out_features, **options)
+        has_bias = getattr(module, "bias", None) is not None
+        options |= {"bias": has_bias, "dtype": module.weight.dtype, "device": "meta"}
+        return cls(*reversed(module.weight.shape), **options)
 
     def options(self) -> dict[str, Any]:
         """What a config must say, besides the sizes, to make a layer whose tensors have the same shapes."""

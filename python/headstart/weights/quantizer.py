@@ -21,8 +21,10 @@ from transformers.quantizers.base import HfQuantizer
 from .._expect import expect_value
 from .config import KINDS, METHOD, PLAIN, HeadstartConfig
 from .files import PADDING, Stored, stored_tensors
-from .names import renamer, submodule, tied_weights
+from .int4_linear import Int4Linear
+from .names import renamer, tied_weights
 from .packed_linear import FLOATS, packed_layers
+from .place import place_for, put, tied_embedding, untie
 
 
 class _Call(NamedTuple):
@@ -92,6 +94,7 @@ class HeadstartQuantizer(HfQuantizer):
             stored = {name: x for file in checkpoint_files for name, x in stored_tensors(file).items()}
             self._files = check_files(model, stored, self.quantization_config)
         for name in _call.get().parameters:
+            untie(model, name)
             _set_aside(model, name)
 
     def _process_model_after_weight_loading(self, model, **kwargs) -> None:
@@ -107,15 +110,22 @@ class HeadstartQuantizer(HfQuantizer):
 
 
 def swap_layers(model: nn.Module, config: HeadstartConfig) -> None:
-    """Puts a packed layer without data in the place of every linear layer that the config names."""
-    rename, tied = renamer(model), tied_weights(model)
+    """Puts a packed layer without data in every place that the config names."""
+    rename, tied, kind = renamer(model), tied_weights(model), KINDS.get(config.weights)
     for name in config.modules:
         place = rename(f"{name}.weight").removesuffix(".weight")
-        linear = submodule(model, place)
-        good = isinstance(linear, nn.Linear) and f"{place}.weight" not in tied
-        expected, where = f"an untied linear layer of {type(model).__name__}", "config.json: quantization_config"
+        linear, embedding = place_for(model, place), tied_embedding(model, place) if kind is Int4Linear else None
+        good = linear is not None and (f"{place}.weight" not in tied or embedding is not None)
+        expected, where = (
+            f"an untied linear layer of {type(model).__name__}",
+            "config.json: quantization_config",
+        )
         expect_value(good, where, f"modules: {name}", expected, f"{linear}")
-        model.set_submodule(place, KINDS[config.weights].like(linear, config.options(name)))
+        try:
+            layer = kind.like(linear, config.options(name))
+        except ValueError as error:
+            raise ValueError(f"{where}: modules: {name}: {error}") from None
+        put(model, place, layer, embedding)
 
 
 def check_files(model: nn.Module, tensors: Mapping[str, Stored], config: HeadstartConfig) -> dict[str, str]:

@@ -62,7 +62,7 @@ def run(
     rows = {}
     with console.progress() as progress:
         with progress.step("loading SmolLM2-135M", 1) as advance:
-            model, tokenizer = load_model(SMOLLM2, dtype=torch.bfloat16)
+            model, tokenizer = load_model(SMOLLM2, dtype=torch.bfloat16, packed=False)
             text = token_ids(tokenizer)[None]
             ids, following = text[:, :tokens], text[:, tokens : tokens + CONTINUATION]
             questions = [_prompt(tokenizer, question) for question in QUESTIONS]

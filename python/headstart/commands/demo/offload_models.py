@@ -14,7 +14,7 @@ from torch import nn
 
 from ..._files import write_whole_folder
 from ..._quiet import no_progress_bars
-from ...model.load import SMOLLM2, find_checkpoint, load_model
+from ...model.load import SMOLLM2, find_checkpoint, load_model, load_tokenizer
 from ...ops.bitmap import BitmapWeight
 from ...weights.bitmap_linear import BitmapLinear
 from ...weights.convert import Original, convert
@@ -58,7 +58,7 @@ def make(size: str, folder: Path, seed: int, advance: Callable[[], None]) -> dic
     needed, free = ALL_FILES * SIZES[size].mib / 1024, shutil.disk_usage(folder).free / 2**30
     if free < needed:
         raise ValueError(f"demo: files: expected {needed:.1f} GiB of free space in {folder}, got {free:.1f} GiB")
-    model = load_model(SMOLLM2, dtype=torch.bfloat16)[0] if size == SMOLLM2 else random_llama(seed)
+    model = load_model(SMOLLM2, dtype=torch.bfloat16, packed=False)[0] if size == SMOLLM2 else random_llama(seed)
     write_all(model, folders, advance)
     return folders
 
@@ -139,8 +139,5 @@ def prompt(size: str) -> tuple[torch.Tensor, object]:
     """int64 [1, tokens], and the tokenizer if the model has one."""
     if size != SMOLLM2:
         return torch.arange(1, PROMPT + 1)[None], None
-    import transformers
-
-    folder, gguf = find_checkpoint(SMOLLM2, "demo")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
+    tokenizer = load_tokenizer(*find_checkpoint(SMOLLM2, "demo"))
     return token_ids(tokenizer)[None, :PROMPT], tokenizer

@@ -15,6 +15,7 @@ from ..._expect import checker
 from ..._files import read_json_object
 from ..config import PLAIN
 from ..files import CheckpointFiles, Stored
+from ..gguf_file import GgufFile
 from ..packed_linear import PackedLinear
 
 CONFIG = "config.json"
@@ -27,8 +28,13 @@ AWQ_WORDS = ("w_bit", "q_group_size", "zero_point")  # in a file of either name
 class Checkpoint:
     """A folder, and what its files say about it; each is read when it is first asked for."""
 
-    def __init__(self, folder: Path, gguf: str | None = None):
+    def __init__(self, folder: Path, gguf: str | None = None, packed: bool = True):
         self.folder, self.gguf = folder, gguf  # the name of the GGUF file, if the model is in one
+        self.packed = packed  # whether a GGUF's packed weights stay so
+
+    @cached_property
+    def gguf_file(self) -> GgufFile:
+        return GgufFile(self.folder / self.gguf)
 
     @cached_property
     def config(self):
@@ -58,8 +64,9 @@ class Checkpoint:
             for key in KEYS:
                 value = content.get(key)
                 checker(path)(value is None or isinstance(value, dict), key, "an object", value)
-        names = {} if self.gguf is None else {"gguf_file": self.gguf}
-        config = transformers.AutoConfig.from_pretrained(self.folder, **names)
+            config = transformers.AutoConfig.from_pretrained(self.folder)
+        else:
+            config = self.gguf_file.config()
         for part in (config, config.get_text_config()):
             for key in KEYS:
                 value = vars(part).pop(key, None)
@@ -91,9 +98,10 @@ class Source:
 
     - ``recognises(checkpoint)``: whether a folder is of this format;
     - the constructor opens it: it reads settings and headers of files, and refuses by name what it would misread;
-    - ``names(skeleton)``: which layers of the model `read` gives, with their names in the checkpoint;
+    - ``names(skeleton)``: which layers of the model `read` gives (`place.py`), with their names in the checkpoint;
     - ``plain(names)``: the tensors that transformers loads, by their names in the checkpoint;
-    - ``read(name, linear)``: one packed layer after another; `linear` is the model's own, without data.
+    - ``read(name, linear)``: one packed layer after another; `linear` is the model's own, without data. It is an
+      embedding where that is packed by itself.
 
     If it says `BY_TRANSFORMERS`, transformers reads the files with ``arguments(dtype)``, and the last three are not
     asked. For a model larger than memory, ``stream()`` tells where each tensor lies in the files.
@@ -103,6 +111,7 @@ class Source:
 
     BY_TRANSFORMERS = False  # whether transformers reads the files
     weights = PLAIN  # the kind of the layers that `read` gives
+    default_dtype: torch.dtype | None = None  # of what is not packed, if the files do not say it
     MARKS: Mapping[str, str] = {}  # fields that only packed layers have, and who makes them
     # What weights are called that `stream` cannot give, and what to do about it; None if it can.
     NOT_STREAMED: tuple[str, str] | None = (
@@ -113,6 +122,11 @@ class Source:
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint, self.folder = checkpoint, checkpoint.folder
+
+    @property
+    def origin(self) -> Path:
+        """What messages about the whole begin with: the folder, or the file if the model is in one."""
+        return self.folder if self.checkpoint.gguf is None else self.folder / self.checkpoint.gguf
 
     @classmethod
     def recognises(cls, checkpoint: Checkpoint) -> bool:
@@ -136,7 +150,7 @@ class Source:
     def plain(self, names: Mapping[str, str]) -> dict[str, Any]:
         raise NotImplementedError
 
-    def read(self, name: str, linear: nn.Linear) -> PackedLinear:
+    def read(self, name: str, linear: nn.Module) -> PackedLinear:
         raise NotImplementedError
 
     def stream(self) -> dict[str, Stored]:
