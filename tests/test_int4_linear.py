@@ -146,8 +146,8 @@ def test_copies_and_pickles():
 
 def test_says_what_it_is():
     layer, _, _ = make(20, 64, symmetric=True)
-    said = "in_features=64, out_features=20, bias=True, group_size=32, symmetric=True, act_order=False, minimums=False, bits=4"
-    assert repr(layer) == f"Int4Linear({said})"
+    said = "in_features=64, out_features=20, bias=True, group_size=32"
+    assert repr(layer) == f"Int4Linear({said}, symmetric=True, act_order=False, minimums=False, bits=4)"
 
 
 def test_a_shard_of_the_rows_computes_its_rows():
