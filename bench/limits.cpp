@@ -1,8 +1,6 @@
 // What this CPU can do at best: how fast its units multiply, and how fast its memory reads and writes.
 //
-// Multiply loops keep everything in registers. They have 12 sums, so that no instruction waits for another, and nothing
-// else. No kernel can multiply faster with the same instruction. The instructions are text, so the compiler needs no option
-// for them; limits.py calls only the loops whose instructions the CPU has. All operands are zero.
+// The multiply loops are the library's own (csrc/cpu/unit_loops.h).
 //
 // A move reads `reads` vectors and writes `writes` vectors past the caches, over and over: (1, 0) reads, (1, 1) copies.
 
@@ -12,6 +10,9 @@
 #include <cstring>
 #include <thread>
 #include <vector>
+
+#define HEADSTART_ALL_UNIT_LOOPS 1
+#include "../csrc/cpu/unit_loops.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -37,65 +38,6 @@ void in_threads(int threads, Body body) {
   one(0);
   for (auto& other : others) other.join();
 }
-
-// --- multiplication ------------------------------------------------------------------------------------------------
-
-struct Loop {
-  const char* name;
-  double operations;  // a round: a multiplication and an addition count as two
-  void (*run)(int64_t rounds);
-};
-
-#if defined(__x86_64__)
-
-// `step` names the sum it adds to: STEP(v, i) with v "ymm" or "zmm". Registers 14 and 15 are the operands, 12 and 13
-// hold products on their way to a sum.
-#define DOT(instruction, v, i) instruction " %%" v "15, %%" v "14, %%" v #i "\n"
-#define MULTIPLY(instruction, v, i, j) instruction " %%" v "15, %%" v "14, %%" v #j "\n"
-#define ADD(instruction, v, i, j) instruction " %%" v #j ", %%" v #i ", %%" v #i "\n"
-
-#define FMA(v, i, j) DOT("vfmadd231ps", v, i)
-#define DOT_BF16(v, i, j) DOT("vdpbf16ps", v, i)
-#define DOT_INT16(v, i, j) DOT("vpdpwssd", v, i)
-#define DOT_INT8(v, i, j) DOT("vpdpbusd", v, i)
-#define DOT_INT16_VEX(v, i, j) DOT("%{vex%} vpdpwssd", v, i)
-#define DOT_INT8_VEX(v, i, j) DOT("%{vex%} vpdpbusd", v, i)
-#define MADD_INT16(v, i, j) MULTIPLY("vpmaddwd", v, i, j) ADD("vpaddd", v, i, j)
-#define MADD_INT8(v, i, j) MULTIPLY("vpmaddubsw", v, i, j) ADD("vpaddw", v, i, j)  // the sum stays in 16 bits
-
-#define TWELVE(step, v)                                                                                    \
-  step(v, 0, 12) step(v, 1, 13) step(v, 2, 12) step(v, 3, 13) step(v, 4, 12) step(v, 5, 13) step(v, 6, 12) \
-      step(v, 7, 13) step(v, 8, 12) step(v, 9, 13) step(v, 10, 12) step(v, 11, 13)
-
-// The lambda is one function; zeroing comes first, because a denormal or a NaN in a register may slow the loop.
-#define LOOP(step, v)                                                                                             \
-  [](int64_t rounds) {                                                                                            \
-    asm volatile("vzeroall\n.p2align 5\n1:\n" TWELVE(step, v) "dec %0\njnz 1b\nvzeroupper\n"                      \
-                 : "+r"(rounds)                                                                                   \
-                 :                                                                                                \
-                 : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", \
-                   "xmm11", "xmm12", "xmm13", "xmm14", "xmm15");                                                  \
-  }
-
-const Loop kLoops[] = {
-    {"fma", 12 * 8 * 2, LOOP(FMA, "ymm")},
-    {"fma 512", 12 * 16 * 2, LOOP(FMA, "zmm")},
-    {"bf16 dot", 12 * 32 * 2, LOOP(DOT_BF16, "zmm")},
-    {"vpmaddwd", 12 * 16 * 2, LOOP(MADD_INT16, "ymm")},
-    {"vpmaddwd 512", 12 * 32 * 2, LOOP(MADD_INT16, "zmm")},
-    {"vpdpwssd", 12 * 16 * 2, LOOP(DOT_INT16_VEX, "ymm")},
-    {"vpdpwssd 512", 12 * 32 * 2, LOOP(DOT_INT16, "zmm")},
-    {"vpmaddubsw", 12 * 32 * 2, LOOP(MADD_INT8, "ymm")},
-    {"vpmaddubsw 512", 12 * 64 * 2, LOOP(MADD_INT8, "zmm")},
-    {"vpdpbusd", 12 * 32 * 2, LOOP(DOT_INT8_VEX, "ymm")},
-    {"vpdpbusd 512", 12 * 64 * 2, LOOP(DOT_INT8, "zmm")},
-};
-
-#else
-
-const Loop kLoops[] = {{"none", 0, nullptr}};
-
-#endif
 
 // --- memory --------------------------------------------------------------------------------------------------------
 
@@ -144,7 +86,7 @@ double move_in_threads(const Vector* from, Vector* to, int64_t bytes, int thread
 
 // The rate of the loop called `name` in all threads together, in 1e9 operations a second; 0 if there is no such loop.
 extern "C" double multiply_rate(const char* name, int threads, double seconds) {
-  for (const Loop& loop : kLoops) {
+  for (const headstart::UnitLoop& loop : headstart::kUnitLoops) {
     if (std::strcmp(loop.name, name) != 0 || loop.run == nullptr) continue;
     std::vector<double> rates(threads);
     in_threads(threads, [&](int thread) {

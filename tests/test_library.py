@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -64,3 +65,24 @@ def test_without_the_library_operators_still_run_and_say_so_once(tmp_path):
         tier == "None" and len(warned) == 1 and warned[0].startswith("WARNED RuntimeWarning headstart: the cpu kernels")
     )
     assert f"Cause: {tmp_path}/headstart/_cpu.so does not exist" in warned[0] and "Cure: run `make build`" in warned[0]
+
+
+# --- the unit that multiplies ----------------------------------------------------------------------------------------
+
+
+def test_the_rates_of_the_units():
+    rates = _library.cpu_unit_rates()
+    assert set(_library.cpu_tiers()) == {"generic"} or rates["fma"][0] == "fp32"
+    assert all(unit in ("fp32", "bf16", "int16", "int8") and 0.5 < rate < 1e5 for unit, rate in rates.values())
+
+
+def test_the_bf16_dot_product_is_used_where_it_is_faster():
+    """By its measured rate: some CPUs that have the instruction are slower with it than with FMA."""
+    pays = _library.cpu.handle.headstart_bf16_dot_pays
+    pays.argtypes = [ctypes.c_double] * 2
+    assert pays(100.0, 200.0) and not pays(200.0, 100.0)
+    tiers, rates = _library.cpu_tiers(), _library.cpu_unit_rates()
+    if {"avx512", "avx512_bf16"} <= set(tiers) and "HEADSTART_ISA" not in os.environ:
+        fma, dot = rates["fma 512"][1], rates["bf16 dot"][1]
+        if max(fma, dot) > 1.3 * min(fma, dot):  # else either may have been chosen
+            assert _library.cpu_tier() == ("avx512_bf16" if dot > fma else "avx512")

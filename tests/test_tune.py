@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from headstart import _library, cli
-from headstart.attention import cost, tune
+from headstart.attention import anchor, cost, tune
 from headstart.attention.cost import Call
 from headstart.attention.density import density
 from headstart.attention.patterns import HeadPattern
@@ -277,6 +277,68 @@ def test_the_defaults_are_sane(tier):
     assert eight.dense(calls[-1]) == pytest.approx(costs.dense(calls[-1]) / 4, rel=0.01)
 
 
+# --- on a machine that was never tuned -------------------------------------------------------------------------------
+
+
+def wrong(costs: cost.Costs, factors: dict[str, float]) -> cost.Costs:
+    """The same costs with the coefficients of torch's or of headstart's work multiplied by a factor."""
+    coefficients = {
+        dtype: {
+            kind: {name: value * factors["sdpa" if kind.startswith("sdpa") else "own"] for name, value in terms.items()}
+            for kind, terms in kinds.items()
+        }
+        for dtype, kinds in costs.coefficients.items()
+    }
+    return dataclasses.replace(costs, coefficients=coefficients)
+
+
+@pytest.mark.parametrize("sdpa, own", [(4, 1), (0.25, 1), (1, 4), (1, 0.25), (4, 0.25), (0.25, 4)])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_wrong_defaults_are_scaled_to_the_machine(dtype, sdpa, own):
+    """Coefficients that are wrong by 4 decide as the right ones: here the machine is what the right ones predict."""
+    right = cost.defaults("avx2", 2)
+    found = anchor.anchored(
+        wrong(right, {"sdpa": sdpa, "own": own}), dtype, lambda work: right.seconds(dtype, work.kind, work.terms)
+    )
+    for kind, terms in right.coefficients[cost.dtype_name(dtype)].items():
+        assert found.coefficients[cost.dtype_name(dtype)][kind] == pytest.approx(terms)
+    for heads, kv_heads, d in tune.SHAPES:
+        for nq, nk in (
+            (64, 64),
+            (128, 128),
+            (512, 512),
+            (4096, 4096),
+            (32_768, 32_768),
+            (1, 300),
+            (1, 9000),
+            (64, 4096),
+        ):
+            call = Call(1, heads, kv_heads, nq, nk, d, dtype)
+            options = {"own": "sdpa", "sparse": nq >= 64}
+            assert found.fastest(call, ADAPTIVE, 0, **options) == right.fastest(call, ADAPTIVE, 0, **options)
+    other = FP32 if dtype == BF16 else BF16
+    assert found.coefficients[cost.dtype_name(other)] != right.coefficients[cost.dtype_name(other)]  # not asked for
+
+
+def test_the_timing_is_of_this_machine(file):
+    """What is timed is what the prediction is for; a busy machine may double either."""
+    costs = cost.in_use(FP32)
+    assert costs.source.endswith("scaled to this machine") and cost.in_use(FP32) is costs
+    assert cost.in_use().source == "headstart's defaults for " + costs.source.split()[3].rstrip(",")
+    for nq, nk in ((anchor.PROMPT, anchor.PROMPT), (1, anchor.CONTEXT)):
+        for work in anchor.works(Call(1, anchor.HEADS, anchor.KV_HEADS, nq, nk, anchor.HEAD_DIM, FP32)):
+            with torch.inference_mode():
+                assert 0.3 < anchor.shortest(work) / costs.seconds(FP32, work.kind, work.terms) < 3
+    tune.save(measured_here(), file)
+    cost.forget()
+    assert cost.in_use(FP32).source == str(file)  # a measurement needs no scaling
+
+
+def test_a_dtype_without_coefficients_is_not_scaled(file):
+    assert cost.in_use(torch.float16).source.startswith("headstart's defaults")
+    assert not cost.in_use(torch.float16).source.endswith("this machine")
+
+
 # --- the one place of the promise ------------------------------------------------------------------------------------
 
 
@@ -286,7 +348,7 @@ def choose(here, call, *, device="cpu", own="sdpa", has_kernel=True, window=None
 
 @pytest.fixture
 def here(monkeypatch):
-    monkeypatch.setattr(cost, "in_use", made)
+    monkeypatch.setattr(cost, "in_use", lambda dtype=None: made())
     return forward.Attachment(ADAPTIVE, "sdpa")
 
 
@@ -321,7 +383,7 @@ def test_on_a_device_without_costs_the_length_decides(here):
 
 def test_a_decision_is_kept_while_a_cache_grows(here, monkeypatch):
     asked = []
-    monkeypatch.setattr(cost, "in_use", lambda: asked.append(1) or made())
+    monkeypatch.setattr(cost, "in_use", lambda dtype: asked.append(1) or made())
     for nk in range(1024, 2048):
         assert choose(here, prompt(nk, nq=1)) == "dense"
     assert len(asked) == len(here.paths) == 16

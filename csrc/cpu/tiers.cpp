@@ -1,12 +1,15 @@
 // Which kernels this CPU runs. Compiled with the baseline's flags: nothing here may need a newer CPU than the oldest.
 //
-// A tier needs its instructions (CPUID) and an operating system that saves its registers (XCR0).
+// A tier needs its instructions (CPUID) and an operating system that saves its registers (XCR0). What a unit is worth
+// is measured, not read from CPUID: on Zen 4 and 5, a bf16 dot product has twice the rate of FMA, and on Sapphire and
+// Emerald Rapids half of it.
 
 #include <cstdlib>
 #include <cstring>
 #include <string>
 
 #include "kernels.h"
+#include "unit_loops.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -56,7 +59,7 @@ struct Tier {
 bool bit(unsigned word, int n) { return (word >> n & 1) != 0; }
 
 struct CpuFeatures {
-  bool avx2 = false, avx512 = false, avx512_bf16 = false, vbmi2 = false;
+  bool avx2 = false, avx512 = false, avx512_bf16 = false, vbmi2 = false, vnni = false;
 
   CpuFeatures() {
     unsigned a, b, c, d;
@@ -69,6 +72,7 @@ struct CpuFeatures {
     avx2 = avx && fma && f16c && bit(b, 5) && ymm;
     avx512 = avx2 && zmm && bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
     vbmi2 = avx512 && bit(c, 6);
+    vnni = avx512 && bit(c, 11);
     if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return;
     avx512_bf16 = avx512 && bit(a, 5);
   }
@@ -79,7 +83,34 @@ const CpuFeatures& features() {
   return f;
 }
 
+bool has(Needs needs) {
+  switch (needs) {
+    case Needs::kAvx2:
+      return features().avx2;
+    case Needs::kAvx512:
+      return features().avx512;
+    case Needs::kAvx512Vnni:
+      return features().vnni;
+    case Needs::kAvx512Bf16:
+      return features().avx512_bf16;
+    default:
+      return false;
+  }
+}
+
+#else
+
+bool has(Needs) { return false; }
+
 #endif
+
+// The rate of a loop of unit_loops.h; 0 if this CPU or this build does not have it.
+double rate_of(const char* name) {
+  for (const UnitLoop& loop : kUnitLoops) {
+    if (std::strcmp(loop.name, name) == 0 && has(loop.needs)) return unit_rate(loop);
+  }
+  return 0;
+}
 
 // Lowest first. A tier that stands here twice is one: no CPU has both rows of it. VBMI2 comes neither with AVX-512 (Ice
 // Lake is the first that has it) nor with BF16 (Cooper Lake has not). The emulated tier runs the data movement of the
@@ -117,16 +148,24 @@ int find(const char* name) {
   return -1;
 }
 
-// The highest tier that the CPU has and HEADSTART_ISA allows. A name that is unknown or too high is ignored here and
-// reported by `headstart doctor`.
+// Whether a bf16 dot product repays, from its rate and that of FMA. It needs no conversion of its operands, but the
+// kernels convert each operand once for many products.
+bool bf16_dot_pays(double fma, double dot) { return dot >= fma; }
+
+// The tier that HEADSTART_ISA names. Otherwise the highest that the CPU has; the bf16 dot product must repay, though,
+// which takes two milliseconds to find out. A name that is unknown or too high is ignored here and reported by
+// `headstart doctor`.
 int choose() {
+  const char* wanted = std::getenv("HEADSTART_ISA");
+  const int asked = wanted == nullptr ? -1 : find(wanted);
+  if (asked >= 0) return asked;
   int best = 0;
   for (int i = 0; i < kTierCount; ++i) {
     if (kTiers[i].supported()) best = i;
   }
-  const char* wanted = std::getenv("HEADSTART_ISA");
-  const int asked = wanted == nullptr ? -1 : find(wanted);
-  return asked >= 0 ? asked : best;
+  const int without = find("avx512");
+  const bool dot = std::strcmp(kTiers[best].name, "avx512_bf16") == 0;
+  return dot && without >= 0 && !bf16_dot_pays(rate_of("fma 512"), rate_of("bf16 dot")) ? without : best;
 }
 
 int& current() {
@@ -155,6 +194,21 @@ __attribute__((visibility("default"))) const char* headstart_cpu_tiers() {
 
 __attribute__((visibility("default"))) const char* headstart_cpu_tier() {
   return headstart::kTiers[headstart::current()].name;
+}
+
+// Lines of a loop's name, what it multiplies and its rate on one core, in 1e9 operations a second; measured now.
+__attribute__((visibility("default"))) const char* headstart_cpu_unit_rates() {
+  static thread_local std::string lines;
+  lines.clear();
+  for (const headstart::UnitLoop& loop : headstart::kUnitLoops) {
+    if (!headstart::has(loop.needs)) continue;
+    lines += std::string(loop.name) + "\t" + loop.unit + "\t" + std::to_string(headstart::unit_rate(loop)) + "\n";
+  }
+  return lines.c_str();
+}
+
+__attribute__((visibility("default"))) int headstart_bf16_dot_pays(double fma, double dot) {
+  return headstart::bf16_dot_pays(fma, dot) ? 1 : 0;
 }
 
 __attribute__((visibility("default"))) int headstart_set_cpu_tier(const char* name) {

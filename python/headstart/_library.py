@@ -223,11 +223,24 @@ def cpu_tiers() -> list[str]:
 
 
 def cpu_tier() -> str | None:
-    """The tier in use: the highest of `cpu_tiers`, unless `HEADSTART_ISA` or `set_cpu_tier` chose a lower one."""
+    """The tier in use.
+
+    It is the highest of `cpu_tiers`, without the bf16 dot product where that is slower than FMA (csrc/cpu/tiers.cpp
+    measures it), unless `HEADSTART_ISA` or `set_cpu_tier` chose another.
+    """
     if cpu.handle is None:
         return None
     cpu.handle.headstart_cpu_tier.restype = ctypes.c_char_p
     return cpu.handle.headstart_cpu_tier().decode()
+
+
+def cpu_unit_rates() -> dict[str, tuple[str, float]]:
+    """What the multipliers of this CPU do now: {instruction: (operands, 1e9 operations a second on one core)}."""
+    if cpu.handle is None:
+        return {}
+    cpu.handle.headstart_cpu_unit_rates.restype = ctypes.c_char_p
+    lines = (line.split("\t") for line in cpu.handle.headstart_cpu_unit_rates().decode().splitlines())
+    return {name: (unit, float(rate)) for name, unit, rate in lines}
 
 
 def set_cpu_tier(name: str) -> None:

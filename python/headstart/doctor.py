@@ -53,6 +53,7 @@ def probe() -> dict:
         return found | {"error": f"import headstart: {_words(error)}", "cure": cure}
     found["headstart"] = {"version": headstart.__version__, "path": str(Path(headstart.__file__).parent)}
     found["tiers"], found["tier"] = _library.cpu_tiers(), _library.cpu_tier()
+    found["unit_rates"] = _library.cpu_unit_rates()
     found["libraries"] = {
         library.device: {
             "path": str(library.path),
@@ -139,6 +140,7 @@ def examine() -> dict:
             "flags": flags,
             "tiers": tiers,
             "tier": found.get("tier"),
+            "unit_rates": found.get("unit_rates", {}),
             "HEADSTART_ISA": requested,
         },
         "torch": found.get("torch"),
@@ -190,6 +192,8 @@ def lines(report: dict) -> list[tuple[str, str]]:
     row("features", " ".join(cpu["flags"]) or "unknown")
     row("tiers found", " ".join(cpu["tiers"]) or "none")
     row("tier in use", f"{cpu['tier'] or 'none'}{' (HEADSTART_ISA)' if cpu['HEADSTART_ISA'] else ''}")
+    rates = [f"{name} ({unit}) {rate:,.0f}" for name, (unit, rate) in cpu["unit_rates"].items()]
+    row("unit rates", f"{', '.join(rates)}: 1e9 operations a second, one core" if rates else "unknown")
 
     title("packages")
     for name, version in report["packages"].items():

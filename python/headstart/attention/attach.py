@@ -39,7 +39,8 @@ def attach(op: str, model: torch.nn.Module, plan: PrefillPlan) -> None:
     detach(model)
     forward.register()
     own = {id(layer.config): _own_implementation(layer.config) for layer in layers}
-    cost.in_use()  # a warning about its file should appear now, not during the first forward
+    if next(model.parameters()).device.type == "cpu":  # measure, and warn of a file, now and not in the first forward
+        cost.in_use(model.dtype)
     warned: set[str] = set()
     for layer in layers:
         forward.set_attachment(layer, forward.Attachment(plan, own[id(layer.config)], warned))

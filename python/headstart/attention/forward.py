@@ -129,7 +129,7 @@ def choose_path(
     key = (*call, own, torch.get_num_threads())
     if key not in here.paths:
         may_be_sparse = may_be_sparse and not _is_dense(here, layer, call)
-        here.paths[key] = cost.in_use().fastest(call, here.plan, layer, own=own, sparse=may_be_sparse)
+        here.paths[key] = cost.in_use(call.dtype).fastest(call, here.plan, layer, own=own, sparse=may_be_sparse)
     return here.paths[key]
 
 
