@@ -66,6 +66,31 @@ def test_tied_output_layer_stays(tmp_path, shard_size, capsys):
     assert "14 layers, with " in said and "MiB in float32 -> " in said and "tied to the embedding, and stays" in said
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_output_layer_has_bits_of_its_own(tmp_path, tied, bits, capsys):
+    model = make(tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path / "in")
+    got = written(tmp_path / "in", tmp_path, group_size=32, output_bits=bits)
+    want = Int4Weight.quantize(model.lm_head.weight.detach(), 32, bits=bits)
+    assert torch.equal(got.lm_head.weight_int4.dequantize(), want.dequantize()) and got.lm_head.bits == bits
+    rows = want.dequantize() if tied else model.model.embed_tokens.weight
+    assert torch.equal(got.model.embed_tokens(tokens()), rows[tokens()])
+    assert got.model.layers[0].mlp.up_proj.bits == 4
+    folder = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(folder, tokens()), logits(got, tokens()))
+    said = capsys.readouterr().out
+    assert "15 layers, with " in said and "stays" not in said and ("int8" in said) == (bits == 8)
+
+
+def test_an_embedding_that_cannot_read_packed_rows_stays_plain(tmp_path):
+    model = make("Gemma3Text", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "in")
+    got = written(tmp_path / "in", tmp_path, group_size=32, output_bits=8)
+    assert got.lm_head.bits == 8 and type(got.model.embed_tokens) is type(model.model.embed_tokens)
+    assert torch.equal(got.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
 def test_dtype_exclusions_and_generation_config(tmp_path):
     make().save_pretrained(tmp_path / "in")
     transformers.GenerationConfig(max_new_tokens=7).save_pretrained(tmp_path / "in")
@@ -97,6 +122,7 @@ def test_replaces_its_own_folder_and_no_other(tmp_path):
     ("options", "message"),
     [
         (dict(group_size=20), "quantize: group_size: expected a multiple of 32, or -1"),
+        (dict(output_bits=5), "quantize: output_bits: expected 4, 8 or None, got 5"),
         (dict(dtype="int8"), "quantize: dtype: expected one of bfloat16, float16, float32, got 'int8'"),
         (dict(exclude=["nothing"]), "quantize: exclude: expected names of linear layers, .*, got 'nothing'"),
         (dict(exclude=["*"]), "quantize: expected a linear layer to quantise, got 15 that are tied or excluded"),

@@ -158,11 +158,15 @@ def quantize(
     exclude: Annotated[
         list[str] | None, typer.Option(help="A layer, or a pattern of layers, to leave as it is. You can give several.")
     ] = None,
+    output_bits: Annotated[
+        int | None, typer.Option(help="4 or 8: pack the output layer, also if it is tied to the embedding.")
+    ] = None,
 ) -> None:
     """Write a model with 4-bit linear layers, for from_pretrained and headstart.load. It reads no texts."""
     from headstart.commands.quantize import quantize as run
 
-    run(model, output, group_size=group_size, symmetric=symmetric, dtype=dtype, exclude=exclude or ())
+    options = {"symmetric": symmetric, "dtype": dtype, "exclude": exclude or (), "output_bits": output_bits}
+    run(model, output, group_size=group_size, **options)
 
 
 @app.command()

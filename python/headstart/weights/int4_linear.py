@@ -134,7 +134,7 @@ class Int4Linear(PackedLinear):
             wrong = "scales: expected finite scales"
         elif self.minimums is not None and not torch.isfinite(self.minimums).all():
             wrong = "minimums: expected finite minimums"
-        elif self.zeros is not None and (self.zeros >= 2**self.bits).any():
+        elif self.zeros is not None and (self.zeros > 2**self.bits - 1).any():
             wrong = f"zeros: expected zero points 0 to {2**self.bits - 1}"
         elif self.permutation is not None:
             columns = torch.arange(self.in_features, device=self.permutation.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -56,12 +56,29 @@ def quantize_linears(
     return model
 
 
+class Head(NamedTuple):
+    """An output layer with a choice of bits of its own.
+
+    Args:
+        layer: its name.
+        weight: the tensor that is its weight; the embedding's, if the two are tied.
+        keep: whether that tensor is also written as it is, for an embedding that cannot read packed rows.
+        bits: 4 or 8.
+    """
+
+    layer: str
+    weight: str
+    keep: bool
+    bits: int
+
+
 class Quantize:
     """A `Transform` (`convert.py`): the linear layers in 4 bits.
 
     Args:
         skeleton: the model, which may have no data.
         layers: the names of the linear layers, as the tensors' names have them.
+        head: the output layer, if it is not one of `layers`.
         group_size, symmetric: see `Int4Weight.quantize`.
         dtype: of what is not quantised, and of the scales; None leaves it.
         advance: called with the number of weights of each layer that is done.
@@ -74,21 +91,30 @@ class Quantize:
         skeleton: nn.Module,
         layers: Collection[str],
         *,
+        head: Head | None = None,
         group_size: int = 128,
         symmetric: bool = False,
         dtype: torch.dtype | None = None,
         advance: Callable[[int], None] = lambda count: None,
     ):
-        self.layers, self._group_size, self._symmetric = layers, group_size, symmetric
+        self.layers = [*layers, *([] if head is None else [head.layer])]
+        self._head, self._group_size, self._symmetric = head, group_size, symmetric
         self._dtype, self._advance = dtype, advance
         exact = (skeleton._keep_in_fp32_modules, skeleton._keep_in_fp32_modules_strict)
         self._exact = {part for parts in exact for part in parts or ()}  # parts of names that keep their dtype
 
     def __call__(self, layer: str | None, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         result: dict[str, Any] = {}
+        head = self._head
         for name, x in tensors.items():
             linear = name.removesuffix(".weight")
-            if linear in self.layers and linear != name:
+            if head is not None and name in (head.weight, f"{head.layer}.weight"):
+                if name == head.weight:
+                    result[head.layer] = Int4Linear.from_weight(self._weight(name, x, head.bits))
+                    self._advance(x.numel())
+                if name == head.weight and head.keep:
+                    result[name] = x.to(self._dtype or x.dtype)
+            elif linear in self.layers and linear != name:
                 result[linear] = Int4Linear.from_weight(self._weight(name, x))
                 self._advance(x.numel())
             elif x.is_floating_point() and not any(part in name for part in self._exact):
@@ -97,8 +123,8 @@ class Quantize:
                 result[name] = x
         return result
 
-    def _weight(self, name: str, x: torch.Tensor) -> Int4Weight:
+    def _weight(self, name: str, x: torch.Tensor, bits: int = 4) -> Int4Weight:
         try:
-            return Int4Weight.quantize(x.to(self._dtype or x.dtype), self._group_size, self._symmetric)
+            return Int4Weight.quantize(x.to(self._dtype or x.dtype), self._group_size, self._symmetric, bits=bits)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
