@@ -1,7 +1,7 @@
 # headstart: `make` alone lists the commands.
 #
 #   PYTHON=python3.12          the Python that .venv is made of; for `make gpu`, the Python that runs everything
-#   DEMO_ARGS, BENCH_ARGS, TEST_ARGS    passed on, e.g. make test TEST_ARGS='-k merge'
+#   DEMO_ARGS, BENCH_ARGS, PEERS_ARGS, TEST_ARGS    passed on, e.g. make test TEST_ARGS='-k merge'
 #   JOBS=2, TEST_JOBS=2        compile jobs, and processes of tests, at once (default: one a core; for compiling, 2 GB of
 #                              free memory for each)
 #   HEADSTART_CUDA=ON          compile the CUDA kernels although no GPU is found here
@@ -21,7 +21,7 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo demo-context demo-offload test check build bench lint format sanitize clean missing \
+.PHONY: help demo demo-context demo-offload test check build bench peers lint format sanitize clean missing \
 	gpu gpu-build gpu-smoke gpu-test gpu-bench gpu-profile gpu-compile \
 	gpu-build-now gpu-smoke-now gpu-test-now gpu-bench-now gpu-profile-now
 .DELETE_ON_ERROR:
@@ -35,6 +35,7 @@ help:
 	@echo 'make test      the whole test suite'
 	@echo 'make build     compile the kernels into $(PACKAGE)'
 	@echo 'make bench     CPU microbenchmarks against their baselines'
+	@echo 'make peers     headstart beside OpenVINO GenAI, ik_llama.cpp and llama.cpp, which it installs into .venv-peers'
 	@echo 'make lint      ruff and clang-format, checks only;  make format  applies them'
 	@echo 'make sanitize  the CPU kernel tests under AddressSanitizer and UBSan'
 	@echo 'make gpu       on a machine with a GPU and nvcc, downloading nothing: gpu-build, gpu-smoke, gpu-test, gpu-bench'
@@ -145,6 +146,17 @@ check: $(VENV)/.dependencies build/.compiled-for-tests $(VENV)/.installed
 
 bench: $(VENV)/.dependencies build/.compiled $(VENV)/.installed
 	$(BIN)/python bench/run.py $(BENCH_ARGS)
+
+# In an environment of their own, as each engine brings libraries of its own.
+PEERS := .venv-peers
+$(PEERS)/.made: constraints-peers.txt
+	$(check_python)
+	$(PYTHON) -m venv $(PEERS)
+	PIP_CONSTRAINT= $(PEERS)/bin/pip install --quiet --requirement constraints-peers.txt
+	@touch $@
+
+peers: $(VENV)/.dependencies build/.compiled $(VENV)/.installed $(PEERS)/.made
+	$(BIN)/python bench/peers.py $(PEERS_ARGS)
 
 lint: $(VENV)/.dependencies
 	$(BIN)/ruff check .

@@ -30,6 +30,7 @@ from work import (
 
 BEGIN, END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
 DEMO_BEGIN, DEMO_END = "<!-- demo:begin -->", "<!-- demo:end -->"
+PEERS_BEGIN, PEERS_END = "<!-- peers:begin -->", "<!-- peers:end -->"
 TABLE_OF = {INT4_GEMM: "int4 weights", BITMAP: "bitmap weights", BITMAP_GEMM: "bitmap weights", CHOICE: CHOICE}
 # README.md's rows: family, result.
 SHORT = (
@@ -285,6 +286,44 @@ def demo_table(content: dict) -> str:
         f"*{content['conclusion']}*",
     ]
     return "\n".join(lines)
+
+
+def peers_table(results: dict) -> list[str]:
+    """The engines of `peers.py`, to stand between `PEERS_BEGIN` and `PEERS_END`. A figure that is missing is a dash."""
+    place, settings, engines = results["environment"], results["settings"], results["engines"].values()
+    own_loss = results["engines"].get("transformers", {}).get("medians", {}).get("loss")
+    columns = {"opens, s": ("open", "{:.2f}"), "first token, s": ("first token", "{:.2f}")}
+    columns |= {f"reads {n:,}, s": (f"prefill {n}", "{:.2f}") for n in settings["prefill"]}
+    columns |= {"loss": ("loss", "{:.3f}")}
+    columns |= {f"tokens/s at {n:,}": (f"decode {n}", "{:.1f}") for n in settings["decode"]}
+    columns |= {"peak memory, MB": ("peak bytes", "{:,.0f}")}
+    lines, notes = [f"| engine | {' | '.join(columns)} |", f"|---|{'--:|' * len(columns)}"], []
+    for engine in engines:
+        found, title = engine["medians"], engine["title"]
+        if not found:
+            reason = "; ".join(engine["failures"]).replace("|", "/") or "nothing was measured"
+            lines.append(f"| {title} | does not run here: {reason} |{' |' * (len(columns) - 1)}")
+            continue
+        cells = []
+        for figure, form in columns.values():
+            value = found.get(figure)
+            cell = "–" if value is None else form.format(value / 1e6 if figure == "peak bytes" else value)
+            if figure == "loss" and None not in (value, own_loss) and value != own_loss:
+                cell += f" ({value - own_loss:+.3f})"
+            cells.append(cell)
+        lines.append(f"| {' | '.join([title, *cells])} |")
+        notes += [f"{title}: {words}." for words in (*engine["notes"], *engine["failures"])]
+    versions = dict(item for engine in engines for item in engine["versions"].items())
+    rounds, state = settings["rounds"], " with uncommitted changes" if place["uncommitted"] else ""
+    words = [
+        f"{results['model']}; loss of the last {results['loss_tokens']:,} tokens; {place['cpu']}, {place['threads']} "
+        f"threads; {', '.join(f'{name} {version}' for name, version in versions.items())}; "
+        f"{'medians of ' if rounds > 1 else ''}{rounds} round{'s' if rounds > 1 else ''}; {place['date'][:10]}, "
+        f"commit {place['commit']}{state}.",
+        *([f"The machine was busy (load average {place['load_average']})."] if place["busy"] else []),
+        *notes,
+    ]
+    return [*lines, "", " ".join(words)]
 
 
 def replaced(text: str, table: str, path: Path, begin: str, end: str) -> str:
