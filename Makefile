@@ -152,7 +152,7 @@ PEERS := .venv-peers
 $(PEERS)/.made: constraints-peers.txt
 	$(check_python)
 	$(PYTHON) -m venv $(PEERS)
-	PIP_CONSTRAINT= $(PEERS)/bin/pip install --quiet --requirement constraints-peers.txt
+	PIP_CONSTRAINT= $(PEERS)/bin/pip install --quiet --only-binary :all: --requirement constraints-peers.txt
 	@touch $@
 
 peers: $(VENV)/.dependencies build/.compiled $(VENV)/.installed $(PEERS)/.made

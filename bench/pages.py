@@ -1,7 +1,7 @@
 """Makes README.md's tables, docs/numbers.md and docs/registers.md from bench/results: ``python bench/pages.py``.
 
 docs/numbers.md shows every CPU that has a results file of `run.py`. README.md shows a few rows of the newest one, and
-the table of the newest demo. With `--check`, nothing is written, and a page that differs from the results is an error.
+the tables of the newest demo and of the newest run of `peers.py`. With `--check`, nothing is written, and a page that differs from the results is an error.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ SHORT = (
     (BITMAP_GEMM, BITMAP_VALUES["same"]),
 )
 SHORT_ROWS = (1, 256)  # of activations
+WRONG_LOSS = 1.0  # nats more than transformers: no approximation that is meant costs so much
 
 
 # --- docs/numbers.md -------------------------------------------------------------------------------------------------
@@ -312,7 +313,9 @@ def peers_table(results: dict) -> list[str]:
                 cell += f" ({value - own_loss:+.3f})"
             cells.append(cell)
         lines.append(f"| {' | '.join([title, *cells])} |")
-        notes += [f"{title}: {words}." for words in (*engine["notes"], *engine["failures"])]
+        wrong = None not in (found.get("loss"), own_loss) and found["loss"] > own_loss + WRONG_LOSS
+        warnings = ["its loss says that it does not compute this model rightly here"] if wrong else []
+        notes += [f"{title}: {words}." for words in (*warnings, *engine["notes"], *engine["failures"])]
     versions = dict(item for engine in engines for item in engine["versions"].items())
     rounds, state = settings["rounds"], " with uncommitted changes" if place["uncommitted"] else ""
     words = [
@@ -363,6 +366,10 @@ def pages(root: Path) -> dict[Path, str]:
     if demos:
         demo = max(demos, key=lambda content: content["environment"]["date"])
         text = replaced(text, demo_table(demo), readme, DEMO_BEGIN, DEMO_END)
+    beside = [report.parse(path) for path in folder.glob("peers-*.json")]
+    if beside:
+        newest_peers = max(beside, key=lambda content: content["environment"]["date"])
+        text = replaced(text, "\n".join(peers_table(newest_peers)), readme, PEERS_BEGIN, PEERS_END)
     below = {f"../{path.relative_to(root).as_posix()}": results for path, results in runs.items()}
     found = {readme: text, root / "docs" / "numbers.md": numbers_page(below)}
     taken = folder / registers.RESULTS.name
