@@ -1,7 +1,8 @@
 """Makes README.md's tables, docs/numbers.md and docs/registers.md from bench/results: ``python bench/pages.py``.
 
 docs/numbers.md shows every CPU that has a results file of `run.py`. README.md shows a few rows of the newest one, and
-the tables of the newest demo and of the newest run of `peers.py`. With `--check`, nothing is written, and a page that differs from the results is an error.
+the tables of the newest demo and of the newest run of `peers.py`. With `--check`, nothing is written, and a page that
+differs from the results is an error.
 """
 
 from __future__ import annotations
