@@ -237,6 +237,14 @@ def test_a_patched_packed_model(llama_file):
     assert torch.equal(logits(model, tokens()), want) and plain.dtype == torch.bfloat16
 
 
+def test_without_the_tables_transformers_opens_the_file(llama_file, monkeypatch):
+    """A later release of transformers may have no such module; the file still opens, with plain weights."""
+    want = headstart.load(llama_file, packed=False).state_dict()
+    monkeypatch.setattr("headstart.weights.sources.gguf._tables", lambda: None)
+    got = headstart.load(llama_file).state_dict()
+    assert got.keys() == want.keys() and all(torch.equal(x, want[name]) for name, x in got.items())
+
+
 def test_quantize_reads_the_plain_weights(llama_file, tmp_path):
     headstart.quantize(llama_file, tmp_path / "out", group_size=32)
     again = headstart.load(tmp_path / "out")

@@ -43,7 +43,8 @@ def load(
             On a GPU the budget is of its memory, and up to three layers more take host memory.
         packed: for a GGUF file. If true, weights in Q4_0, Q4_1, Q4_K, Q5_K, Q6_K and Q8_0 stay in 4 or 8 bits, with the
             very values that the file has: linear layers, output layer and embedding. Other kinds become plain weights.
-            If false, all become plain weights of `dtype`, as transformers opens the file.
+            If false, all become plain weights of `dtype`, as transformers opens the file. So do those of architectures
+            that transformers reads in its new way, such as Qwen 3.5.
 
     Raises:
         ValueError, RuntimeError or FileNotFoundError: naming the file, and the field or tensor that is missing,

@@ -44,8 +44,8 @@ class Gguf(Source):
 
     @property
     def BY_TRANSFORMERS(self) -> bool:  # noqa: N802
-        """For some architectures, later releases of transformers have other tables, which they do not show."""
-        return self.file.architecture in _other_architectures()
+        """For some architectures, and in some release for all, transformers has other tables, which it does not show."""
+        return _tables() is None or self.file.architecture in _other_architectures()
 
     def arguments(self, dtype: torch.dtype | None) -> dict[str, Any]:
         return {
@@ -56,13 +56,11 @@ class Gguf(Source):
         }
 
     def names(self, skeleton: nn.Module) -> dict[str, str]:
-        from transformers import modeling_gguf_pytorch_utils as utils
-
-        kind = utils.TENSOR_PROCESSORS.get(self.file.architecture, utils.TensorProcessor)
+        tables = _tables()
+        kind = tables.TENSOR_PROCESSORS.get(self.file.architecture, tables.TensorProcessor)
         self._processor = kind(config=self.config.get_text_config().to_dict())
-        self._mapping = utils.get_gguf_hf_weights_map(
-            _Names(skeleton), self._processor
-        )  # names in the model, by tensor
+        # The names in the model, by tensor.
+        self._mapping = tables.get_gguf_hf_weights_map(_Names(skeleton), self._processor)
         self._rows: dict[str, torch.Tensor | None] = {}  # by packed tensor, the order of its rows if that changes
         self._replaced: dict[str, list[str]] = {}  # by packed layer
         if not self.checkpoint.packed:
@@ -167,6 +165,16 @@ class _Names:
 
     def named_children(self) -> list:
         return self._children
+
+
+def _tables():
+    """The module of transformers that has the names and changes of weights; None if this release has no such module."""
+    try:
+        from transformers import modeling_gguf_pytorch_utils as tables
+    except ImportError:
+        return None
+    needed = ("TENSOR_PROCESSORS", "TensorProcessor", "get_gguf_hf_weights_map")
+    return tables if all(hasattr(tables, name) for name in needed) else None
 
 
 def _other_architectures() -> frozenset[str]:
