@@ -44,7 +44,7 @@ class Gguf(Source):
 
     @property
     def BY_TRANSFORMERS(self) -> bool:  # noqa: N802
-        """For some architectures, and in some release for all, transformers has other tables, which it does not show."""
+        """For some architectures, and in a later release perhaps for all, transformers keeps its tables to itself."""
         return _tables() is None or self.file.architecture in _other_architectures()
 
     def arguments(self, dtype: torch.dtype | None) -> dict[str, Any]:
