@@ -322,8 +322,8 @@ def test_wrong_defaults_are_scaled_to_the_machine(dtype, sdpa, own):
 
 def test_the_timing_is_of_this_machine(file):
     """What is timed is what the prediction is for; a busy machine may double either."""
-    costs = cost.in_use(FP32)
-    assert costs.source.endswith("scaled to this machine") and cost.in_use(FP32) is costs
+    costs = anchor.in_use(FP32)
+    assert costs.source.endswith("scaled to this machine") and anchor.in_use(FP32) is costs
     assert cost.in_use().source == "headstart's defaults for " + costs.source.split()[3].rstrip(",")
     for nq, nk in ((anchor.PROMPT, anchor.PROMPT), (1, anchor.CONTEXT)):
         for work in anchor.works(Call(1, anchor.HEADS, anchor.KV_HEADS, nq, nk, anchor.HEAD_DIM, FP32)):
@@ -331,12 +331,12 @@ def test_the_timing_is_of_this_machine(file):
                 assert 0.3 < anchor.shortest(work) / costs.seconds(FP32, work.kind, work.terms) < 3
     tune.save(measured_here(), file)
     cost.forget()
-    assert cost.in_use(FP32).source == str(file)  # a measurement needs no scaling
+    assert anchor.in_use(FP32).source == str(file)  # a measurement needs no scaling
 
 
 def test_a_dtype_without_coefficients_is_not_scaled(file):
-    assert cost.in_use(torch.float16).source.startswith("headstart's defaults")
-    assert not cost.in_use(torch.float16).source.endswith("this machine")
+    assert anchor.in_use(torch.float16).source.startswith("headstart's defaults")
+    assert not anchor.in_use(torch.float16).source.endswith("this machine")
 
 
 # --- the one place of the promise ------------------------------------------------------------------------------------
@@ -348,7 +348,7 @@ def choose(here, call, *, device="cpu", own="sdpa", has_kernel=True, window=None
 
 @pytest.fixture
 def here(monkeypatch):
-    monkeypatch.setattr(cost, "in_use", lambda dtype=None: made())
+    monkeypatch.setattr(anchor, "in_use", lambda dtype: made())
     return forward.Attachment(ADAPTIVE, "sdpa")
 
 
@@ -383,7 +383,7 @@ def test_on_a_device_without_costs_the_length_decides(here):
 
 def test_a_decision_is_kept_while_a_cache_grows(here, monkeypatch):
     asked = []
-    monkeypatch.setattr(cost, "in_use", lambda dtype: asked.append(1) or made())
+    monkeypatch.setattr(anchor, "in_use", lambda dtype: asked.append(1) or made())
     for nk in range(1024, 2048):
         assert choose(here, prompt(nk, nq=1)) == "dense"
     assert len(asked) == len(here.paths) == 16

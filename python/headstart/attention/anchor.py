@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from .. import _library
-from . import tune
+from . import cost, tune
 from .cost import Call, Costs, dtype_name, kernel_terms, sdpa_terms
 from .index import full_index
 
@@ -30,6 +30,23 @@ PREFILL = {
     "dense": ("kernel", "a_shape", "vertical_slash", "block_topk", "adaptive", "stitch"),
 }
 DECODE = {"SDPA": ("sdpa_decode",), "dense": ("kernel_few",)}
+
+
+def in_use(dtype: torch.dtype) -> Costs:
+    """The costs by which a path is chosen: those of `headstart tune`, or the defaults scaled to this machine.
+
+    Scaling takes about 0.1 s, the first time for each dtype.
+    """
+    costs = cost.in_use()
+    measured = costs.machine == cost.machine_key() or dtype_name(dtype) not in costs.coefficients
+    if measured or not _library.has_kernel("sparse_attention", "CPU"):
+        return costs
+    return _scaled(costs, dtype)
+
+
+@functools.lru_cache(maxsize=32)
+def _scaled(costs: Costs, dtype: torch.dtype) -> Costs:
+    return anchored(costs, dtype)
 
 
 def anchored(costs: Costs, dtype: torch.dtype, seconds: Callable[[tune.Work], float] | None = None) -> Costs:
@@ -71,7 +88,3 @@ def shortest(work: tune.Work) -> float:
         work.call()
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def can_measure(dtype: torch.dtype, costs: Costs) -> bool:
-    return dtype_name(dtype) in costs.coefficients and _library.has_kernel("sparse_attention", "CPU")

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from . import cost, forward
+from . import anchor, forward
 from .plan import PrefillPlan, fingerprint
 from .view import view_of
 
@@ -40,7 +40,7 @@ def attach(op: str, model: torch.nn.Module, plan: PrefillPlan) -> None:
     forward.register()
     own = {id(layer.config): _own_implementation(layer.config) for layer in layers}
     if next(model.parameters()).device.type == "cpu":  # measure, and warn of a file, now and not in the first forward
-        cost.in_use(model.dtype)
+        anchor.in_use(model.dtype)
     warned: set[str] = set()
     for layer in layers:
         forward.set_attachment(layer, forward.Attachment(plan, own[id(layer.config)], warned))

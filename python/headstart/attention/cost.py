@@ -7,8 +7,8 @@ an index, which must be built first. The time of each is a sum of a few non-nega
 
 `headstart tune` (`tune.py`) fits the coefficients to timings of the machine, and writes them to a file. If this machine
 has no file, the coefficients come from `default_costs/`, which were measured in the same way on another machine, and
-`anchor.py` scales them to this one. If a file cannot be used, there is a warning and never an error, because a forward
-may be the first to read the file.
+`anchor.py` scales them to this one. This module measures nothing. If a file cannot be used, there is a warning and
+never an error, because a forward may be the first to read the file.
 """
 
 from __future__ import annotations
@@ -304,24 +304,11 @@ def defaults(tier: str | None, threads: int) -> Costs:
 _in_use: dict[tuple, Costs] = {}
 
 
-def in_use(dtype: torch.dtype | None = None) -> Costs:
-    """The coefficients in use: those of the file if it is from this machine, otherwise the defaults.
+def in_use() -> Costs:
+    """The coefficients in use: those of the file if it is from this machine, otherwise the defaults, not yet scaled.
 
-    If the file cannot be used, one warning says why. With a `dtype`, defaults are scaled to this machine for it, which
-    takes about 0.1 s the first time.
+    If the file cannot be used, one warning says why.
     """
-    from . import anchor
-
-    costs = _unscaled()
-    if dtype is None or costs.machine == machine_key() or not anchor.can_measure(dtype, costs):
-        return costs
-    key = (tune_path(), torch.get_num_threads(), _library.cpu_tier(), dtype)
-    if key not in _in_use:
-        _in_use[key] = anchor.anchored(costs, dtype)
-    return _in_use[key]
-
-
-def _unscaled() -> Costs:
     path, threads, tier = tune_path(), torch.get_num_threads(), _library.cpu_tier()
     key = (path, threads, tier)
     if key not in _in_use:
@@ -336,7 +323,7 @@ def _unscaled() -> Costs:
                 f"headstart: the measurement of this machine is not used: {error}. Defaults decide which attention "
                 "runs. Cure: `headstart tune` measures this machine anew.",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=2,
             )
     return _in_use[key]
 

@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .. import _library
 from ..ops._checks import FLOAT_DTYPES
 from ..ops.sparse_attention import sparse_attention
-from . import cost, recording
+from . import anchor, cost, recording
 from .index import full_index, window_index
 from .mask import DeferredMask, headstart_mask
 from .plan import PrefillPlan
@@ -129,7 +129,7 @@ def choose_path(
     key = (*call, own, torch.get_num_threads())
     if key not in here.paths:
         may_be_sparse = may_be_sparse and not _is_dense(here, layer, call)
-        here.paths[key] = cost.in_use(call.dtype).fastest(call, here.plan, layer, own=own, sparse=may_be_sparse)
+        here.paths[key] = anchor.in_use(call.dtype).fastest(call, here.plan, layer, own=own, sparse=may_be_sparse)
     return here.paths[key]
 
 
