@@ -1,8 +1,7 @@
 // Which kernels this CPU runs. Compiled with the baseline's flags: nothing here may need a newer CPU than the oldest.
 //
 // A tier needs its instructions (CPUID) and an operating system that saves its registers (XCR0). What a unit is worth
-// is measured, not read from CPUID: on Zen 4 and 5, a bf16 dot product has twice the rate of FMA, and on Sapphire and
-// Emerald Rapids half of it.
+// is measured, not read from CPUID: a bf16 dot product is faster than FMA on some CPUs and slower on others.
 
 #include <cstdlib>
 #include <cstring>

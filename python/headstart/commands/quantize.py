@@ -61,15 +61,13 @@ def quantize(
     original = _original(model, dtype)
     layers, head = _layers(original, exclude), None
     if output_bits is not None:
-        head, count = _head(original, output_bits)
-        layers = {name: n for name, n in layers.items() if name != head.layer}
-        layers[head.layer] = count
+        head, its_layer = _head(original, output_bits)
+        layers |= its_layer
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task(f"quantising {len(layers)} layers", total=sum(layers.values()))
         options = {"group_size": group_size, "symmetric": symmetric, "dtype": dtype, "head": head}
         advance = lambda count: progress.advance(task, count)  # noqa: E731
-        chosen = [name for name in layers if head is None or name != head.layer]
-        convert(original, Quantize(original.skeleton, chosen, advance=advance, **options), out, dtype=dtype)
+        convert(original, Quantize(original.skeleton, layers, advance=advance, **options), out, dtype=dtype)
     _report(out, original, layers, head, dtype or original.dtype, time.perf_counter() - start)
     return out
 
@@ -93,8 +91,8 @@ def _layers(original: Original, exclude: Collection[str]) -> dict[str, int]:
     return {names[name]: original.skeleton.get_submodule(name).weight.numel() for name in chosen}
 
 
-def _head(original: Original, bits: int) -> tuple[Head, int]:
-    """The output layer, and how many weights it has."""
+def _head(original: Original, bits: int) -> tuple[Head, dict[str, int]]:
+    """The output layer, and as `_layers` gives it."""
     from ..weights.names import renamer
     from ..weights.place import can_read_rows, tied_embedding
 
@@ -107,7 +105,7 @@ def _head(original: Original, bits: int) -> tuple[Head, int]:
     weight = stored[f"{name}.weight" if embedding is None else f"{embedding}.weight"]
     layer = stored.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
     keep = embedding is not None and not can_read_rows(skeleton, embedding)
-    return Head(layer, weight, keep, bits), module.weight.numel()
+    return Head(layer, weight, keep, bits), {layer: module.weight.numel()}
 
 
 def _report(

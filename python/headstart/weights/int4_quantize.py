@@ -78,7 +78,7 @@ class Quantize:
     Args:
         skeleton: the model, which may have no data.
         layers: the names of the linear layers, as the tensors' names have them.
-        head: the output layer, if it is not one of `layers`.
+        head: the output layer, if its bits are chosen.
         group_size, symmetric: see `Int4Weight.quantize`.
         dtype: of what is not quantised, and of the scales; None leaves it.
         advance: called with the number of weights of each layer that is done.
@@ -97,7 +97,7 @@ class Quantize:
         dtype: torch.dtype | None = None,
         advance: Callable[[int], None] = lambda count: None,
     ):
-        self.layers = [*layers, *([] if head is None else [head.layer])]
+        self.layers = list(dict.fromkeys([*layers, *([] if head is None else [head.layer])]))
         self._head, self._group_size, self._symmetric = head, group_size, symmetric
         self._dtype, self._advance = dtype, advance
         exact = (skeleton._keep_in_fp32_modules, skeleton._keep_in_fp32_modules_strict)
@@ -109,11 +109,10 @@ class Quantize:
         for name, x in tensors.items():
             linear = name.removesuffix(".weight")
             if head is not None and name in (head.weight, f"{head.layer}.weight"):
-                if name == head.weight:
+                if name == head.weight:  # else a second copy of a tied weight, which is not written
                     result[head.layer] = Int4Linear.from_weight(self._weight(name, x, head.bits))
+                    result |= {name: x.to(self._dtype or x.dtype)} if head.keep else {}
                     self._advance(x.numel())
-                if name == head.weight and head.keep:
-                    result[name] = x.to(self._dtype or x.dtype)
             elif linear in self.layers and linear != name:
                 result[linear] = Int4Linear.from_weight(self._weight(name, x))
                 self._advance(x.numel())
