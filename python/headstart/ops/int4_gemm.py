@@ -61,6 +61,12 @@ class Int4Weight:
         if self.permutation is not None:
             _checks.tensor("Int4Weight", "permutation", self.permutation, torch.int32, (k,), like=self.packed)
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all its tensors."""
+        tensors = (self.packed, self.scales, self.zeros, self.permutation, self.minimums)
+        return sum(t.nbytes for t in tensors if t is not None)
+
     @classmethod
     def _of_codes(cls, codes, scales, zeros, group_size, permutation=None, minimums=None, bits=4) -> Int4Weight:
         """The weight of codes [N, K], and scales, zeros and minimums [N, groups].
