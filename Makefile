@@ -265,10 +265,11 @@ gpu-smoke-now:
 	$(GPU_ENV) PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --kernel-regex kns=headstart \
 		--error-exitcode 1 $(PYTHON) tests/gpu_smoke.py 2>&1 | tee $(GPU_REPORT)/smoke-$$tool.log || exit 1; done
 
-# All processes share the one GPU, and most of a test's time is the CPU's: as many processes as pytest-xdist may start.
+# All processes share the one GPU, and most of a test's time is the CPU's: as many processes as pytest-xdist may start,
+# each with one thread for what is computed on the CPU.
 gpu-test-now:
 	$(check_gpu)
-	$(GPU_ENV) $(PYTHON) -m pytest $(GPU_TESTS) -q -m gpu --gpu-report $(GPU_REPORT)/tests.jsonl $(TEST_ARGS) \
+	$(GPU_ENV) OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(GPU_TESTS) -q -m gpu --gpu-report $(GPU_REPORT)/tests.jsonl $(TEST_ARGS) \
 		$$($(PYTHON) -c 'import xdist' 2> /dev/null && echo "-n $$(( $$(nproc) < 8 ? $$(nproc) : 8 ))")
 
 gpu-bench-now:

@@ -58,8 +58,8 @@ def profiled() -> dict[str, tuple[str, Callable[[], Callable]]]:
         return lambda: w.decompress(out=out)
 
     return {
-        "sparse-64": ("sparse_attention_kernel", lambda: sparse(64)),
-        "sparse-128": ("sparse_attention_kernel", lambda: sparse(128)),
+        "sparse-64": ("sparse_attention_group_kernel", lambda: sparse(64)),
+        "sparse-128": ("sparse_attention_group_kernel", lambda: sparse(128)),
         "int4-1": ("int4_gemm_kernel", lambda: int4(1)),
         "int4-256": ("int4_gemm_group_kernel", lambda: int4(256)),
         "decompress": ("bitmap_decompress_kernel", decompress),

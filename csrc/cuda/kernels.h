@@ -15,6 +15,12 @@ namespace cuda {
 
 const char* merge_attention(const MergeAttentionArgs& args, CUstream_st* stream);
 
+// Attention for prompts on Hopper: 16-bit elements, head dims 64 and 128, blocks of a multiple of 64, no columns, no
+// padding, and rows of q, k and v that lie 16-byte aligned. Needs a workspace of sparse_attention_sm90_workspace bytes.
+bool sparse_attention_sm90_runs(const SparseAttentionArgs& args);
+int64_t sparse_attention_sm90_workspace(const SparseAttentionArgs& args);
+const char* sparse_attention_sm90(const SparseAttentionArgs& args, void* workspace, CUstream_st* stream);
+
 // Index builders need a workspace on the current device, aligned to 256 bytes. The first function of a pair returns its
 // least size in bytes. The number of thread blocks depends on the device, so call both functions of a pair with the
 // same current device.

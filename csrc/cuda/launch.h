@@ -83,6 +83,14 @@ inline int multiprocessors() {
   return count;
 }
 
+// The bytes of the current device's L2 cache.
+inline int64_t l2_bytes() {
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device);
+  return bytes;
+}
+
 // Whether wgmma is available: the current device must have it, and this library must be built for sm_90a.
 inline bool has_warp_groups() {
 #ifdef HEADSTART_SM90A

@@ -9,6 +9,9 @@
 // exclusive or with bits 7 to 9. A tile must therefore begin at a multiple of 1024 bytes. Before the swizzle, the next
 // 16 elements of depth begin 32 bytes further on.
 //
+// Transposed, a row of 128 bytes is one step of depth and holds 64 columns, in the same order. The next 64 columns begin
+// `next_columns` bytes further on, the next 16 steps of depth 16 rows further on.
+//
 // Source: PTX ISA, "Asynchronous warpgroup level matrix shared memory layout" and "matrix descriptor".
 #pragma once
 
@@ -23,9 +26,9 @@ constexpr int kTileBytes = 8 * mma::kRowBytes;  // the swizzle repeats after thi
 constexpr uint64_t kSwizzle128 = 1;
 
 // The matrix descriptor of 16 elements of B's depth. `address` is the shared-memory address of the first of them, in
-// the row of B's first column.
-HEADSTART_HOST_DEVICE constexpr uint64_t descriptor(uint32_t address) {
-  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | uint64_t{1} << 16 |
+// the row of B's first column. `next_columns` matters only if B is transposed and has more than 64 columns.
+HEADSTART_HOST_DEVICE constexpr uint64_t descriptor(uint32_t address, uint32_t next_columns = 16) {
+  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>(next_columns >> 4) << 16 |
          static_cast<uint64_t>(kTileBytes >> 4) << 32 | kSwizzle128 << 62;
 }
 

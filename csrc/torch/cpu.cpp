@@ -40,7 +40,7 @@ struct TierKernels {
 };
 
 struct CpuKernels : TierKernels {
-  static constexpr bool kHasDense = false;
+  static constexpr bool kHasDense = false, kChecksLists = true;
 
   // Checks that no row reads past the stored values. A row's bits are counted only if the row would read past them with
   // every bit set.

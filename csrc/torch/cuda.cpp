@@ -57,6 +57,13 @@ struct DenseRows {
 } dense_rows;
 
 struct CudaKernels {
+  static constexpr bool kChecksLists = false;  // a check would wait for the device
+  static void sparse_attention(const SparseAttentionArgs& args, const Tensor& q) {
+    if (!cuda::sparse_attention_sm90_runs(args)) {
+      throw std::runtime_error("sparse_attention: these arguments do not fit the kernel for Hopper");
+    }
+    launch("sparse_attention", args, q, cuda::sparse_attention_sm90_workspace, cuda::sparse_attention_sm90);
+  }
   static void merge_attention(const MergeAttentionArgs& args, const Tensor& out_a) {
     const torch::stable::accelerator::DeviceGuard guard(out_a.get_device_index());
     expect_launched("merge_attention", cuda::merge_attention(args, current_stream(out_a)));
@@ -113,11 +120,13 @@ extern "C" __attribute__((visibility("default"))) void headstart_cuda_set_dense_
 
 STABLE_TORCH_LIBRARY_IMPL(HEADSTART_NAMESPACE, CUDA, m) {
 #define HEADSTART_OPERATOR(name, function) m.impl(name, TORCH_BOX(&headstart::function<headstart::CudaKernels>));
+#define HEADSTART_CUDA_OPERATOR HEADSTART_OPERATOR
 #include "../kernels.inc"
 }
 
 extern "C" __attribute__((visibility("default"))) const char* headstart_cuda_operators() {
 #define HEADSTART_OPERATOR(name, function) " " name
+#define HEADSTART_CUDA_OPERATOR HEADSTART_OPERATOR
   return
 #include "../kernels.inc"
       ;

@@ -30,6 +30,36 @@ inline void check_ids(const Checks& check, const char* count_name, const char* i
   }
 }
 
+// Checks each distinct list of an index once. Batch and head may be expanded, separately for the block lists and the
+// column lists.
+inline void check_lists(const Checks& check, const IndexArgs& index, int64_t bi, int64_t hi, int64_t rows,
+                        int64_t column_rows, int64_t blocks, int64_t nk) {
+  const auto distinct = [](int64_t n, int64_t stride, int64_t other) { return stride == 0 && other == 0 ? 1 : n; };
+  for (int64_t ib = 0; ib < distinct(bi, index.count_batch, index.index_batch); ++ib) {
+    for (int64_t ih = 0; ih < distinct(hi, index.count_head, index.index_head); ++ih) {
+      for (int64_t r = 0; r < rows; ++r) {
+        check_ids(check, "block_count", "block_index",
+                  index.block_count + ib * index.count_batch + ih * index.count_head + r,
+                  index.block_index + ib * index.index_batch + ih * index.index_head + r * index.block_capacity,
+                  index.block_capacity, blocks, "block ids");
+      }
+    }
+  }
+  if (index.column_count != nullptr) {
+    for (int64_t ib = 0; ib < distinct(bi, index.column_count_batch, index.column_index_batch); ++ib) {
+      for (int64_t ih = 0; ih < distinct(hi, index.column_count_head, index.column_index_head); ++ih) {
+        for (int64_t r = 0; r < column_rows; ++r) {
+          check_ids(check, "column_count", "column_index",
+                    index.column_count + ib * index.column_count_batch + ih * index.column_count_head + r,
+                    index.column_index + ib * index.column_index_batch + ih * index.column_index_head +
+                        r * index.column_capacity,
+                    index.column_capacity, nk, "key positions");
+        }
+      }
+    }
+  }
+}
+
 template <typename Kernels>
 Pair sparse_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor block_count,
                       const Tensor block_index, const OptionalTensor column_count, const OptionalTensor column_index,
@@ -98,31 +128,7 @@ Pair sparse_attention(const Tensor q, const Tensor k, const Tensor v, const Tens
     index.column_index_batch = bi == 1 ? 0 : columns->stride(0);
     index.column_index_head = hi == 1 ? 0 : columns->stride(1);
   }
-  // Check each distinct list once. Batch and head may be expanded, separately for the block lists and the column lists.
-  const auto distinct = [](int64_t n, int64_t stride, int64_t other) { return stride == 0 && other == 0 ? 1 : n; };
-  for (int64_t ib = 0; ib < distinct(bi, index.count_batch, index.index_batch); ++ib) {
-    for (int64_t ih = 0; ih < distinct(hi, index.count_head, index.index_head); ++ih) {
-      for (int64_t r = 0; r < rows; ++r) {
-        check_ids(check, "block_count", "block_index",
-                  index.block_count + ib * index.count_batch + ih * index.count_head + r,
-                  index.block_index + ib * index.index_batch + ih * index.index_head + r * index.block_capacity,
-                  index.block_capacity, ceil_div(nk, block_k), "block ids");
-      }
-    }
-  }
-  if (column_count.has_value()) {
-    for (int64_t ib = 0; ib < distinct(bi, index.column_count_batch, index.column_index_batch); ++ib) {
-      for (int64_t ih = 0; ih < distinct(hi, index.column_count_head, index.column_index_head); ++ih) {
-        for (int64_t r = 0; r < column_rows; ++r) {
-          check_ids(
-              check, "column_count", "column_index",
-              index.column_count + ib * index.column_count_batch + ih * index.column_count_head + r,
-              index.column_index + ib * index.column_index_batch + ih * index.column_index_head + r * column_capacity,
-              column_capacity, nk, "key positions");
-        }
-      }
-    }
-  }
+  if constexpr (Kernels::kChecksLists) check_lists(check, index, bi, hi, rows, column_rows, ceil_div(nk, block_k), nk);
 
   Tensor out = torch::stable::new_empty(q, {b, hq, nq, d});
   Tensor lse = torch::stable::new_empty(q, {b, hq, nq}, ScalarType::Float);

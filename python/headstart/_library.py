@@ -27,6 +27,7 @@ OLDEST_TORCH = "2.11"  # the oldest torch that the libraries were built against 
 _definitions = torch.library.Library(NAMESPACE, "FRAGMENT")
 _package = Path(__file__).parent
 triton_kernels: dict[str, Callable] = {}  # the Triton implementations, by operator
+_choosers: dict[str, Callable] = {}  # what chooses between Triton and the CUDA library, by operator
 
 
 def define(
@@ -36,6 +37,7 @@ def define(
     reference: Callable,
     fake: Callable,
     triton: Callable | None = None,
+    cuda: Callable | None = None,
     tags: tuple[torch.Tag, ...] = (),
 ) -> torch._ops.OpOverload:
     """Defines `torch.ops.headstart.<name>` and returns it.
@@ -46,6 +48,7 @@ def define(
         reference: the implementation for every device that has no kernel.
         fake: gives the shapes and dtypes of the outputs, and makes the same input checks.
         triton: the implementation for CUDA if no compiled library has one.
+        cuda: runs in its place, and chooses for each call between `triton` and the library's ``_<name>_sm90``.
         tags: tags for torch, in addition to ``pt2_compliant_tag``.
     """
     _definitions.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, *tags))
@@ -58,6 +61,8 @@ def define(
     _definitions.impl(name, fallback, "CompositeExplicitAutograd")
     if triton is not None:
         triton_kernels[name] = triton
+    if cuda is not None:
+        _choosers[name] = cuda
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_definitions)
     packet, _, overload = name.partition(".")
     return getattr(getattr(getattr(torch.ops, NAMESPACE), packet), overload or "default")
@@ -69,13 +74,18 @@ def has_kernel(name: str, device: str) -> bool:
 
 
 def served_by(name: str, device: str) -> str:
-    """What runs an operator on a device: ``"_cpu.so"``, ``"_cuda.so"``, ``"Triton"`` or ``"torch"`` (the reference)."""
+    """What runs an operator on a device: ``"_cpu.so"``, ``"_cuda.so"``, ``"Triton"`` or ``"torch"`` (the reference).
+
+    ``"_cuda.so, Triton"`` means that each call chooses.
+    """
     if not has_kernel(name, device):
         return "torch"
     # The dispatcher remembers the file that registered each kernel.
     kernels = torch._C._dispatch_dump(f"{NAMESPACE}::{name}").splitlines()
     place = next((line for line in kernels if line.startswith(f"{device}:")), "")
-    return "Triton" if ".py:" in place else f"_{device.lower()}.so"
+    if ".py:" not in place:
+        return f"_{device.lower()}.so"
+    return "_cuda.so, Triton" if name in _choosers and has_kernel(f"_{name}_sm90", device) else "Triton"
 
 
 class CompiledLibrary:
@@ -151,6 +161,7 @@ def register_triton_kernels() -> None:
     broken = cuda.error is not None and cuda.path.exists()
     for name, function in triton_kernels.items():
         if not has_kernel(name, "CUDA"):
+            function = _choosers.get(name, function)
             _definitions.impl(name, _warning_stand_in(function) if broken else function, "CUDA")
 
 

@@ -354,6 +354,17 @@ def _triton_sparse_attention(*args, **kwargs):
     return kernels.sparse_attention(*args, **kwargs)
 
 
+def _cuda_sparse_attention(q, k, v, block_count, block_index, *columns_and_padding, **options):
+    """On a GPU: the kernel of `csrc/cuda/sparse_attention_sm90.cu` for what it takes, otherwise Triton's."""
+    from ..triton import sparse_attention as kernels
+
+    runs = kernels.sparse_attention
+    plain = all(x is None for x in columns_and_padding)
+    if plain and _library.has_kernel("_sparse_attention_sm90", "CUDA") and kernels.fits_sm90(q, k, v):
+        runs = _sparse_attention_sm90
+    return runs(q, k, v, block_count, block_index, *columns_and_padding, **options)
+
+
 def _check_merge(out_a, lse_a, out_b, lse_b):
     op = "merge_attention"
     _checks.tensor(op, "out_a", out_a, _checks.FLOAT_DTYPES, ("B", "H", "N", "D"))
@@ -382,14 +393,24 @@ def _triton_merge_attention(*args):
     return kernels.merge_attention(*args)
 
 
-_sparse_attention = _library.define(
-    "sparse_attention",
+_SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor block_count, Tensor block_index, Tensor? column_count=None, "
     "Tensor? column_index=None, Tensor? kv_start=None, *, bool causal=True, float? scale=None, int block_q=64, "
-    "int block_k=64, SymInt? window=None) -> (Tensor out, Tensor lse)",
+    "int block_k=64, SymInt? window=None) -> (Tensor out, Tensor lse)"
+)
+_sparse_attention = _library.define(
+    "sparse_attention",
+    _SCHEMA,
     reference=_checked(reference.sparse_attention),
     fake=_checked(_empty_like_queries),
     triton=_checked(_triton_sparse_attention),
+    cuda=_checked(_cuda_sparse_attention),
+)
+_sparse_attention_sm90 = _library.define(
+    "_sparse_attention_sm90",
+    _SCHEMA,
+    reference=_checked(reference.sparse_attention),
+    fake=_checked(_empty_like_queries),
 )
 _merge_attention = _library.define(
     "merge_attention",

@@ -389,6 +389,19 @@ def choose_config(
     return Config(d0, d1, block_m, block_n, num_warps, num_stages)
 
 
+def fits_sm90(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether csrc/cuda/sparse_attention_sm90.cu takes these tensors: its `sparse_attention_sm90_runs` in Python.
+
+    Few queries are not for it: there, query heads share a tile and several programs share a long list.
+    """
+    if q.dtype == torch.float32 or q.shape[3] not in (64, 128) or q.shape[2] <= decode.MAX_ROWS:
+        return False
+    if torch.cuda.get_device_capability(q.device) != (9, 0):
+        return False
+    expanded = any(n > 1 and s <= 0 for x in (q, k, v) for n, s in zip(x.shape, x.stride(), strict=True))
+    return not expanded and stride_unit(q, k, v) == 8 and all(x.data_ptr() % 16 == 0 for x in (q, k, v))
+
+
 # --- launchers -------------------------------------------------------------------------------------------------------
 
 
