@@ -15,12 +15,12 @@ FOLDER = Path(__file__).resolve().parents[1] / "bench" / "gpu"
 def gpu(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER.parent))
     monkeypatch.syspath_prepend(str(FOLDER))
-    for name in ("attention", "clock", "indices", "lookup", "run", "weights"):
+    for name in ("attention", "clock", "indices", "lookup", "models", "run", "weights"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import run
 
     yield run
-    for name in ("attention", "clock", "indices", "lookup", "run", "weights"):
+    for name in ("attention", "clock", "indices", "lookup", "models", "run", "weights"):
         sys.modules.pop(name, None)
 
 

@@ -161,9 +161,9 @@ class Results:
         self._content["families"][self._family]["complete"] = True
         self._write()
 
-    def add(self, op: str, case: dict, ms: dict[str, float], **figures: float) -> None:
+    def add(self, op: str, case: dict, ms: dict[str, float], *, server: str | None = None, **figures: float) -> None:
         """One measured case: what was timed, medians by name ("headstart" among them), and figures made from them."""
-        server = _library.served_by("bitmap_decompress.out" if op == "bitmap_decompress" else op, "CUDA")
+        server = server or _library.served_by("bitmap_decompress.out" if op == "bitmap_decompress" else op, "CUDA")
         row = {"op": op, "served_by": server, **case, "ms": ms, **figures}
         self._content["families"][self._family]["rows"].append(row)
         self._write()

@@ -2,7 +2,7 @@
 
 Families run in this order: attention (prompts of 8K, 32K and 128K tokens against torch's flash and cuDNN attention),
 int4, bitmap, lookup, indices (every builder), decode (batches and sparse lists), merge, crossovers (which prints the
-constants of csrc/torch/cuda.cpp). The limits of the machine are measured first. Results are checked before they are
+constants of csrc/torch/cuda.cpp), models (whole ones, with random weights). The limits of the machine are measured first. Results are checked before they are
 timed. Writes bench/results/<gpu>.json after every row.
 
 ``--profile NAME`` launches one kernel a few times and nothing else, for Nsight Compute (`make gpu-profile`).
@@ -21,6 +21,7 @@ import attention
 import headstart
 import indices
 import lookup
+import models
 import weights
 from clock import Clock, Results, environment, rooflines
 from headstart import _library
@@ -37,6 +38,7 @@ FAMILIES: dict[str, list[Step]] = {
     "decode": [lambda c, r, p=p: attention.decode(c, r, *p) for p in attention.DECODE],
     "merge": [lambda c, r, n=n: attention.merge(c, r, n) for n in (1, 1024, 32768)],
     "crossovers": [weights.crossovers],
+    "models": [lambda c, r, p=p: models.prefill(c, r, *p) for p in models.CASES],
 }
 
 

@@ -50,7 +50,7 @@ void launch(const char* op, const Args& args, const Tensor& q, int64_t (*workspa
 // torch. Writing the weight and reading it again moves 5 bytes a weight, but the fused kernels' products are slower.
 // These numbers are not yet measured on a GPU: `bench/gpu/run.py --only crossovers` times both ways and prints the
 // values to put here. From the crossover on, a row's result may depend on the number of rows, as torch's results do.
-constexpr int64_t kInt4DenseRows = 1024, kBitmapDenseRows = 97;
+constexpr int64_t kInt4DenseRows = 256, kBitmapDenseRows = 97;
 
 struct DenseRows {
   std::atomic<int64_t> int4{kInt4DenseRows}, bitmap{kBitmapDenseRows};
