@@ -500,6 +500,8 @@ const char* launch_int4(void (*kernel)(const Int4GemmArgs, const Int4Plan), cons
 // The kernels. `..._splits` returns whether there are too few blocks to fill the device. If so, the kernels write the
 // sums of the parts to `parts` [kParts][m][n]. Otherwise `parts` is null, and they write the output.
 constexpr int64_t kFewRows = 16;
+bool int4_gemv_runs(const Int4GemmArgs& args);
+const char* int4_gemv(const Int4GemmArgs& args, CUstream_st* stream);
 bool int4_gemm_sm80_splits(const Int4GemmArgs& args);
 const char* int4_gemm_sm80(const Int4GemmArgs& args, float* parts, CUstream_st* stream);
 bool int4_gemm_sm90_runs(const Int4GemmArgs& args);  // whether this kernel runs on the current device

@@ -145,12 +145,14 @@ const char* dequantize(const Int4GemmArgs& args, CUstream_st* stream) {
 }  // namespace
 
 int64_t int4_gemm_workspace(const Int4GemmArgs& args) {
+  if (int4_gemv_runs(args)) return 0;
   const bool splits = int4_gemm_sm90_runs(args) ? int4_gemm_sm90_splits(args) : int4_gemm_sm80_splits(args);
   return splits ? kParts * args.m * args.n * static_cast<int64_t>(sizeof(float)) : 0;
 }
 
 const char* int4_gemm(const Int4GemmArgs& args, void* workspace, CUstream_st* stream) {
   if (args.m * args.n == 0) return nullptr;
+  if (int4_gemv_runs(args)) return int4_gemv(args, stream);
   float* parts = int4_gemm_workspace(args) > 0 ? static_cast<float*>(workspace) : nullptr;
   const char* error =
       int4_gemm_sm90_runs(args) ? int4_gemm_sm90(args, parts, stream) : int4_gemm_sm80(args, parts, stream);

@@ -26,7 +26,7 @@ class Int4GemmArgs(ctypes.Structure):  # csrc/arguments.h
 
 
 def opened() -> ctypes.CDLL:
-    kernels = library("int4_gemm", "int4_gemm*.cu")
+    kernels = library("int4_gemm", "int4_ge*.cu")
     kernels.int4_gemm.restype = kernels.int4_dequantize.restype = ctypes.c_char_p
     return kernels
 

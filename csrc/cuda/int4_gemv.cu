@@ -1,0 +1,213 @@
+// int4_gemm for one row of x: a decode step. Weights go from memory to registers, and from there to mma.sync.
+//
+//   a block:  a panel of 16 columns; four warps, one part of K each       a chunk of a warp: 4 slabs of 32 k
+//
+//             part 0   part 1   part 2   part 3     words   8 bytes a lane and slab, kDepth chunks ahead
+//            ┌────────┬────────┬────────┬────────┐  scales  and zero points of the lane's two columns, with the words
+//     panel  │ warp 0 │ warp 1 │ warp 2 │ warp 3 │  x       16 bytes a lane and slab, from shared memory
+//            └────────┴────────┴────────┴────────┘
+//
+// Every column of operand B is the row of x, so all columns of the result are alike and one of them is used. x lies in
+// shared memory in the order in which a lane needs it: for every slab and t the four pairs k = 8 i + 2 t of word t.
+//
+// The sums and their order are those of int4_gemm_sm80.cu, bit by bit: a row's result does not depend on the batch.
+//
+// Floor: K · N / 2 bytes, and the scales and zeros, at the memory bandwidth. A slab of a panel is 256 bytes, for which
+// an H100's multiprocessor has 20 cycles, in which it issues 80 instructions. A warp needs about 33 (bfloat16): 22 to
+// dequantise, 2 mma, 2 loads, and 7 for scales and zero points. The 16 warps of a multiprocessor have 64 KiB in flight.
+
+#include "int4_block.h"
+
+namespace headstart {
+namespace cuda {
+namespace {
+
+constexpr int kWarps = kParts, kThreads = 32 * kWarps, kSlabs = kPartStep, kDepth = 4;
+constexpr int kSlabBytes = int4::kSlab * 2;  // of x
+constexpr int64_t kMostBytes = 64 << 10;     // of x in shared memory
+
+// What a lane has of a chunk.
+struct Chunk {
+  uint2 words[kSlabs];
+  uint2 scales;    // two of 16 bits in x, or two of 32
+  uint32_t zeros;  // two bytes
+};
+
+template <typename T>
+class Gemv {
+ public:
+  __device__ __forceinline__ Gemv(const Int4GemmArgs& args, const Int4Plan& plan) : args_(args), plan_(plan) {
+    panel_ = block_id();
+    const int share = plan.part_slabs, slabs = static_cast<int>(plan.slabs);
+    begin_ = warp() * share;
+    end_ = min(begin_ + share, slabs);
+    load_group_ = begin_ / plan.group_slabs;
+    load_group_end_ = (load_group_ + 1) * plan.group_slabs;
+  }
+
+  __device__ __forceinline__ void run() {
+    Chunk ring[kDepth];
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) load(ring[i], begin_ + i * kSlabs);
+    load_x();
+    __syncthreads();
+    int group_end = (begin_ / plan_.group_slabs + 1) * plan_.group_slabs;
+    float total[2] = {0.0f, 0.0f}, sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int first = begin_; first < end_; first += kDepth * kSlabs) {
+#pragma unroll
+      for (int i = 0; i < kDepth; ++i) {
+        const int slab = first + i * kSlabs;
+        if (slab >= end_) break;
+        multiply(sum, ring[i], slab);
+        const bool group_ends = slab + kSlabs >= group_end;
+        if (group_ends) group_end += plan_.group_slabs;
+        if (group_ends || slab + kSlabs >= end_) {
+          float scale[2];
+          scales_of(scale, ring[i]);
+          total[0] = fmaf(scale[0], sum[0], total[0]);
+          total[1] = fmaf(scale[1], sum[2], total[1]);
+          sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+        }
+        load(ring[i], slab + kDepth * kSlabs);
+      }
+    }
+    __syncthreads();  // all warps have read x
+    float* parts = reinterpret_cast<float*>(shared_memory());
+    if (lane() % 4 == 0) {
+      parts[warp() * int4::kPanel + lane() / 2] = total[0];
+      parts[warp() * int4::kPanel + lane() / 2 + 1] = total[1];
+    }
+    __syncthreads();
+    const int64_t column = panel_ * int4::kPanel + static_cast<int>(threadIdx.x);
+    if (threadIdx.x >= int4::kPanel || column >= args_.n) return;
+    float result = parts[threadIdx.x];
+#pragma unroll
+    for (int part = 1; part < kParts; ++part) result += parts[part * int4::kPanel + threadIdx.x];
+    const float bias = args_.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(args_.bias)[column]);
+    static_cast<T*>(args_.out)[column] = from_float<T>(result + bias);
+  }
+
+ private:
+  static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
+  static __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / 32; }
+
+  // Loads the chunk that follows the last one. Words of slabs past the end are 0, and so is x there.
+  __device__ __forceinline__ void load(Chunk& chunk, int slab) {
+    const uint32_t* words =
+        args_.packed + int4::slab_word(panel_, slab, args_.k) + lane() % 4 * int4::kPanel + lane() / 4 * 2;
+#pragma unroll
+    for (int s = 0; s < kSlabs; ++s) {
+      chunk.words[s] = {0, 0};
+      if (slab + s < end_) chunk.words[s] = __ldg(reinterpret_cast<const uint2*>(words + s * int4::kWordsPerSlab));
+    }
+    if (slab >= end_) return;
+    if (slab >= load_group_end_) {
+      ++load_group_;
+      load_group_end_ += plan_.group_slabs;
+    }
+    const int64_t at = (panel_ * plan_.groups + load_group_) * int4::kPanel + lane() / 4 * 2;
+    if (plan_.scale_bytes == 4) {
+      chunk.scales = __ldg(reinterpret_cast<const uint2*>(static_cast<const float*>(args_.scales) + at));
+    } else {
+      chunk.scales.x = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(args_.scales) + at));
+    }
+    chunk.zeros = kSymmetricZero * 0x101u;
+    if (args_.zeros != nullptr) chunk.zeros = __ldg(reinterpret_cast<const uint16_t*>(args_.zeros + at));
+  }
+
+  __device__ __forceinline__ void scales_of(float (&scale)[2], const Chunk& chunk) const {
+    if (plan_.scale_bytes == 4) {
+      scale[0] = __uint_as_float(chunk.scales.x);
+      scale[1] = __uint_as_float(chunk.scales.y);
+      return;
+    }
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      const auto bits = static_cast<uint16_t>(chunk.scales.x >> 16 * c);
+      scale[c] = args_.scale_dtype == Dtype::kFloat16 ? to_float(Float16{bits}) : to_float(BFloat16{bits});
+    }
+  }
+
+  __device__ __forceinline__ void load_x() const {
+    constexpr int kUnit = mma::kUnitBytes / 2;  // the elements with one i
+    const T* x = static_cast<const T*>(args_.x);
+    uint32_t* to = reinterpret_cast<uint32_t*>(shared_memory());
+    const int units = kParts * plan_.part_slabs * int4::kSlab / kUnit;
+    for (int unit = static_cast<int>(threadIdx.x); unit < units; unit += kThreads) {
+      uint4 pairs = {0, 0, 0, 0};
+      const int64_t k = static_cast<int64_t>(unit) * kUnit;
+      uint32_t* words[4] = {&pairs.x, &pairs.y, &pairs.z, &pairs.w};
+      if (plan_.x_vectors && k < args_.k) {
+        pairs = *reinterpret_cast<const uint4*>(x + k);
+      } else {
+#pragma unroll
+        for (int e = 0; e < kUnit; ++e) {
+          if (k + e < args_.k) *words[e / 2] |= static_cast<uint32_t>(x[k + e].bits) << e % 2 * 16;
+        }
+      }
+      const int slab = unit / 4, i = unit % 4;
+#pragma unroll
+      for (int t = 0; t < 4; ++t) to[slab * 16 + t * 4 + i] = *words[t];
+    }
+  }
+
+  __device__ __forceinline__ void multiply(float (&sum)[4], const Chunk& chunk, int slab) const {
+    Codes<T> codes[2];
+    codes[0].set(static_cast<int>(chunk.zeros & 255));
+    codes[1].set(static_cast<int>(chunk.zeros >> 8));
+    const bool wide = std::is_same_v<T, BFloat16> && __ballot_sync(kWholeWarp, codes[0].wide() || codes[1].wide()) != 0;
+    if (wide) {
+      multiply_slabs<true>(sum, codes, chunk, slab);
+    } else {
+      multiply_slabs<false>(sum, codes, chunk, slab);
+    }
+  }
+
+  template <bool kWide>
+  __device__ __forceinline__ void multiply_slabs(float (&sum)[4], const Codes<T> (&codes)[2], const Chunk& chunk,
+                                                 int slab) const {
+#pragma unroll
+    for (int s = 0; s < kSlabs; ++s) {
+      const uint4 right =
+          *reinterpret_cast<const uint4*>(shared_memory() + (slab + s) * kSlabBytes + lane() % 4 * mma::kUnitBytes);
+      uint32_t even[4], odd[4];
+      codes[0].template pairs<kWide>(even, chunk.words[s].x);
+      codes[1].template pairs<kWide>(odd, chunk.words[s].y);
+      const uint32_t low[4] = {even[0], odd[0], even[1], odd[1]}, high[4] = {even[2], odd[2], even[3], odd[3]};
+      multiply_add<T>(sum, low, right.x, right.y);
+      multiply_add<T>(sum, high, right.z, right.w);
+    }
+  }
+
+  const Int4GemmArgs& args_;
+  const Int4Plan& plan_;
+  int64_t panel_;
+  int begin_, end_;                  // the slabs of the warp's part
+  int load_group_, load_group_end_;  // the group of the last chunk that was loaded, and the slab at which it ends
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 4) int4_gemv_kernel(const Int4GemmArgs args, const Int4Plan plan) {
+  Gemv<T>(args, plan).run();
+}
+
+int64_t shared_bytes(const Int4GemmArgs& args) { return kParts * part_slabs(args.k) * kSlabBytes; }
+
+}  // namespace
+
+bool int4_gemv_runs(const Int4GemmArgs& args) {
+  const Int4Plan plan = int4_plan(args, nullptr);
+  return args.m == 1 && args.dtype != Dtype::kFloat32 && plan.weight_vectors && shared_bytes(args) <= kMostBytes &&
+         (plan.group_slabs % kSlabs == 0 || plan.groups == 1);
+}
+
+const char* int4_gemv(const Int4GemmArgs& args, CUstream_st* stream) {
+  const auto start = [&](auto kernel) {
+    return launch(kernel, int4::panels(args.n), kThreads, static_cast<int>(shared_bytes(args)), stream, args,
+                  int4_plan(args, nullptr));
+  };
+  return args.dtype == Dtype::kFloat16 ? start(int4_gemv_kernel<Float16>) : start(int4_gemv_kernel<BFloat16>);
+}
+
+}  // namespace cuda
+}  // namespace headstart
