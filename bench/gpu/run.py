@@ -2,8 +2,8 @@
 
 Families run in this order: attention (prompts of 8K, 32K and 128K tokens against torch's flash and cuDNN attention),
 int4, bitmap, lookup, indices (every builder), decode (batches and sparse lists), merge, crossovers (which prints the
-constants of csrc/torch/cuda.cpp), models (whole ones, with random weights). The limits of the machine are measured first. Results are checked before they are
-timed. Writes bench/results/<gpu>.json after every row.
+constants of csrc/torch/cuda.cpp), models (whole ones, with random weights). The limits of the machine are measured
+first. Results are checked before they are timed. Writes bench/results/<gpu>.json after every row.
 
 ``--profile NAME`` launches one kernel a few times and nothing else, for Nsight Compute (`make gpu-profile`).
 """
@@ -62,7 +62,7 @@ def profiled() -> dict[str, tuple[str, Callable[[], Callable]]]:
     return {
         "sparse-64": ("sparse_attention_group_kernel", lambda: sparse(64)),
         "sparse-128": ("sparse_attention_group_kernel", lambda: sparse(128)),
-        "int4-1": ("int4_gemm_kernel", lambda: int4(1)),
+        "int4-1": ("int4_gemv_kernel", lambda: int4(1)),
         "int4-256": ("int4_gemm_group_kernel", lambda: int4(256)),
         "decompress": ("bitmap_decompress_kernel", decompress),
     }
