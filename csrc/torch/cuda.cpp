@@ -48,9 +48,9 @@ void launch(const char* op, const Args& args, const Tensor& q, int64_t (*workspa
 
 // The crossovers. From this number of rows on, a product first writes the weight in 16 bits and then multiplies with
 // torch. Writing the weight and reading it again moves 5 bytes a weight, but the fused kernels' products are slower.
-// These numbers are not yet measured on a GPU: `bench/gpu/run.py --only crossovers` times both ways and prints the
-// values to put here. From the crossover on, a row's result may depend on the number of rows, as torch's results do.
-constexpr int64_t kInt4DenseRows = 1024, kBitmapDenseRows = 97;
+// The number for bitmaps is measured on an H100, where both ways took the same time at 64 rows; the one for int4 is not:
+// `bench/gpu/run.py --only crossovers` times both ways and prints the values to put here. From the crossover on, a row's result may depend on the number of rows, as torch's results do.
+constexpr int64_t kInt4DenseRows = 1024, kBitmapDenseRows = 64;
 
 struct DenseRows {
   std::atomic<int64_t> int4{kInt4DenseRows}, bitmap{kBitmapDenseRows};
