@@ -48,9 +48,10 @@ void launch(const char* op, const Args& args, const Tensor& q, int64_t (*workspa
 
 // The crossovers. From this number of rows on, a product first writes the weight in 16 bits and then multiplies with
 // torch. Writing the weight and reading it again moves 5 bytes a weight, but the fused kernels' products are slower.
-// These numbers are not yet measured on a GPU: `bench/gpu/run.py --only crossovers` times both ways and prints the
-// values to put here. From the crossover on, a row's result may depend on the number of rows, as torch's results do.
-constexpr int64_t kInt4DenseRows = 256, kBitmapDenseRows = 97;
+// Both numbers are measured on an H100: bitmap_gemm took the same time both ways at 64 rows, and int4_gemm was never
+// faster fused from 256 rows on. `bench/gpu/run.py --only crossovers` times both ways and prints the values to put here.
+// From the crossover on, a row's result may depend on the number of rows, as torch's results do.
+constexpr int64_t kInt4DenseRows = 256, kBitmapDenseRows = 64;
 
 struct DenseRows {
   std::atomic<int64_t> int4{kInt4DenseRows}, bitmap{kBitmapDenseRows};

@@ -101,6 +101,7 @@ inline std::function<void()> body;
 inline const char* failure;
 inline bool descending;
 inline bool warp_groups;  // whether the device has wgmma
+inline std::vector<const void*> outside;  // bytes that no load may touch
 
 inline void leave() {
   if (_setjmp(threads[current].jump) == 0) _longjmp(scheduler, 1);
@@ -109,6 +110,14 @@ inline void leave() {
 [[noreturn]] inline void fail(const char* message) {
   failure = message;
   _longjmp(scheduler, 1);
+}
+
+inline void read(const void* from, size_t bytes) {
+  const auto first = reinterpret_cast<uintptr_t>(from);
+  if (first % bytes != 0) fail("a load is not aligned to its size");
+  for (const void* byte : outside) {
+    if (reinterpret_cast<uintptr_t>(byte) - first < bytes) fail("a load reaches outside its tensor");
+  }
 }
 
 inline void entry() {
@@ -274,7 +283,7 @@ inline uint32_t __funnelshift_rc(uint32_t low, uint32_t high, uint32_t shift) {
 }
 template <typename T>
 T __ldg(const T* at) {
-  if (reinterpret_cast<uintptr_t>(at) % sizeof(T) != 0) lane_model::fail("a load is not aligned to its size");
+  lane_model::read(at, sizeof(T));
   return *at;
 }
 inline int __ffs(uint32_t x) { return __builtin_ffs(static_cast<int>(x)); }
@@ -430,6 +439,7 @@ inline void copy_async(void* shared, const void* global, bool valid) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 != 0 || (valid && reinterpret_cast<uintptr_t>(global) % 16 != 0)) {
     lane_model::fail("cp.async: an address is not aligned to 16 bytes");
   }
+  if (valid) lane_model::read(global, 16);
   lane_model::threads[lane_model::current].groups.back().push_back({shared, global, valid});
 }
 inline void copy_commit() { lane_model::threads[lane_model::current].groups.emplace_back(); }
