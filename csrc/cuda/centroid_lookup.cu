@@ -28,16 +28,18 @@
 //            vector in shared memory. It writes log2 of the split's sum.
 //
 //                   clusters, or the row's list, 128 a tile
-//                ┌─────────┬─────────┬─ ─                     128 × 128, 256 threads. Both operands are gathered: rows
-//      vectors   │ S       │ S       │   one after another    by pointers in shared memory; empty clusters are null,
-//                └─────────┴─────────┴─ ─                     never read.
+//                ┌─────────┬─────────┬─ ─                     128 × 128, 256 threads (score_tile.h). Both operands
+//      vectors   │ S       │ S       │   one after another    are gathered: rows by pointers in shared memory; empty
+//                └─────────┴─────────┴─ ─                     clusters are null, never read.
 //
 //   2 best   A block takes 128 clusters and all tiles of the row's vectors. A vector's splits are merged in a fixed
-//            order. best[row][cluster] = the best score of the cluster.
+//            order. best[row][cluster] = the best score of the cluster: a maximum over a row of the tile.
 //
-//                ┌─────────┐   columns: maximum over a lane's 4 rows, then over the 8 lanes of the same column,
-//                │ S       │ ↓ then over the warps, in shared memory
-//                └─────────┘
+//                   vectors, 128 a tile
+//                ┌─────────┬─────────┬─ ─
+//      clusters  │ S       │ S       │
+//                └─────────┴─────────┴─ ─
+//
 //   3 take   as above, from the best scores
 //
 // Floor of a decode step: every centroid is read once, which is 2 · Hkv · C · D bytes. The scores go through L2: 16
@@ -56,10 +58,12 @@ namespace headstart {
 namespace cuda {
 namespace {
 
-template <typename T>
-using Many = ScoreTile<T, 4, 2, 3>;
-constexpr int kColumns = Many<float>::kColumns;
-static_assert(kColumns == 2 * 64, "two warps side by side");
+template <typename T, bool kHopper>
+using Many = std::conditional_t<kHopper, GroupTile<T, 2, 1, 3>, ScoreTile<T, 4, 2, 3>>;
+constexpr int kManyThreads = Many<float, false>::kThreads;
+constexpr int kManyVectors = Many<float, false>::kRows, kColumns = Many<float, false>::kColumns;
+static_assert(kManyVectors == kColumns && kColumns == 2 * 64, "two runs side by side, of either operand");
+static_assert(Many<BFloat16, true>::kRows == kManyVectors && Many<BFloat16, true>::kColumns == kColumns);
 constexpr int kFewVectors = 32, kScoreThreads = 128, kScoreWarps = kScoreThreads / 32;
 constexpr int kFewColumns = kScoreWarps * mma::kRows;
 static_assert(kFewColumns <= kScoreThreads, "a thread weighs a cluster");
@@ -143,22 +147,21 @@ __device__ __forceinline__ float log2_keys(const CentroidLookupArgs& args, const
   return keys > 0 ? log2f(static_cast<float>(keys)) : -INFINITY;
 }
 
-// The shared memory after the stages: both operands of a tile, and log2 of each cluster's number of keys.
-template <typename T, typename Tile>
-struct Operands {
-  const T* vector[Tile::kRows];
-  const T* centroid[kColumns];
-  float weight[kColumns];
+// The centroids of a tile of columns, and log2 of each cluster's number of keys. A cluster without keys is null.
+template <typename T>
+struct Centroids {
+  const T** row;
+  float* weight;
 
-  __device__ __forceinline__ void set_centroids(const CentroidLookupArgs& args, const Turn& turn, const Place& place,
-                                                int64_t row, int first, int listed) {
+  __device__ __forceinline__ void set(const CentroidLookupArgs& args, const Turn& turn, const Place& place,
+                                      int64_t row_id, int first, int listed) const {
     const CentroidLevel& level = turn.level;
-    for (int c = static_cast<int>(threadIdx.x); c < kColumns; c += Tile::kThreads) {
-      const int id = first + c < listed ? turn.id_at(row, first + c) : -1;
+    for (int c = static_cast<int>(threadIdx.x); c < kColumns; c += static_cast<int>(kManyThreads)) {
+      const int id = first + c < listed ? turn.id_at(row_id, first + c) : -1;
       weight[c] = log2_keys(args, turn, place.head, id);
-      centroid[c] = weight[c] > -INFINITY ? static_cast<const T*>(level.centroids.data) +
-                                                place.head * level.centroids.head + id * level.centroids.token
-                                          : nullptr;
+      row[c] = weight[c] > -INFINITY ? static_cast<const T*>(level.centroids.data) + place.head * level.centroids.head +
+                                           id * level.centroids.token
+                                     : nullptr;
     }
   }
 };
@@ -378,19 +381,28 @@ __global__ void __launch_bounds__(kScoreThreads, kScoreBlocks<T, kTiles>)
 
 // --- many vectors: log of the sum ---------------------------------------------------------------------------------
 
-template <typename T, typename Tile>
+constexpr int kRing = GatheredRows<float>::kRing;
+
+// The shared memory after the stages. The lists of several tiles are known, because their copies start ahead.
+template <typename T>
 struct LseShared {
-  Operands<T, Tile> operands;
-  float top[2][Tile::kRows], sum[2][Tile::kRows];  // for each of the two warps that share a row of scores
-  Place place;                                     // here, because registers are scarce while tiles multiply
+  const T* vector[kManyVectors];
+  const T* centroid[kRing][kColumns];
+  float weight[kRing][kColumns];
+  float top[2][kManyVectors], sum[2][kManyVectors];  // for each of the two runs of 64 columns
+  Place place;                                       // here, because registers are scarce while tiles multiply
   int listed;
 };
 
-template <typename T, typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads, std::is_same_v<T, float> ? 1 : 2)
+template <typename T, bool kHopper>
+__global__ void __launch_bounds__(kManyThreads, std::is_same_v<T, float> ? 1 : 2)
     lse_kernel(const CentroidLookupArgs args, const Turn turn) {
+#if !defined(HEADSTART_WGMMA) && !defined(HEADSTART_LANE_MODEL)
+  if constexpr (kHopper) return;
+#endif
+  using Tile = Many<T, kHopper>;
   unsigned char* stages = shared_memory();
-  auto& shared = *reinterpret_cast<LseShared<T, Tile>*>(stages + Tile::kSharedBytes);
+  auto& shared = *reinterpret_cast<LseShared<T>*>(stages + Tile::kSharedBytes);
   const int64_t units = turn.rows * turn.tiles, unit = blockIdx.x % units, split = blockIdx.x / units;
   const int64_t row = unit / turn.tiles;
   const Place place(args, turn, row);
@@ -398,38 +410,47 @@ __global__ void __launch_bounds__(Tile::kThreads, std::is_same_v<T, float> ? 1 :
     shared.place = place;
     shared.listed = turn.listed(row);
   }
-  for (int r = static_cast<int>(threadIdx.x); r < Tile::kRows; r += Tile::kThreads) {
+  for (int r = static_cast<int>(threadIdx.x); r < kManyVectors; r += kManyThreads) {
     int64_t head;
-    shared.operands.vector[r] = vector_of<T>(args, place, unit % turn.tiles * Tile::kRows + r, head);
+    shared.vector[r] = vector_of<T>(args, place, unit % turn.tiles * kManyVectors + r, head);
     shared.top[0][r] = shared.top[1][r] = -INFINITY;
     shared.sum[0][r] = shared.sum[1][r] = 0.0f;
   }
   const int listed = turn.listed(row), column_tiles = (listed + kColumns - 1) / kColumns;
   const int share = (column_tiles + turn.splits - 1) / turn.splits, begin = static_cast<int>(split) * share;
-  const int end = min(begin + share, column_tiles);
-  const float scale = args.scale * kLog2E;
+  const TileDepth depth{min(share, column_tiles - begin), 1, static_cast<int>(args.head_dim)};
+  __syncthreads();
+  const auto set_centroids = [&](int t) {
+    if (t >= depth.tiles) return;
+    Centroids<T>{shared.centroid[t % kRing], shared.weight[t % kRing]}.set(args, turn, shared.place, row,
+                                                                           (begin + t) * kColumns, shared.listed);
+  };
+  const GatheredRows<T> vectors{shared.vector, turn.query_vectors};
+  const GatheredRows<T> centroids{shared.centroid[0], turn.centroid_vectors, true};
   Tile tile;
-  for (int t = begin; t < end; ++t) {
-    __syncthreads();  // all threads have read the last tile's weights
-    shared.operands.set_centroids(args, turn, shared.place, row, t * kColumns, shared.listed);
-    __syncthreads();
-    tile.multiply(stages, GatheredRows<T>{shared.operands.vector, turn.query_vectors},
-                  GatheredRows<T>{shared.operands.centroid, turn.centroid_vectors}, 1, static_cast<int>(args.head_dim));
+  for (int t = 0; t < Tile::Stages::kAhead; ++t) set_centroids(t);
+  __syncthreads();
+  tile.begin(stages, vectors, centroids, depth);
+  const float scale = args.scale * kLog2E;
+  for (int t = 0; t < depth.tiles; ++t) {
+    set_centroids(t + Tile::Stages::kAhead);
+    tile.next(stages, vectors, centroids, depth);
+    const float* weights = shared.weight[t % kRing];
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      const int at = tile.row(0, 0) + 8 * r;
-      float& top = shared.top[tile.warp_column()][at];
-      float& sum = shared.sum[tile.warp_column()][at];
+      float& top = shared.top[tile.slice_run(r)][tile.slice_row(r)];
+      float& sum = shared.sum[tile.slice_run(r)][tile.slice_row(r)];
       const bool keeps = lane_id() % 4 == 0;  // the lane that alone reads and writes the row's maximum and sum
       const float last_top = keeps ? top : -INFINITY, last_sum = keeps ? sum : 0.0f;
       float best = last_top;
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
+        const float2 weight = *reinterpret_cast<const float2*>(weights + 64 * tile.slice_run(r) + run_column(n, 0));
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          float& x = tile.score[r / 2][n][r % 2 * 2 + i];
-          const float weight = shared.operands.weight[tile.column(n, i)];
-          x = weight == -INFINITY ? -INFINITY : fmaf(x, scale, weight);
+          float& x = tile.at(r, n, i);
+          const float log2_n = i == 0 ? weight.x : weight.y;
+          x = log2_n == -INFINITY ? -INFINITY : fmaf(x, scale, log2_n);
           best = fmaxf(best, x);
         }
       }
@@ -439,8 +460,7 @@ __global__ void __launch_bounds__(Tile::kThreads, std::is_same_v<T, float> ? 1 :
       float total = 0.0f;
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
-        const float* x = &tile.score[r / 2][n][r % 2 * 2];
-        total += exp2f(x[0] - shift) + exp2f(x[1] - shift);
+        total += exp2_or_zero(tile.at(r, n, 0) - shift) + exp2_or_zero(tile.at(r, n, 1) - shift);
       }
       total += __shfl_xor_sync(kWarp, total, 1);
       total += __shfl_xor_sync(kWarp, total, 2);
@@ -451,8 +471,8 @@ __global__ void __launch_bounds__(Tile::kThreads, std::is_same_v<T, float> ? 1 :
     }
   }
   __syncthreads();
-  float* part = turn.part + (split * units + unit) * Tile::kRows;
-  for (int r = static_cast<int>(threadIdx.x); r < Tile::kRows; r += Tile::kThreads) {
+  float* part = turn.part + (split * units + unit) * kManyVectors;
+  for (int r = static_cast<int>(threadIdx.x); r < kManyVectors; r += kManyThreads) {
     const float best = fmaxf(shared.top[0][r], shared.top[1][r]), shift = best == -INFINITY ? 0.0f : best;
     const float total =
         shared.sum[0][r] * exp2f(shared.top[0][r] - shift) + shared.sum[1][r] * exp2f(shared.top[1][r] - shift);
@@ -462,11 +482,14 @@ __global__ void __launch_bounds__(Tile::kThreads, std::is_same_v<T, float> ? 1 :
 
 // --- many vectors: best scores ------------------------------------------------------------------------------------
 
-template <typename T, typename Tile>
+// The shared memory after the stages. The clusters are rows of the tile, and the vectors are its columns.
+template <typename T>
 struct BestShared {
-  Operands<T, Tile> operands;
-  float lse[Tile::kRows], limit[Tile::kRows];  // a limit of +inf means that the vector does not exist
-  float best[Tile::kRows / 32][kColumns];      // for each of the warps that share a column of scores
+  const T* centroid[kColumns];
+  float weight[kColumns];
+  const T* vector[kRing][kManyVectors];
+  float lse[kRing][kManyVectors], limit[kRing][kManyVectors];  // a limit of +inf means that the vector does not exist
+  float best[2][kColumns];                                     // for each of the two runs of 64 vectors
 };
 
 // The base-2 lse of a vector, merged from its splits, or NaN if the sum is not finite. A whole warp calls it if there
@@ -498,75 +521,77 @@ __device__ __forceinline__ float kept_score(float x, float lse, float limit) {
   return !kept ? -INFINITY : score == score ? score : INFINITY;
 }
 
-template <typename T, typename Tile>
+template <typename T>
 __device__ __forceinline__ void set_vectors(const CentroidLookupArgs& args, const Turn& turn, const Place& place,
-                                            int64_t row, int tile, BestShared<T, Tile>& shared) {
+                                            int64_t row, int tile, BestShared<T>& shared) {
+  if (tile >= turn.tiles) return;
   const int64_t units = turn.rows * turn.tiles, unit = row * turn.tiles + tile;
   const int together = turn.splits == 1 ? 1 : 32;  // the threads that work on one vector
-  for (int r = static_cast<int>(threadIdx.x) / together; r < Tile::kRows; r += Tile::kThreads / together) {
+  for (int r = static_cast<int>(threadIdx.x) / together; r < kManyVectors; r += kManyThreads / together) {
     int64_t head;
-    const T* vector = vector_of<T>(args, place, static_cast<int64_t>(tile) * Tile::kRows + r, head);
+    const T* vector = vector_of<T>(args, place, static_cast<int64_t>(tile) * kManyVectors + r, head);
     float lse = 0.0f, limit = INFINITY;
     if (vector != nullptr) {
-      lse = join_splits(turn.part + unit * Tile::kRows + r, units * Tile::kRows, turn.splits);
+      lse = join_splits(turn.part + unit * kManyVectors + r, units * kManyVectors, turn.splits);
       limit = limit_of(args, turn, head, lse);
     }
     if (together == 1 || lane_id() == 0) {
-      shared.operands.vector[r] = vector;
-      shared.lse[r] = lse;
-      shared.limit[r] = limit;
+      shared.vector[tile % kRing][r] = vector;
+      shared.lse[tile % kRing][r] = lse;
+      shared.limit[tile % kRing][r] = limit;
     }
   }
 }
 
-template <typename T, typename Tile>
-__global__ void __launch_bounds__(Tile::kThreads, std::is_same_v<T, float> ? 1 : 2)
+template <typename T, bool kHopper>
+__global__ void __launch_bounds__(kManyThreads, std::is_same_v<T, float> ? 1 : 2)
     best_kernel(const CentroidLookupArgs args, const Turn turn) {
+#if !defined(HEADSTART_WGMMA) && !defined(HEADSTART_LANE_MODEL)
+  if constexpr (kHopper) return;
+#endif
+  using Tile = Many<T, kHopper>;
   unsigned char* stages = shared_memory();
-  auto& shared = *reinterpret_cast<BestShared<T, Tile>*>(stages + Tile::kSharedBytes);
+  auto& shared = *reinterpret_cast<BestShared<T>*>(stages + Tile::kSharedBytes);
   const int64_t row = blockIdx.x % turn.rows;
   const int first = static_cast<int>(blockIdx.x / turn.rows) * kColumns, listed = turn.listed(row);
   if (first >= listed) return;
   const Place place(args, turn, row);
-  shared.operands.set_centroids(args, turn, place, row, first, listed);
-  for (int i = static_cast<int>(threadIdx.x); i < Tile::kRows / 32 * kColumns; i += Tile::kThreads) {
-    shared.best[i / kColumns][i % kColumns] = -INFINITY;
-  }
+  Centroids<T>{shared.centroid, shared.weight}.set(args, turn, place, row, first, listed);
+  const GatheredRows<T> centroids{shared.centroid, turn.centroid_vectors};
+  const GatheredRows<T> vectors{shared.vector[0], turn.query_vectors, true};
+  const TileDepth depth{turn.tiles, 1, static_cast<int>(args.head_dim)};
   const float scale = args.scale * kLog2E;
   Tile tile;
+  float best[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+  for (int t = 0; t < Tile::Stages::kAhead; ++t) set_vectors(args, turn, place, row, t, shared);
+  __syncthreads();
+  tile.begin(stages, centroids, vectors, depth);
   for (int t = 0; t < turn.tiles; ++t) {
-    __syncthreads();  // all threads have read the last tile's limits
-    set_vectors(args, turn, place, row, t, shared);
-    __syncthreads();
-    tile.multiply(stages, GatheredRows<T>{shared.operands.vector, turn.query_vectors},
-                  GatheredRows<T>{shared.operands.centroid, turn.centroid_vectors}, 1, static_cast<int>(args.head_dim));
-    float lse[4], limit[4];
+    set_vectors(args, turn, place, row, t + Tile::Stages::kAhead, shared);
+    tile.next(stages, centroids, vectors, depth);
+    const float *lses = shared.lse[t % kRing], *limits = shared.limit[t % kRing];
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      lse[r] = shared.lse[tile.row(0, 0) + 8 * r];
-      limit[r] = shared.limit[tile.row(0, 0) + 8 * r];
-    }
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float best = -INFINITY;
-#pragma unroll
-        for (int r = 0; r < 4; ++r) {
-          best = fmaxf(best, kept_score(tile.score[r / 2][n][r % 2 * 2 + i] * scale, lse[r], limit[r]));
-        }
-#pragma unroll
-        for (int step = 4; step < 32; step *= 2) best = fmaxf(best, __shfl_xor_sync(kWarp, best, step));
-        float& column = shared.best[tile.warp_row()][tile.column(n, i)];
-        if (lane_id() < 4) column = fmaxf(column, best);
+      for (int n = 0; n < 8; ++n) {
+        const int vector = 64 * tile.slice_run(r) + run_column(n, 0);
+        const float2 lse = *reinterpret_cast<const float2*>(lses + vector);
+        const float2 limit = *reinterpret_cast<const float2*>(limits + vector);
+        best[r] = fmaxf(best[r], kept_score(tile.at(r, n, 0) * scale, lse.x, limit.x));
+        best[r] = fmaxf(best[r], kept_score(tile.at(r, n, 1) * scale, lse.y, limit.y));
       }
     }
   }
+#pragma unroll
+  for (int r = 0; r < 4; ++r) {
+    best[r] = fmaxf(best[r], __shfl_xor_sync(kWarp, best[r], 1));
+    best[r] = fmaxf(best[r], __shfl_xor_sync(kWarp, best[r], 2));
+    if (lane_id() % 4 == 0) shared.best[tile.slice_run(r)][tile.slice_row(r)] = best[r];
+  }
   __syncthreads();
-  for (int c = static_cast<int>(threadIdx.x); c < kColumns && first + c < listed; c += Tile::kThreads) {
-    float best = -INFINITY;
-    for (int w = 0; w < Tile::kRows / 32; ++w) best = fmaxf(best, shared.best[w][c]);
-    turn.scores[row * turn.level.count + first + c] = shared.operands.weight[c] == -INFINITY ? -INFINITY : best;
+  for (int c = static_cast<int>(threadIdx.x); c < kColumns && first + c < listed; c += kManyThreads) {
+    turn.scores[row * turn.level.count + first + c] =
+        shared.weight[c] == -INFINITY ? -INFINITY : fmaxf(shared.best[0][c], shared.best[1][c]);
   }
 }
 
@@ -795,7 +820,7 @@ Turn turn_of(const CentroidLookupArgs& args, const CentroidLevel& level, int64_t
     turn.splits = static_cast<int>(ceil_div(level.count, kFewColumns));
     turn.per_entry = static_cast<int>(round_up(vectors_of(args), 4));
   } else {
-    turn.tiles = static_cast<int>(ceil_div(vectors_of(args), Many<float>::kRows));
+    turn.tiles = static_cast<int>(ceil_div(vectors_of(args), kManyVectors));
     const int64_t wanted = ceil_div(kBlocksPerMultiprocessor * multiprocessors(), rows * turn.tiles);
     turn.splits = static_cast<int>(std::min({wanted, ceil_div(level.count, kColumns), kMaxSplits}));
     turn.per_entry = 1;
@@ -807,7 +832,7 @@ Plan plan_of(const CentroidLookupArgs& args, Carver& carver) {
   Plan plan{};
   plan.rows = args.batch * args.heads_kv * ceil_div(args.nq, args.block_q);
   const int64_t entries = std::max(args.parents.count, args.clusters.count), lists = args.parents.count > 0 ? 1 : 0;
-  const int64_t vectors = round_up(vectors_of(args), is_few(args) ? kFewVectors : Many<float>::kRows);
+  const int64_t vectors = round_up(vectors_of(args), is_few(args) ? kFewVectors : kManyVectors);
   const int64_t scores = entries * turn_of(args, args.clusters, 1).per_entry;
   const int64_t kept = entries > kSharedEntries ? entries : 0;
   const int64_t parts = is_few(args) ? vectors * ceil_div(entries, kFewColumns) : vectors;
@@ -836,14 +861,14 @@ const char* score_few(const CentroidLookupArgs& args, const Turn& turn, CUstream
                 static_cast<int>(sizeof(ScoreShared) + units * mma::kUnitBytes), stream, args, turn);
 }
 
-template <typename T>
+template <typename T, bool kHopper>
 const char* score_many(const CentroidLookupArgs& args, const Turn& turn, CUstream_st* stream) {
-  using Tile = Many<T>;
-  const char* error = launch(lse_kernel<T, Tile>, turn.rows * turn.tiles * turn.splits, Tile::kThreads,
-                             Tile::kSharedBytes + static_cast<int>(sizeof(LseShared<T, Tile>)), stream, args, turn);
+  constexpr int kStages = Many<T, kHopper>::kSharedBytes;
+  const char* error = launch(lse_kernel<T, kHopper>, turn.rows * turn.tiles * turn.splits, kManyThreads,
+                             kStages + static_cast<int>(sizeof(LseShared<T>)), stream, args, turn);
   if (error != nullptr) return error;
-  return launch(best_kernel<T, Tile>, turn.rows * ceil_div(turn.level.count, kColumns), Tile::kThreads,
-                Tile::kSharedBytes + static_cast<int>(sizeof(BestShared<T, Tile>)), stream, args, turn);
+  return launch(best_kernel<T, kHopper>, turn.rows * ceil_div(turn.level.count, kColumns), kManyThreads,
+                kStages + static_cast<int>(sizeof(BestShared<T>)), stream, args, turn);
 }
 
 const char* look_up(const CentroidLookupArgs& args, const Turn& turn, int32_t* count, int32_t* index, int64_t capacity,
@@ -851,7 +876,10 @@ const char* look_up(const CentroidLookupArgs& args, const Turn& turn, int32_t* c
   const bool few = is_few(args), one_tile = vectors_of(args) <= mma::kColumns;
   const char* error = by_dtype(args.dtype, [&](auto element) {
     using T = decltype(element);
-    if (!few) return score_many<T>(args, turn, stream);
+    if constexpr (!std::is_same_v<T, float>) {
+      if (!few && has_warp_groups()) return score_many<T, true>(args, turn, stream);
+    }
+    if (!few) return score_many<T, false>(args, turn, stream);
     return one_tile ? score_few<T, 1>(args, turn, stream)
                     : score_few<T, kFewVectors / mma::kColumns>(args, turn, stream);
   });
