@@ -699,34 +699,49 @@ __global__ void __launch_bounds__(kTakeThreads)
   const int listed = turn.listed(row), thread = static_cast<int>(threadIdx.x), warp = thread / 32;
   const uint32_t room = static_cast<uint32_t>(capacity);
   int32_t* to = index + row * capacity;
-  if constexpr (kFew) {
-    set_limits(args, turn, place, row, listed, shared);
-    __syncthreads();
-  }
 
   constexpr int kTogether = 4;
-  uint32_t wanted = 0, highest = 0, lowest = 0;  // `lowest` is the complement of a key
-  for (int base = thread; base < listed; base += kTogether * kTakeThreads) {
-    int32_t start[kTogether], end[kTogether];
-    float best[kTogether];
+  int32_t start[kTogether], end[kTogether];
+  float4 first[kTogether] = {};  // few vectors: the scores of the first four
+  const auto load = [&](int base) {
 #pragma unroll
     for (int j = 0; j < kTogether; ++j) {
       const int i = base + j * kTakeThreads;
       const int id = i < listed ? turn.id_at(row, i) : -1;
       start[j] = id >= 0 ? offsets[id] : 0;
       end[j] = id >= 0 ? offsets[id + 1] : 0;
-      best[j] = kFew || i >= listed ? -INFINITY : scores[i];
+      if (i >= listed) continue;
+      const float* from = scores + static_cast<int64_t>(i) * turn.per_entry;
+      if constexpr (kFew) {
+        first[j] = *reinterpret_cast<const float4*>(from);
+      } else {
+        first[j].x = *from;
+      }
     }
-    for (int v = 0; kFew && v < turn.per_entry; v += 4) {
+  };
+  load(thread);
+  if constexpr (kFew) {
+    set_limits(args, turn, place, row, listed, shared);  // while the first scores are on their way
+    __syncthreads();
+  }
+  const auto best_of = [&](const float4& x, int v) {
+    return fmaxf(
+        fmaxf(kept_score(x.x, shared.lse[v], shared.limit[v]), kept_score(x.y, shared.lse[v + 1], shared.limit[v + 1])),
+        fmaxf(kept_score(x.z, shared.lse[v + 2], shared.limit[v + 2]),
+              kept_score(x.w, shared.lse[v + 3], shared.limit[v + 3])));
+  };
+  uint32_t wanted = 0, highest = 0, lowest = 0;  // `lowest` is the complement of a key
+  for (int base = thread; base < listed;) {
+    float best[kTogether];
+#pragma unroll
+    for (int j = 0; j < kTogether; ++j) best[j] = kFew ? best_of(first[j], 0) : first[j].x;
+    for (int v = 4; kFew && v < turn.per_entry; v += 4) {
 #pragma unroll
       for (int j = 0; j < kTogether; ++j) {
         const int i = base + j * kTakeThreads;
         if (i >= listed) continue;
-        const float4 x = *reinterpret_cast<const float4*>(scores + static_cast<int64_t>(i) * turn.per_entry + v);
-        best[j] = fmaxf(best[j], kept_score(x.x, shared.lse[v], shared.limit[v]));
-        best[j] = fmaxf(best[j], kept_score(x.y, shared.lse[v + 1], shared.limit[v + 1]));
-        best[j] = fmaxf(best[j], kept_score(x.z, shared.lse[v + 2], shared.limit[v + 2]));
-        best[j] = fmaxf(best[j], kept_score(x.w, shared.lse[v + 3], shared.limit[v + 3]));
+        const float* from = scores + static_cast<int64_t>(i) * turn.per_entry + v;
+        best[j] = fmaxf(best[j], best_of(*reinterpret_cast<const float4*>(from), v));
       }
     }
 #pragma unroll
@@ -739,6 +754,8 @@ __global__ void __launch_bounds__(kTakeThreads)
       highest = entry.x > highest ? entry.x : highest;
       lowest = kept && ~entry.x > lowest ? ~entry.x : lowest;
     }
+    base += kTogether * kTakeThreads;
+    load(base);
   }
   wanted = __reduce_add_sync(kWarp, wanted);
   highest = __reduce_max_sync(kWarp, highest);
@@ -757,9 +774,9 @@ __global__ void __launch_bounds__(kTakeThreads)
 
   // Every warp handles a stretch of the list. First all warps count. Then each warp knows where to write.
   const int stretch = (listed + kTakeThreads - 1) / kTakeThreads * 32;
-  const int begin = min(warp * stretch, listed), end = min(begin + stretch, listed);
+  const int stretch_begin = min(warp * stretch, listed), stretch_end = min(stretch_begin + stretch, listed);
   uint32_t above = 0, tied = 0;
-  for (int i = begin + static_cast<int>(lane_id()); i < end; i += 32) {
+  for (int i = stretch_begin + static_cast<int>(lane_id()); i < stretch_end; i += 32) {
     const uint2 entry = entries[i];
     above += entry.x > cut ? entry.y : 0;
     tied += entry.x == cut ? entry.y : 0;
@@ -774,9 +791,9 @@ __global__ void __launch_bounds__(kTakeThreads)
   const WarpSums of_above(shared.slots[0]), of_tied(shared.slots[1]);
   const uint32_t room_for_ties = of_above.all < room ? room - of_above.all : 0;
   uint32_t tied_before = of_tied.before, written = of_above.before + min(tied_before, room_for_ties);
-  for (int base = begin; base < end; base += 32) {
+  for (int base = stretch_begin; base < stretch_end; base += 32) {
     const int i = base + static_cast<int>(lane_id());
-    const uint2 entry = i < end ? entries[i] : uint2{0, 0};
+    const uint2 entry = i < stretch_end ? entries[i] : uint2{0, 0};
     const uint32_t tie = entry.x == cut ? entry.y : 0, before = tied_before + sum_of_lower_lanes(tie);
     uint32_t taken = before < room_for_ties ? min(tie, room_for_ties - before) : 0;
     if (entry.x > cut) taken = entry.y;
@@ -784,12 +801,11 @@ __global__ void __launch_bounds__(kTakeThreads)
     const uint32_t at = written + sum_of_lower_lanes(taken);
     for (uint32_t left = __ballot_sync(kWarp, taken > 0); left != 0; left &= left - 1) {
       const int lane = __ffs(left) - 1;
-      const uint32_t length = __shfl_sync(kWarp, taken, lane), first = __shfl_sync(kWarp, at, lane);
-      const int32_t start = __shfl_sync(kWarp, own_start, lane);
-      for (uint32_t j = lane_id(); j < length && first + j < room;
-           j += 32) {  // past the room only if offsets are invalid
-        to[first + j] = start + static_cast<int32_t>(j);
-      }
+      const uint32_t length = __shfl_sync(kWarp, taken, lane), begin = __shfl_sync(kWarp, at, lane);
+      const int32_t from = __shfl_sync(kWarp, own_start, lane);
+      // past the room only if offsets are invalid
+      for (uint32_t j = lane_id(); j < length && begin + j < room; j += 32)
+        to[begin + j] = from + static_cast<int32_t>(j);
     }
     written += __reduce_add_sync(kWarp, taken);
     tied_before += __reduce_add_sync(kWarp, tie);

@@ -69,7 +69,8 @@ class TileStages {
  public:
   static constexpr int kStageBytes = (kRows + kColumns) * mma::kRowBytes, kSharedBytes = kStages * kStageBytes;
   static constexpr int kAhead = kStages - 1;  // the chunks that are loaded ahead
-  static_assert(kAhead + 2 <= GatheredRows<T>::kRing, "the tiles loaded ahead, one in use, and one that a slow warp uses");
+  static_assert(kAhead + 2 <= GatheredRows<T>::kRing,
+                "the tiles loaded ahead, one in use, and one that a slow warp uses");
 
   // Starts the first copies. The shared memory must be free.
   template <typename RowsOfA, typename RowsOfB>
@@ -87,7 +88,7 @@ class TileStages {
     const int chunks = depth.steps * ((depth.head_dim + kChunk - 1) / kChunk);
     for (int chunk = 0, dim = 0; chunk < chunks; ++chunk) {
       copy_wait<kAhead - 1>();
-      fence_async_proxy();
+      fence_async_proxy();  // wgmma reads through it
       __syncthreads();
       use(shared + stage_ * kStageBytes, min(depth.head_dim - dim, kChunk), [&] {
         // into the stage that all threads left before the barrier
