@@ -54,6 +54,7 @@ class Stem:
     cuda: bool = True
 
 
+WGMMA = ("ascending", "descending", "wgmma, ascending", "wgmma, descending")  # an sm_80 device, and a Hopper
 STEMS = {
     stem.name: stem
     for stem in (
@@ -62,9 +63,9 @@ STEMS = {
         Stem(
             "prefill_index",
             ("vertical_slash_index", "block_topk_index", "adaptive_block_index"),  # A-shape is plain torch everywhere
-            lanes=("ascending", "descending"),
+            lanes=WGMMA,
         ),
-        Stem("centroid_lookup", ("centroid_lookup",), lanes=("ascending", "descending")),
+        Stem("centroid_lookup", ("centroid_lookup",), lanes=WGMMA),
         Stem(
             "int4_gemm",
             ("int4_gemm",),
@@ -72,7 +73,7 @@ STEMS = {
                 "parts added in order": {"PART": 128, "PROGRAMS": 0},
                 "parts added by a kernel of their own": {"PART": 128, "PROGRAMS": 10**6},
             },
-            lanes=("ascending", "descending", "wgmma, ascending", "wgmma, descending"),
+            lanes=WGMMA,
         ),
         Stem(
             "bitmap",

@@ -37,6 +37,13 @@ __device__ __forceinline__ uint32_t block_id() {
   return id;
 }
 
+// threadIdx.x, in the same way.
+__device__ __forceinline__ uint32_t thread_id() {
+  uint32_t id;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(id));
+  return id;
+}
+
 // The address of a byte of shared memory, in the form that the instructions below take.
 using SharedAddress = uint32_t;
 
@@ -152,6 +159,13 @@ __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_gr
 template <int kPending>
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// 2^x, and 0 in place of numbers below 2^-126. exp2f takes four instructions to give these, too.
+__device__ __forceinline__ float exp2_or_zero(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
 }
 
 __device__ __forceinline__ float to_float(float x) { return x; }

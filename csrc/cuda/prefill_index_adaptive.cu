@@ -10,7 +10,7 @@
 //      ┌─────────┬─────────┐                   tile, each warp keeps the running maximum and sum. It writes to scratch:
 //      │ warp 0  │ warp 1  │ ×4   128 query    for each query group and key block, the part, which is the sum of
 //      │ 32 × 64 │         │      groups       exp2(score - maximum so far); for each half tile, that maximum.
-//      └─────────┴─────────┘
+//      └─────────┴─────────┘                   On Hopper, a warp has 16 query groups and both halves (score_tile.h).
 //      Then one warp per row:  mass[block] = Σ over the row's query groups of part · exp2(maximum then - last) / sum
 //                              cut by mass (select.h), forced blocks first; ids compacted in order
 //
@@ -24,10 +24,11 @@
 //       32 × 64                                of exp2(lse of the run - lse of all), mass = max(mass, share)
 //
 // Floor: Nq · Nk · D / (2 · stride) multiply-adds per head (causal) at the tensor cores' rate. Operands stream from L2:
-// 128 + 128 rows of 128 bytes for 128 · 128 · 64 multiply-adds. Samples add Nq · Nk · D · samples / (2 · block_q)
-// multiply-adds if a job's rows fill tiles of 64. The scratch is [128, T] floats for each resident thread block, and
-// [64, Nk / 64] more with samples. It does not depend on B, Hq and Nq. Shared memory: 3 stages of 32 KiB; for samples,
-// 2 stages of 40 KiB.
+// 128 + 128 rows of 128 bytes for 128 · 128 · 64 multiply-adds, which a Hopper's tensor cores do in 512 cycles. There,
+// two thread blocks share a multiprocessor: one multiplies while the other computes exponentials. Samples add Nq · Nk ·
+// D · samples / (2 · block_q) multiply-adds if a job's rows fill tiles of 64. The scratch is [128, T] floats for each
+// resident thread block, and [64, Nk / 64] more with samples. It does not depend on B, Hq and Nq. Shared memory: 3
+// stages of 32 KiB; for samples, 2 stages of 40 KiB.
 
 #include <cmath>
 
@@ -37,25 +38,34 @@ namespace headstart {
 namespace cuda {
 namespace {
 
-template <typename T>
-using Tile = ScoreTile<T, 4, 2, 3>;
-constexpr int kGroups = Tile<float>::kRows, kThreads = Tile<float>::kThreads;
-constexpr int kTileGroups = Tile<float>::kColumns, kHalf = kTileGroups / 2;
+template <typename T, bool kHopper>
+using Tile = std::conditional_t<kHopper, GroupTile<T, 2, 1, 3>, ScoreTile<T, 4, 2, 3>>;
+using AnyTile = Tile<float, false>;
+constexpr int kGroups = AnyTile::kRows, kThreads = AnyTile::kThreads;
+constexpr int kTileGroups = AnyTile::kColumns, kHalf = kTileGroups / 2;
 constexpr float kWeightOne = 2147483648.0f;  // the mass of a full row, as an integer weight
 
-template <typename T>
-using SampleTile = ScoreTile<T, 2, 4, 2>;
-constexpr int kSampled = SampleTile<float>::kRows, kSampleKeys = SampleTile<float>::kColumns;
+template <typename T, bool kHopper>
+using SampleTile = std::conditional_t<kHopper, GroupTile<T, 1, 2, 2>, ScoreTile<T, 2, 4, 2>>;
+using AnySampleTile = SampleTile<float, false>;
+constexpr int kSampled = AnySampleTile::kRows, kSampleKeys = AnySampleTile::kColumns;
 constexpr int kRun = 64;  // the keys of a warp's part of a tile
-static_assert(SampleTile<float>::kThreads == kThreads, "both multiply on the same threads");
-static_assert(SampleTile<float>::kSharedBytes <= Tile<float>::kSharedBytes, "and in the same stages");
+static_assert(AnySampleTile::kThreads == kThreads, "both multiply on the same threads");
+static_assert(AnySampleTile::kSharedBytes <= AnyTile::kSharedBytes, "and in the same stages");
+template <typename T>
+constexpr bool kSameTiles = Tile<T, true>::kRows == kGroups && Tile<T, true>::kColumns == kTileGroups &&
+                            SampleTile<T, true>::kRows == kSampled && SampleTile<T, true>::kColumns == kSampleKeys &&
+                            Tile<T, true>::kThreads == kThreads && SampleTile<T, true>::kThreads == kThreads &&
+                            Tile<T, true>::kSharedBytes == AnyTile::kSharedBytes &&
+                            SampleTile<T, true>::kSharedBytes == AnySampleTile::kSharedBytes;
+static_assert(kSameTiles<BFloat16>, "a Hopper's tiles have the same shapes");
 
 // The shared memory after the stages: operands, statistics of both halves of the tiles, and the job.
 template <typename T>
 struct Shared {
   TileRows<T> q, k;
   float top[2][kGroups], sum[2][kGroups];
-  int seen_end[kGroups];
+  int first_half, seen_begin, seen_end[kGroups];
   GatheredRows<T> sampled;
   const T* sampled_row[kSampled];
   unsigned long long job;
@@ -63,6 +73,7 @@ struct Shared {
 
 struct Plan {
   int64_t heads, rows, query_groups, chunks;  // a chunk is kGroups query groups
+  int64_t alone;  // the jobs with a multiprocessor of their own until the next job joins it; 0: not all run at once
   int64_t block_pitch, half_pitch;
   int64_t run_pitch;
   int groups_per_row, groups_per_block, runs_per_block;
@@ -73,13 +84,22 @@ struct Plan {
   float* lse;   // [resident][kSampled][run_pitch]: base-2 log-sum-exp of a sampled query's scores in a run of keys
   unsigned long long* counter;
 
+  // The scratch of the calling block. Its address is computed each time, because registers are scarce.
+  __device__ __forceinline__ float* own_part() const { return part + int64_t{block_id()} * kGroups * block_pitch; }
+  __device__ __forceinline__ float* own_then() const { return then + int64_t{block_id()} * kGroups * half_pitch; }
+  __device__ __forceinline__ float* own_lse() const { return lse + int64_t{block_id()} * kSampled * run_pitch; }
+
   struct Place {
     int64_t head, first_group;
   };
   // Later groups see more keys, so the last chunk of a head comes first. Thread blocks that run at the same time share
-  // the head's keys in L2.
+  // the head's keys in L2. If all jobs run at once, up to two on a multiprocessor, a long one runs beside a short one:
+  // the first jobs, one on each multiprocessor, go from the longest down, and the others from the shortest up.
   __device__ __forceinline__ Place place(int64_t job) const {
-    return {job / chunks, (chunks - 1 - job % chunks) * kGroups};
+    const int64_t jobs = heads * chunks;
+    if (alone == 0) return {job / chunks, (chunks - 1 - job % chunks) * kGroups};
+    const int64_t order = job < alone ? job : jobs - 1 - (job - alone);
+    return {order % heads, (chunks - 1 - order / heads) * kGroups};
   }
 };
 
@@ -101,7 +121,7 @@ struct JobRows {
   __device__ __forceinline__ int64_t batch(const AdaptiveArgs& args) const { return head / args.heads_q; }
 };
 
-__device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) / 32; }
+__device__ __forceinline__ int warp_id() { return static_cast<int>(thread_id() / 32); }
 
 // The end of the key groups [start / stride, end) that a query group sees. 0 if it sees none.
 __device__ __forceinline__ int seen_end(const AdaptiveArgs& args, const Plan& plan, int64_t start, int64_t group) {
@@ -141,77 +161,99 @@ __device__ __forceinline__ void store_parts(const float (&pair)[8], float* to, i
   }
 }
 
-template <typename T>
+// Scales the scores of a slice, sets those outside the columns [begin, end) to -inf, and returns the largest of them
+// and of `best`.
+template <typename AnyScores>
+__device__ __forceinline__ float slice_maximum(AnyScores& tile, int r, float scale, int begin, int end, float best) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) tile.at(r, n, i) *= scale;
+  }
+  if (begin > 0 || end < kRun) {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int column = run_column(n, i);
+        if (column < begin || column >= end) tile.at(r, n, i) = -INFINITY;
+      }
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < 8; ++n) best = fmaxf(best, fmaxf(tile.at(r, n, 0), tile.at(r, n, 1)));
+  best = fmaxf(best, __shfl_xor_sync(kWarp, best, 1));
+  return fmaxf(best, __shfl_xor_sync(kWarp, best, 2));
+}
+
+template <typename T, bool kHopper>
 __device__ __forceinline__ void estimate(const AdaptiveArgs& args, const Plan& plan, unsigned char* stages,
-                                         Shared<T>& shared, int64_t job, float* part, float* then) {
+                                         Shared<T>& shared, int64_t job) {
   const auto [head, first_group] = plan.place(job);
   const int64_t b = head / args.heads_q, h = head % args.heads_q;
   const int64_t start = start_of(args, b);
   const uint32_t stride = static_cast<uint32_t>(args.stride);
-  // Keep the data of rows and operands in shared memory, because registers are scarce while tiles multiply.
-  if (threadIdx.x == 0) {
-    shared.q = {
-        tokens_of<T>(args.q, b, h),     args.q.token,      static_cast<uint32_t>(first_group) * stride, stride, 1, 0,
-        static_cast<uint32_t>(args.nq), plan.query_vectors};
-    shared.k = {
-        tokens_of<T>(args.k, b, kv_head_of(args, h)), args.k.token,    0, stride, -1, static_cast<uint32_t>(start),
-        static_cast<uint32_t>(args.nk - start),       plan.key_vectors};
-  }
   const float scale = args.scale / static_cast<float>(args.stride) * kLog2E;
   const int seen_begin = static_cast<int>(start / args.stride);
   const int64_t last_group =
       first_group + kGroups < plan.query_groups ? first_group + kGroups - 1 : plan.query_groups - 1;
-  const int tiles_end = seen_end(args, plan, start, last_group);
-  Tile<T> tile;
-  for (int row = static_cast<int>(threadIdx.x); row < kGroups; row += kThreads) {
+  const int tiles_begin = seen_begin / kTileGroups * kTileGroups, tiles_end = seen_end(args, plan, start, last_group);
+  // Keep the data of rows and operands in shared memory, because registers are scarce while tiles multiply.
+  if (threadIdx.x == 0) {
+    shared.first_half = tiles_begin / kHalf;
+    shared.seen_begin = seen_begin;
+    shared.q = {
+        tokens_of<T>(args.q, b, h),     args.q.token,      static_cast<uint32_t>(first_group) * stride, stride, 1, 0,
+        static_cast<uint32_t>(args.nq), plan.query_vectors};
+    shared.k = {tokens_of<T>(args.k, b, kv_head_of(args, h)),
+                args.k.token,
+                static_cast<uint32_t>(tiles_begin) * stride + stride - 1,
+                stride,
+                -1,
+                static_cast<uint32_t>(start),
+                static_cast<uint32_t>(args.nk - start),
+                plan.key_vectors,
+                kTileGroups * stride};
+  }
+  for (int row = static_cast<int>(thread_id()); row < kGroups; row += kThreads) {
     shared.top[0][row] = shared.top[1][row] = -INFINITY;
     shared.sum[0][row] = shared.sum[1][row] = 0.0f;
     shared.seen_end[row] = seen_end(args, plan, start, first_group + row);
   }
-  for (int first = seen_begin / kTileGroups * kTileGroups; first < tiles_end; first += kTileGroups) {
-    if (threadIdx.x == 0) shared.k.first = static_cast<uint32_t>(first) * stride + stride - 1;
-    __syncthreads();
-    tile.multiply(stages, shared.q, shared.k, args.stride, static_cast<int>(args.head_dim));
-    const int half = first / kHalf + tile.warp_column();
-    const int first_block = half * kHalf / plan.groups_per_block;
-    const int room = static_cast<int>(plan.block_pitch) - first_block;
-    float* to = part + tile.row(0, 0) * plan.block_pitch + first_block;
-    float* then_to = then + tile.row(0, 0) * plan.half_pitch + half;
+  __syncthreads();
+  Tile<T, kHopper> tile;
+  const TileDepth depth{(tiles_end - tiles_begin + kTileGroups - 1) / kTileGroups, args.stride,
+                        static_cast<int>(args.head_dim)};
+  tile.begin(stages, shared.q, shared.k, depth);
+  for (int t = 0; t < depth.tiles; ++t) {
+    tile.next(stages, shared.q, shared.k, depth);
+    float *part = plan.own_part(), *then = plan.own_then();
 #pragma unroll
-    for (int r = 0; r < 4; ++r, to += 8 * plan.block_pitch, then_to += 8 * plan.half_pitch) {
-      const int row = tile.row(0, 0) + 8 * r;
-      // The key groups [begin, end) that the row sees, counted from the tile's first group.
-      const int begin = seen_begin - first, end = shared.seen_end[row] - first;
-      float& top = shared.top[tile.warp_column()][row];
-      float& sum = shared.sum[tile.warp_column()][row];
-      const float last_top = top, last_sum = sum;
-      float best = last_top;
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = tile.score[r / 2][n][r % 2 * 2 + i];
-          const int column = tile.column(n, i);
-          x = column >= begin && column < end ? x * scale : -INFINITY;
-          best = fmaxf(best, x);
-        }
-      }
-      best = fmaxf(best, __shfl_xor_sync(kWarp, best, 1));
-      best = fmaxf(best, __shfl_xor_sync(kWarp, best, 2));
+    for (int r = 0; r < 4; ++r) {
+      const int row = tile.slice_row(r), half = shared.first_half + 2 * t + tile.slice_run(r);
+      const int first_block = half * kHalf / plan.groups_per_block;
+      const int room = static_cast<int>(plan.block_pitch) - first_block;
+      float* to = part + row * plan.block_pitch + first_block;
+      // The key groups [begin, end) that the row sees, counted from the half tile's first group.
+      const int begin = shared.seen_begin - half * kHalf, end = shared.seen_end[row] - half * kHalf;
+      float& top = shared.top[tile.slice_run(r)][row];
+      float& sum = shared.sum[tile.slice_run(r)][row];
+      const bool keeps = lane_id() % 4 == 0;  // the lane that alone reads and writes the row's maximum and sum
+      const float last_top = keeps ? top : -INFINITY, last_sum = keeps ? sum : 0.0f;
+      float best = slice_maximum(tile, r, scale, begin, end, last_top);
       const float shift = best == -INFINITY ? 0.0f : best;
       float pair[8], total = 0.0f;
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
-        const float* x = &tile.score[r / 2][n][r % 2 * 2];
-        pair[n] = exp2f(x[0] - shift) + exp2f(x[1] - shift);
+        pair[n] = exp2_or_zero(tile.at(r, n, 0) - shift) + exp2_or_zero(tile.at(r, n, 1) - shift);
         total += pair[n];
       }
       total += __shfl_xor_sync(kWarp, total, 1);
       total += __shfl_xor_sync(kWarp, total, 2);
-      if (lane_id() % 4 == 0) {
+      if (keeps) {
         top = best;
         sum = last_sum * exp2f(last_top - shift) + total;
-        *then_to = best;
+        then[row * plan.half_pitch + half] = best;
       }
       switch (plan.groups_per_block) {
         case 2:
@@ -236,7 +278,7 @@ __device__ __forceinline__ void estimate(const AdaptiveArgs& args, const Plan& p
 // Merges the halves. top[0] becomes a query group's maximum, and sum[0] becomes 1 / its sum, or 0 if it sees nothing.
 template <typename T>
 __device__ __forceinline__ void join_halves(Shared<T>& shared) {
-  const int g = static_cast<int>(threadIdx.x);
+  const int g = static_cast<int>(thread_id());
   if (g >= kGroups) return;
   const float best = fmaxf(shared.top[0][g], shared.top[1][g]), shift = best == -INFINITY ? 0.0f : best;
   const float total =
@@ -264,19 +306,27 @@ __device__ __forceinline__ void gather_mass(const Plan& plan, const Shared<T>& s
 
 // Scores the sampled queries of up to rows_sampled of a job's rows, from row `base` on. Writes the lse of every query
 // and run of 64 keys.
-template <typename T>
+template <typename T, bool kHopper>
 __device__ __forceinline__ void score_samples(const AdaptiveArgs& args, const Plan& plan, unsigned char* stages,
                                               Shared<T>& shared, const JobRows& given, int base) {
   const int64_t b = given.batch(args), h = given.head % args.heads_q, first_row = given.first + base;
   const int rows = given.count - base < plan.rows_sampled ? given.count - base : plan.rows_sampled;
   const int start = static_cast<int>(start_of(args, b)), offset = static_cast<int>(args.nk - args.nq);
   const int samples = static_cast<int>(args.samples);
+  const int tiles_begin = start / kSampleKeys * kSampleKeys;
   if (threadIdx.x == 0) {
     shared.sampled = {shared.sampled_row, plan.query_vectors};
-    shared.k = {tokens_of<T>(args.k, b, kv_head_of(args, h)), args.k.token,    0, 1, 0, static_cast<uint32_t>(start),
-                static_cast<uint32_t>(args.nk - start),       plan.key_vectors};
+    shared.k = {tokens_of<T>(args.k, b, kv_head_of(args, h)),
+                args.k.token,
+                static_cast<uint32_t>(tiles_begin),
+                1,
+                0,
+                static_cast<uint32_t>(start),
+                static_cast<uint32_t>(args.nk - start),
+                plan.key_vectors,
+                kSampleKeys};
   }
-  for (int s = static_cast<int>(threadIdx.x); s < kSampled; s += kThreads) {
+  for (int s = static_cast<int>(thread_id()); s < kSampled; s += kThreads) {
     // The samples are spread evenly, and the last one is the row's last query.
     const int64_t end = (first_row + s / samples) * args.block_q + (s % samples + 1) * args.block_q / samples;
     const int query = s < rows * samples ? static_cast<int>(end < args.nq ? end : args.nq) - 1 : -1;
@@ -286,41 +336,30 @@ __device__ __forceinline__ void score_samples(const AdaptiveArgs& args, const Pl
   const float scale = args.scale * kLog2E;
   const int64_t queries_end = (first_row + rows) * args.block_q;
   const int tiles_end = static_cast<int>(queries_end < args.nq ? queries_end : args.nq) + offset;
-  SampleTile<T> tile;
-  for (int first = start / kSampleKeys * kSampleKeys; first < tiles_end; first += kSampleKeys) {
-    if (threadIdx.x == 0) shared.k.first = static_cast<uint32_t>(first);
-    __syncthreads();
-    tile.multiply(stages, shared.sampled, shared.k, 1, static_cast<int>(args.head_dim));
-    float* to = plan.lse + (static_cast<int64_t>(blockIdx.x) * kSampled + tile.row(0, 0)) * plan.run_pitch +
-                first / kRun + tile.warp_column();
+  __syncthreads();
+  SampleTile<T, kHopper> tile;
+  const TileDepth depth{(tiles_end - tiles_begin + kSampleKeys - 1) / kSampleKeys, 1, static_cast<int>(args.head_dim)};
+  tile.begin(stages, shared.sampled, shared.k, depth);
+  for (int first = tiles_begin; first < tiles_end; first += kSampleKeys) {
+    tile.next(stages, shared.sampled, shared.k, depth);
+    float* lse = plan.own_lse();
 #pragma unroll
-    for (int r = 0; r < 4; ++r, to += 8 * plan.run_pitch) {
-      const int row = tile.row(0, 0) + 8 * r;
-      // The keys [begin, end) that the query sees, counted from the tile's first key.
-      const int begin = start - first, end = shared.seen_end[row] - first;
-      float best = -INFINITY;
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = tile.score[r / 2][n][r % 2 * 2 + i];
-          const int column = tile.column(n, i);
-          x = column >= begin && column < end ? x * scale : -INFINITY;
-          best = fmaxf(best, x);
-        }
-      }
-      best = fmaxf(best, __shfl_xor_sync(kWarp, best, 1));
-      best = fmaxf(best, __shfl_xor_sync(kWarp, best, 2));
+    for (int r = 0; r < 4; ++r) {
+      const int row = tile.slice_row(r), run = first / kRun + tile.slice_run(r);
+      // The keys that the query sees, counted from the run's first key.
+      const int begin = start - run * kRun, end = shared.seen_end[row] - run * kRun;
+      const float best = slice_maximum(tile, r, scale, begin, end, -INFINITY);
       const float shift = best == -INFINITY ? 0.0f : best;
       float total = 0.0f;
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
-        const float* x = &tile.score[r / 2][n][r % 2 * 2];
-        total += exp2f(x[0] - shift) + exp2f(x[1] - shift);
+        total += exp2_or_zero(tile.at(r, n, 0) - shift) + exp2_or_zero(tile.at(r, n, 1) - shift);
       }
       total += __shfl_xor_sync(kWarp, total, 1);
       total += __shfl_xor_sync(kWarp, total, 2);
-      if (lane_id() % 4 == 0) *to = shift + log2f(total);
+      if (lane_id() % 4 == 0) {
+        lse[row * plan.run_pitch + run] = shift + log2f(total);
+      }
     }
   }
 }
@@ -348,16 +387,17 @@ __device__ __forceinline__ void add_samples(const Plan& plan, const RowBlocks& r
 }
 
 // Raises the mass of a job's rows to the shares of their sampled queries.
-template <typename T>
+template <typename T, bool kHopper>
 __device__ __forceinline__ void take_samples(const AdaptiveArgs& args, const Plan& plan, unsigned char* stages,
-                                             Shared<T>& shared, float* part) {
+                                             Shared<T>& shared) {
   for (int base = 0; base < kGroups / plan.groups_per_row; base += plan.rows_sampled) {
     __syncthreads();  // all warps have read the scores of the previous rows
     if (base >= JobRows(plan, shared.job).count) return;
-    score_samples(args, plan, stages, shared, JobRows(plan, shared.job), base);
+    score_samples<T, kHopper>(args, plan, stages, shared, JobRows(plan, shared.job), base);
     __syncthreads();
     const JobRows given(plan, shared.job);
-    const float* lse = plan.lse + static_cast<int64_t>(blockIdx.x) * kSampled * plan.run_pitch;
+    const float* lse = plan.own_lse();
+    float* part = plan.own_part();
     for (int at = warp_id(); at < plan.rows_sampled && base + at < given.count; at += kThreads / 32) {
       add_samples(plan, RowBlocks(args, given.batch(args), given.first + base + at), static_cast<int>(args.samples),
                   lse + at * args.samples * plan.run_pitch,
@@ -396,18 +436,19 @@ __device__ __forceinline__ Cut choose(const RowBlocks& row, const float* mass, f
   return taken > capacity ? cut_by_count(row.begin, row.end, key, capacity) : cut;
 }
 
-template <typename T, bool kWithSamples>
-__global__ void __launch_bounds__(kThreads, std::is_same_v<T, float> || kWithSamples ? 1 : 2)
+template <typename T, bool kWithSamples, bool kHopper>
+__global__ void __launch_bounds__(kThreads, kHopper || !(std::is_same_v<T, float> || kWithSamples) ? 2 : 1)
     adaptive_kernel(const AdaptiveArgs args, const Plan plan) {
+#if !defined(HEADSTART_WGMMA) && !defined(HEADSTART_LANE_MODEL)
+  if constexpr (kHopper) return;
+#endif
   unsigned char* stages = shared_memory();
-  Shared<T>& shared = *reinterpret_cast<Shared<T>*>(stages + Tile<T>::kSharedBytes);
-  float* part = plan.part + static_cast<int64_t>(blockIdx.x) * kGroups * plan.block_pitch;
-  float* then = plan.then + static_cast<int64_t>(blockIdx.x) * kGroups * plan.half_pitch;
+  Shared<T>& shared = *reinterpret_cast<Shared<T>*>(stages + AnyTile::kSharedBytes);
   const int64_t jobs = plan.heads * plan.chunks;
   for (;;) {
     const int64_t job = next_job(plan.counter, &shared.job);
     if (job >= jobs) return;
-    estimate<T>(args, plan, stages, shared, job, part, then);
+    estimate<T, kHopper>(args, plan, stages, shared, job);
     __syncthreads();
     join_halves(shared);
     __syncthreads();
@@ -415,13 +456,14 @@ __global__ void __launch_bounds__(kThreads, std::is_same_v<T, float> || kWithSam
       const JobRows given(plan, shared.job);
       for (int at = warp_id(); at < given.count; at += kThreads / 32) {
         gather_mass<true>(plan, shared, RowBlocks(args, given.batch(args), given.first + at), at * plan.groups_per_row,
-                          part, then);
+                          plan.own_part(), plan.own_then());
       }
-      take_samples<T>(args, plan, stages, shared, part);
+      take_samples<T, kHopper>(args, plan, stages, shared);
     }
     const JobRows given(plan, shared.job);
     const float threshold =
         args.head_threshold == nullptr ? args.threshold : args.head_threshold[given.head % args.heads_q];
+    float *part = plan.own_part(), *then = plan.own_then();
     const int groups = plan.groups_per_row, samples = kWithSamples ? static_cast<int>(args.samples) : 0;
     for (int at = warp_id(); at < given.count; at += kThreads / 32) {
       const int64_t r = given.first + at;
@@ -456,7 +498,8 @@ Plan plan_of(const AdaptiveArgs& args, Carver& carver) {
   plan.rows_sampled = args.samples > 0 ? kSampled / static_cast<int>(args.samples) : 0;
   plan.query_vectors = reads_query_vectors(args);
   plan.key_vectors = reads_key_vectors(args);
-  const int64_t resident = resident_blocks(plan.heads * plan.chunks);
+  const int64_t jobs = plan.heads * plan.chunks, resident = resident_blocks(jobs);
+  plan.alone = resident == jobs ? multiprocessors() : 0;
   plan.part = carver.take<float>(resident * kGroups * plan.block_pitch);
   plan.then = carver.take<float>(resident * kGroups * plan.half_pitch);
   plan.lse = carver.take<float>(args.samples > 0 ? resident * kSampled * plan.run_pitch : 0);
@@ -480,9 +523,15 @@ const char* adaptive_block_index(const AdaptiveArgs& args, void* workspace, CUst
   if (error != nullptr) return error;
   return by_dtype(args.dtype, [&](auto element) {
     using T = decltype(element);
-    return launch(args.samples > 0 ? adaptive_kernel<T, true> : adaptive_kernel<T, false>,
-                  resident_blocks(plan.heads * plan.chunks), kThreads,
-                  Tile<T>::kSharedBytes + static_cast<int>(sizeof(Shared<T>)), stream, args, plan);
+    const auto start = [&](auto kernel) {
+      return launch(kernel, resident_blocks(plan.heads * plan.chunks), kThreads,
+                    AnyTile::kSharedBytes + static_cast<int>(sizeof(Shared<T>)), stream, args, plan);
+    };
+    if constexpr (!std::is_same_v<T, float>) {
+      if (has_warp_groups())
+        return start(args.samples > 0 ? adaptive_kernel<T, true, true> : adaptive_kernel<T, false, true>);
+    }
+    return start(args.samples > 0 ? adaptive_kernel<T, true, false> : adaptive_kernel<T, false, false>);
   });
 }
 

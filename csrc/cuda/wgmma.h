@@ -116,6 +116,36 @@ __device__ __forceinline__ void group_multiply(float (&c)[16][4], const uint32_t
 #endif
 }
 
+// The same for A [64][16] in shared memory, which lies there as B does.
+template <typename T>
+__device__ __forceinline__ void group_multiply_add(float (&c)[16][4], const void* left, const void* right) {
+  [[maybe_unused]] const uint64_t a = wgmma::descriptor(shared_address(left));
+  [[maybe_unused]] const uint64_t b = wgmma::descriptor(shared_address(right));
+#ifdef HEADSTART_WGMMA
+#define HEADSTART_MULTIPLY(type)                                                                            \
+  asm volatile(                                                                                             \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"                                                      \
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type                                          \
+      " "                                                                                                   \
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                             \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                    \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                    \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                   \
+      "%64, %65, add, 1, 1, 0, 0;\n}"                                                                       \
+      : HEADSTART_SUMS(0), HEADSTART_SUMS(1), HEADSTART_SUMS(2), HEADSTART_SUMS(3), HEADSTART_SUMS(4),      \
+        HEADSTART_SUMS(5), HEADSTART_SUMS(6), HEADSTART_SUMS(7), HEADSTART_SUMS(8), HEADSTART_SUMS(9),      \
+        HEADSTART_SUMS(10), HEADSTART_SUMS(11), HEADSTART_SUMS(12), HEADSTART_SUMS(13), HEADSTART_SUMS(14), \
+        HEADSTART_SUMS(15)                                                                                  \
+      : "l"(a), "l"(b), "r"(1))
+  if constexpr (std::is_same_v<T, Float16>) {
+    HEADSTART_MULTIPLY("f16");
+  } else {
+    HEADSTART_MULTIPLY("bf16");
+  }
+#undef HEADSTART_MULTIPLY
+#endif
+}
+
 #undef HEADSTART_SUMS
 
 // c += a · b for 16 elements of depth of `tile` in shared memory.

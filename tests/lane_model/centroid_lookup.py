@@ -53,10 +53,12 @@ def opened() -> ctypes.CDLL:
 def operators(variant: str) -> Iterator[dict[str, Callable]]:
     kernels = opened()
     kernels.descending("descending" in variant)
+    kernels.warp_groups("wgmma" in variant)
     try:
         yield {"centroid_lookup": centroid_lookup}
     finally:
         kernels.descending(False)
+        kernels.warp_groups(False)
 
 
 def centroid_lookup(

@@ -70,6 +70,8 @@ struct Product {
   float* c;
   uint32_t a[4];
   uint64_t b;
+  bool shared;    // whether A lies in shared memory, too
+  uint64_t left;  // its descriptor
 };
 
 enum class State { kReady, kWarp, kBlock, kDone };
@@ -308,6 +310,11 @@ using std::min;
 namespace headstart {
 namespace cuda {
 
+inline float exp2_or_zero(float x) {
+  const float result = std::exp2(x);
+  return result < std::ldexp(1.0f, -126) ? 0.0f : result;
+}
+
 inline float to_float(float x) { return x; }
 inline float to_float(BFloat16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(Float16 x) {
@@ -375,6 +382,7 @@ inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t selector) {
 }
 
 inline uint32_t block_id() { return blockIdx.x; }
+inline uint32_t thread_id() { return threadIdx.x; }
 
 inline unsigned char* shared_memory() { return lane_model::shared.data(); }
 
@@ -467,12 +475,30 @@ void group_multiply_add(float (&c)[kTiles][4], const uint32_t (&a)[4], const voi
   auto& thread = lane_model::threads[lane_model::current];
   if (!thread.fenced) lane_model::fail("wgmma: registers were written without a fence");
   const auto address = static_cast<uint32_t>(static_cast<const unsigned char*>(tile) - lane_model::shared.data());
-  thread.products.push_back({&c[0][0], {a[0], a[1], a[2], a[3]}, wgmma::descriptor(address)});
+  thread.products.push_back({&c[0][0], {a[0], a[1], a[2], a[3]}, wgmma::descriptor(address), false, 0});
   thread.half = std::is_same_v<T, Float16>;
 }
 
-// Each warp multiplies its own 16 rows. B's bytes are found as the hardware finds them: by the descriptor's fields, with
+template <typename T, int kTiles>
+void group_multiply_add(float (&c)[kTiles][4], const void* left, const void* right) {
+  group_multiply_add<T>(c, {0, 0, 0, 0}, right);
+  lane_model::Product& product = lane_model::threads[lane_model::current].products.back();
+  const auto address = static_cast<uint32_t>(static_cast<const unsigned char*>(left) - lane_model::shared.data());
+  product.shared = true;
+  product.left = wgmma::descriptor(address);
+}
+
+// An element of the operand that a descriptor names, found as the hardware finds it: by the descriptor's fields, with
 // the swizzle taken from the address itself.
+inline uint16_t group_element(uint64_t descriptor, int row, int depth) {
+  const auto field = [&](int shift) { return static_cast<uint32_t>(descriptor >> shift & 0x3FFF) << 4; };
+  const uint32_t at = field(0) + static_cast<uint32_t>(row / 8) * field(32) + static_cast<uint32_t>(row % 8 * 128 + depth * 2);
+  uint16_t bits;
+  std::memcpy(&bits, lane_model::shared.data() + (at ^ (at >> 7 & 7) << 4), sizeof bits);
+  return bits;
+}
+
+// Each warp multiplies its own 16 rows.
 template <int kTiles>
 void group_wait(float (&c)[kTiles][4]) {
   auto& thread = lane_model::threads[lane_model::current];
@@ -485,7 +511,8 @@ void group_wait(float (&c)[kTiles][4]) {
       float left[mma::kRows][mma::kDepth];
       for (int lane = 0; lane < 32; ++lane) {
         if (!lane_model::threads[first + lane].shown) lane_model::fail("wgmma: copies were not shown to tensor cores");
-        if (all[lane]->b != product.b) lane_model::fail("wgmma: lanes name different tiles");
+        if (all[lane]->b != product.b || all[lane]->left != product.left)
+          lane_model::fail("wgmma: lanes name different tiles");
         for (int r = 0; r < 4; ++r) {
           for (int half = 0; half < 2; ++half) {
             const auto bits = static_cast<uint16_t>(all[lane]->a[r] >> 16 * half);
@@ -494,18 +521,17 @@ void group_wait(float (&c)[kTiles][4]) {
         }
       }
       const uint64_t b = product.b;
-      const auto start = static_cast<uint32_t>(b & 0x3FFF) << 4, stride = static_cast<uint32_t>(b >> 32 & 0x3FFF) << 4;
-      if (b >> 62 != wgmma::kSwizzle128 || (b >> 49 & 7) != 0)
-        lane_model::fail("wgmma: another swizzle or base offset");
+      for (const uint64_t descriptor : {b, product.shared ? product.left : b}) {
+        if (descriptor >> 62 != wgmma::kSwizzle128 || (descriptor >> 49 & 7) != 0)
+          lane_model::fail("wgmma: another swizzle or base offset");
+      }
+      for (int row = 0; product.shared && row < mma::kRows; ++row) {
+        const int of_group = first / lane_model::kLanes % wgmma::kWarps * mma::kRows + row;
+        for (int d = 0; d < mma::kDepth; ++d) left[row][d] = value(group_element(product.left, of_group, d));
+      }
       for (int column = 0; column < kTiles * mma::kColumns; ++column) {
         float right[mma::kDepth];
-        for (int d = 0; d < mma::kDepth; ++d) {
-          const auto at =
-              start + static_cast<uint32_t>(column / 8) * stride + static_cast<uint32_t>(column % 8 * 128 + d * 2);
-          uint16_t bits;
-          std::memcpy(&bits, lane_model::shared.data() + (at ^ (at >> 7 & 7) << 4), sizeof bits);
-          right[d] = value(bits);
-        }
+        for (int d = 0; d < mma::kDepth; ++d) right[d] = value(group_element(b, column, d));
         for (int row = 0; row < mma::kRows; ++row) {
           const int lane = row % 8 * 4 + column % 8 / 2;
           float& sum = all[lane]->c[column / 8 * 4 + row / 8 * 2 + column % 2];

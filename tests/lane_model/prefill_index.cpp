@@ -6,6 +6,7 @@ using namespace headstart;
 extern "C" {
 
 void descending(bool on) { lane_model::descending = on; }
+void warp_groups(bool on) { lane_model::warp_groups = on; }
 const char* vertical_slash_index(const VerticalSlashArgs& args) {
   return run(args, cuda::vertical_slash_workspace, cuda::vertical_slash_index);
 }

@@ -60,11 +60,13 @@ def opened() -> ctypes.CDLL:
 @contextmanager
 def operators(variant: str) -> Iterator[dict[str, Callable]]:
     kernels = opened()
-    kernels.descending(variant == "descending")
+    kernels.descending("descending" in variant)
+    kernels.warp_groups("wgmma" in variant)
     try:
         yield {build.__name__: build for build in (vertical_slash_index, block_topk_index, adaptive_block_index)}
     finally:
         kernels.descending(False)
+        kernels.warp_groups(False)
 
 
 def vertical_slash_index(
