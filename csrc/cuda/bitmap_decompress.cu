@@ -1,11 +1,12 @@
 // bitmap_decompress: each lane writes its unit of every row directly to memory. A warp writes 512 contiguous bytes.
 //
-// bitmap_tile.h has a drawing of the tiles. The values of a chunk of 16 rows are copied at a time.
+// bitmap_tile.h has a drawing of the tiles. Nothing is kept between rows, so a warp loads the windows of four rows at a
+// time.
 //
 // Floor, in bytes per weight at the memory bandwidth and 50 % density: raw 16 bits read 1 + 1/8 and write 2, together
 // 3.125; int8 to 16 bits moves 2.625; int4 to 16 bits moves 2.375. For a row of 256 columns, the floor of raw 16 bits
-// is 55 cycles of an H100's multiprocessor. In that time, the row needs these passes through L1: about 3 for
-// the copies, 12 for the windows, 1 for the records and 4 for the output.
+// is 55 cycles of an H100's multiprocessor. In that time, the row needs these passes through L1: 5 to 8 for the
+// windows, 1 for the records and 4 for the output.
 //
 // If the rows of the output are not aligned to 16 bytes, they are written one element at a time.
 

@@ -236,8 +236,7 @@ const char* start_rows(const BitmapGemmArgs& args, GemmPlan plan, CUstream_st* s
 
 template <typename T, int kStored, bool kScaled>
 const char* start(const BitmapGemmArgs& args, CUstream_st* stream) {
-  // Half of a tile's values, so that two blocks fit a multiprocessor's shared memory beside their tiles of weights.
-  using Tile = BitmapTile<T, kStored, kScaled, false, kTileRows / 2>;
+  using Tile = BitmapTile<T, kStored, kScaled>;
   constexpr int kUnit = Tile::kUnit;
   GemmPlan plan{bitmap_plan<Tile>(args.weight), false, 0};
   plan.x_vectors = reinterpret_cast<uintptr_t>(args.x) % kUnitBytes == 0 && args.weight.k % kUnit == 0 &&

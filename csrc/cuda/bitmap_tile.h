@@ -12,16 +12,15 @@
 //
 //   masks    Lane 2 r + h reads half h of row r's mask words of the chunk, one chunk ahead. It adds the number of their
 //            bits to the row's position so far, and writes (word, position of its first value) to shared memory.
-//   stage    The values of a row in a chunk are contiguous. The warp copies them to shared memory in aligned pieces of
-//            16 bytes, for 8 or 16 rows at a time: 17 pieces a row at 50 % and 16 bits. The copies need no registers.
-//   window   For a row, every lane reads its unit's bits and position, and then all 32-bit words that may hold its
-//            values: 5 words for 16 bits, of which 2 or 3 are used at 50 %.
+//   window   For a row, every lane reads its unit's bits and position from there. It loads the 32-bit words that hold
+//            its values: 2 or 3 of 5 words at 50 % and 16 bits. Neighbouring lanes read neighbouring words.
 //   expand   The window, shifted to its first value, is a queue in registers. layouts/bitmap_unit.h moves its values to
 //            their columns. Quantised values are moved as bytes. A magic number then turns them into floats.
 //
-// A value is read only if its bit is set and it is one of the weight's `stored` values. Bits of values past those are
-// removed from the masks. So damaged offsets cannot read other memory. Pieces that reach over an end of the values are
-// copied byte by byte, and only as far as the values go.
+// The loads of the windows of kBatch rows are in flight at a time. A value is read as part of a window only if its bit
+// is set and it is one of the weight's `stored` values. Bits of values past those are removed from the masks. So
+// damaged offsets cannot read other memory. The first and the last aligned word may have bytes outside of the values:
+// in the rows that may reach them, every word is looked at, and these are read byte by byte.
 //
 // Floor, in bytes per weight at density d: d · value bits / 8 + 1/8, and the bytes that the weight's user moves. If K
 // is divided into segments, the mask is read twice, the second time from a cache.
@@ -47,6 +46,7 @@ struct BitmapPlan {
   int mask_access;     // bytes of a row of the mask that can be read at a time: 16, 8, 4 or 1
   bool unit_scales;    // whether the columns of every unit are in one group
   int64_t groups;      // the groups of scales in a row
+  uintptr_t values_begin, values_end;
 };
 
 // The lowest `count` set bits of word.
@@ -61,36 +61,25 @@ inline __device__ uint32_t lowest_bits(uint32_t word, int count) {
 
 // Out: the type of the weights. Without scales it is uint8_t, uint16_t or uint32_t, or in a product Float16, BFloat16
 // or float. kStored: the bits of a value in memory; 4 or 8 with scales. kUnitScales: every unit's columns are known to
-// have one scale. kStaged: the rows whose values are in shared memory at a time, 8 or 16.
-template <typename Out, int kStored, bool kScaled, bool kUnitScales = false, int kStaged = kTileRows>
+// have one scale.
+template <typename Out, int kStored, bool kScaled, bool kUnitScales = false>
 class BitmapTile {
  public:
   static constexpr int kUnit = kUnitBytes / static_cast<int>(sizeof(Out));  // the columns of a lane
   static constexpr int kColumns = 32 * kUnit;                               // the columns of a chunk
 
  private:
-  static constexpr int kHalf = kTileRows / 2;                    // the rows that are copied as a group
-  static constexpr int kBatch = 4;                               // rows whose windows are read at a time
+  static constexpr int kBatch = 4;                               // rows whose windows are loaded at a time
   static constexpr int kWords = kUnit, kLaneWords = kWords / 2;  // mask words of a row and of a lane in a chunk
   static constexpr int kValuesPerWord = 32 / kStored;
   static constexpr int kQueue = kUnit * kStored > 32 ? kUnit * kStored / 32 : 1;  // the words that a unit's values fill
   static constexpr int kWindow = kStored == 32 ? kQueue : kQueue + 1;             // the words that they may touch
   static constexpr int kMoved = kScaled ? 8 : kStored;                            // the bits of a value that is moved
   static constexpr int kSteps = kUnit * kMoved / 32;
-  static constexpr int kPiece = 16, kPieceValues = 8 * kPiece / kStored;
-  static constexpr int kSlotBytes = kColumns * kStored / 8 + kPiece;  // a row's values of a chunk, anywhere in a piece
-  static constexpr int kRecordBytes = kTileRows * kWords * 8, kRowsBytes = kTileRows * 16;
-  static constexpr int kCopyLanes = kSlotBytes > 10 * kPiece ? 16 : 8;
-  static constexpr int kPastSlots = 2 * kPiece;  // the last window may be read past its slot
-  static_assert(kStaged == kHalf || kStaged == kTileRows, "copies are waited for by halves");
-
-  struct Pieces {
-    const unsigned char* from;
-    int count;
-  };
+  static constexpr int kRecordBytes = kTileRows * kWords * 8, kRowsBytes = kTileRows * 8;
 
  public:
-  static constexpr int kWarpBytes = kRecordBytes + kRowsBytes + kStaged * kSlotBytes + kPastSlots;
+  static constexpr int kWarpBytes = kRecordBytes + kRowsBytes;
   static constexpr int kBlockBytes = kBitmapThreads * 2 + kBitmapWarps * kWarpBytes;  // counts, then each warp's data
 
   __device__ __forceinline__ BitmapTile(const BitmapWeight& weight, const BitmapPlan& plan, int64_t group)
@@ -119,31 +108,14 @@ class BitmapTile {
       const int64_t first_column = static_cast<int64_t>(chunk) * kColumns, column = first_column + lane() * kUnit;
       chunk_begin(column);
       find_group(column);
-      stage(0);
-      if (kStaged == kTileRows) stage(kHalf);
-#pragma unroll(kUnrolled ? 2 : 1)
-      for (int half = 0; half < kTileRows; half += kHalf) {
-        if (kStaged == kHalf && half > 0) {
-          __syncwarp();  // all lanes must have read the first half
-          stage(half);
-        }
-        uint32_t scales[kHalf];
+      // One set of windows for all rows: a load that does not happen keeps the old value of its register.
+      Window windows[kBatch] = {};
+#pragma unroll(kUnrolled ? kTileRows / kBatch : 1)
+      for (int first = 0; first < kTileRows; first += kBatch) {
 #pragma unroll
-        for (int i = 0; i < kHalf; ++i) scales[i] = scale_ahead(half + i, column);
-        if (kStaged == kTileRows && half == 0) {
-          copy_wait<1>();
-        } else {
-          copy_wait<0>();
-        }
-        __syncwarp();
+        for (int i = 0; i < kBatch; ++i) fetch(windows[i], first + i);
 #pragma unroll
-        for (int first = 0; first < kHalf; first += kBatch) {
-          Window windows[kBatch];
-#pragma unroll
-          for (int i = 0; i < kBatch; ++i) fetch(windows[i], half + first + i, scales[first + i]);
-#pragma unroll
-          for (int i = 0; i < kBatch; ++i) each(half + first + i, expand(windows[i], half + first + i, column));
-        }
+        for (int i = 0; i < kBatch; ++i) each(first + i, expand(windows[i], first + i, column));
       }
       __syncwarp();
       chunk_end(first_column);
@@ -162,10 +134,11 @@ class BitmapTile {
     return shared_memory() + kBitmapThreads * 2 + static_cast<int>(threadIdx.x) / 32 * kWarpBytes;
   }
   static __device__ __forceinline__ uint2* records() { return reinterpret_cast<uint2*>(own()); }
-  static __device__ __forceinline__ Pieces* pieces() { return reinterpret_cast<Pieces*>(own() + kRecordBytes); }
-  static __device__ __forceinline__ unsigned char* slot(int row) {
-    return own() + kRecordBytes + kRowsBytes + row % kStaged * kSlotBytes;
+  // For each row, the address of the aligned word with its first value, and kEdge.
+  static __device__ __forceinline__ const uint32_t** row_words() {
+    return reinterpret_cast<const uint32_t**>(own() + kRecordBytes);
   }
+  static constexpr uintptr_t kEdge = 1;  // the row may reach a word that has bytes outside of the values
   static __device__ __forceinline__ int* counts(int warp) {
     return reinterpret_cast<int*>(shared_memory()) + warp * kTileRows;
   }
@@ -229,7 +202,7 @@ class BitmapTile {
   }
 
   // Finds the position of the segment's first value in the lane's row. Positions count from the start of the aligned
-  // piece that holds the row's first value.
+  // word that holds the row's first value.
   __device__ __forceinline__ void find_rows() {
     position_ = 0;
     if (plan_.segments > 1) {
@@ -250,87 +223,69 @@ class BitmapTile {
     const int64_t left = start < 0 ? 0 : weight_.stored - start;
     const uint64_t first = static_cast<uint64_t>(start), bytes = kStored == 4 ? first / 2 : first * (kStored / 8);
     const auto address = reinterpret_cast<uintptr_t>(weight_.values) + bytes;
-    int lead = static_cast<int>(address % kPiece) * 8 / kStored;
+    int lead = static_cast<int>(address % 4) * 8 / kStored;
     if (kStored == 4) lead += static_cast<int>(start & 1);
     position_ += lead;
     constexpr int64_t kMost = INT32_MAX - 8;
     limit_ = lead + static_cast<int>(left < 0 ? 0 : left < kMost ? left : kMost);
-    row_values_ = address - address % kPiece;
+    const uintptr_t word = address & ~uintptr_t{3};
+    const bool edge = word < plan_.values_begin || (plan_.values_end % 4 != 0 && left < weight_.k + kValuesPerWord);
+    if (lane() % 2 == 0) row_words()[lane() / 2] = reinterpret_cast<const uint32_t*>(word | (edge ? kEdge : 0));
   }
 
-  // Writes the chunk's records to shared memory. Their positions count from the first piece of the chunk.
+  // Writes the chunk's records to shared memory.
   __device__ __forceinline__ void place(const uint32_t (&words)[kLaneWords]) {
     const int bits = bits_of(words), other = __shfl_xor_sync(kWholeWarp, bits, 1);
-    const int start = position_ - position_ % kPieceValues, limit = limit_ - start;
-    int at = position_ - start + (lane() % 2 == 0 ? 0 : other);
-    const int first = position_ - start, end = min(first + bits + other, limit);
-    const int count = end > first ? (end + kPieceValues - 1) / kPieceValues : 0;
-    const uintptr_t from = row_values_ + static_cast<int64_t>(start) / kPieceValues * kPiece;
-    if (lane() % 2 == 0) pieces()[lane() / 2] = {reinterpret_cast<const unsigned char*>(from), count};
-    const bool outside = count > 0 && (from < values_begin() || from + count * kPiece > values_end());
-    inside_ = __ballot_sync(kWholeWarp, outside) == 0;
+    int at = position_ + (lane() % 2 == 0 ? 0 : other);
     position_ += bits + other;
-    const auto record = [&](uint32_t word) {
-      const int before = at;
-      at += __popc(word);
-      if (at > limit) word = lowest_bits(word, limit - before);
-      return uint2{word, static_cast<uint32_t>(before)};
-    };
-    uint4* to = reinterpret_cast<uint4*>(records() + lane() * kLaneWords);
+    uint2* to = records() + lane() * kLaneWords;
 #pragma unroll
-    for (int i = 0; i < kLaneWords; i += 2) {
-      const uint2 left = record(words[i]), right = record(words[i + 1]);
-      to[i / 2] = {left.x, left.y, right.x, right.y};
+    for (int i = 0; i < kLaneWords; ++i) {
+      uint32_t word = words[i];
+      const int count = __popc(word);
+      if (at + count > limit_) word = lowest_bits(word, limit_ - at);
+      to[i] = {word, static_cast<uint32_t>(at)};
+      at += count;
     }
     __syncwarp();
   }
 
-  __device__ __forceinline__ uintptr_t values_begin() const { return reinterpret_cast<uintptr_t>(weight_.values); }
-  __device__ __forceinline__ uintptr_t values_end() const {
-    return values_begin() + (kStored == 4 ? (weight_.stored + 1) / 2 : weight_.stored * (kStored / 8));
-  }
-
-  // Starts to copy the values of kHalf rows. kCopyLanes lanes copy a row.
-  __device__ __forceinline__ void stage(int first_row) const {
-    if (inside_) {
-      const int piece = lane() % kCopyLanes;
-#pragma unroll
-      for (int i = 0; i < kHalf; i += 32 / kCopyLanes) {
-        const int row = first_row + i + lane() / kCopyLanes;
-        const Pieces from = pieces()[row];
-#pragma unroll
-        for (int step = 0; step < kSlotBytes / kPiece; step += kCopyLanes) {
-          const int at = (piece + step) * kPiece;
-          if (piece + step < from.count) copy_async(slot(row) + at, from.from + at, true);
-        }
-      }
-    } else {
-#pragma unroll 1
-      for (int row = first_row; row < first_row + kHalf; ++row) {
-        const Pieces from = pieces()[row];
-#pragma unroll 1
-        for (int byte = lane(); byte < from.count * kPiece; byte += 32) {
-          const auto at = reinterpret_cast<uintptr_t>(from.from) + byte;
-          if (at >= values_begin() && at < values_end()) slot(row)[byte] = __ldg(from.from + byte);
-        }
-      }
-    }
-    copy_commit();
-  }
-
   // --- the lane's unit ---
 
-  __device__ __forceinline__ void fetch(Window& window, int row, uint32_t scale) const {
+  __device__ __forceinline__ void fetch(Window& window, int row) const {
     const uint32_t bit = lane() * kUnit, shift = bit % 32;
     const uint2 record = records()[row * kWords + bit / 32];
     const uint32_t lower = record.x & ((1u << shift) - 1);
     const uint32_t at = record.y + __popc(lower);
     window.bits = record.x >> shift & (0xFFFFFFFFu >> (32 - kUnit));
     window.shift = at % kValuesPerWord * kStored;
-    const uint32_t* from = reinterpret_cast<const uint32_t*>(slot(row)) + at / kValuesPerWord;
+    const auto word = reinterpret_cast<uintptr_t>(row_words()[row]);
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(word & ~kEdge) + at / kValuesPerWord;
+    const uint32_t end = window.bits == 0 ? 0 : window.shift + __popc(window.bits) * kStored;
+    if ((word & kEdge) == 0) {
 #pragma unroll
-    for (int i = 0; i < kWindow; ++i) window.words[i] = from[i];
-    window.scale = scale;
+      for (int i = 0; i < kWindow; ++i) load_if(end > 32 * i, window.words[i], from + i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWindow; ++i) {
+        if (end > 32 * i) window.words[i] = edge_word(from + i);
+      }
+    }
+    if constexpr (kScaled) {
+      window.scale = window.bits != 0 && one_scale() ? scale_bits(row, group_) : 0;
+    }
+  }
+
+  // The bytes of an aligned word that belong to the values, and zeros.
+  __device__ __forceinline__ uint32_t edge_word(const uint32_t* at) const {
+    uint32_t word = 0;
+#pragma unroll 1
+    for (int byte = 0; byte < 4; ++byte) {
+      const uintptr_t address = reinterpret_cast<uintptr_t>(at) + byte;
+      if (address < plan_.values_begin || address >= plan_.values_end) continue;
+      word |= static_cast<uint32_t>(__ldg(reinterpret_cast<const uint8_t*>(address))) << 8 * byte;
+    }
+    return word;
   }
 
   __device__ __forceinline__ uint4 expand(const Window& window, int row, int64_t column) const {
@@ -381,14 +336,6 @@ class BitmapTile {
     const int64_t at = (first_row_ + row) * plan_.groups + group;
     return weight_.scale_dtype == Dtype::kFloat32 ? __ldg(static_cast<const uint32_t*>(weight_.scales) + at)
                                                   : __ldg(static_cast<const uint16_t*>(weight_.scales) + at);
-  }
-
-  // The scale of the lane's unit, loaded before it is needed. 0 if columns of the unit have different scales.
-  __device__ __forceinline__ uint32_t scale_ahead(int row, int64_t column) const {
-    if constexpr (kScaled) {
-      if (one_scale() && first_row_ + row < weight_.n && column < weight_.k) return scale_bits(row, group_);
-    }
-    return 0;
   }
 
   __device__ __forceinline__ float scale_of(uint32_t bits) const {
@@ -445,8 +392,6 @@ class BitmapTile {
   int64_t first_row_;
   int segment_, begin_, end_;  // the segment has the chunks [begin_, end_)
   int position_, limit_;       // the positions of the next value of the lane's row and of the end of all values
-  bool inside_ = true;         // whether all bytes of the chunk's pieces are bytes of values
-  uintptr_t row_values_ = 0;   // the aligned piece that holds the first value of the lane's row
   int64_t group_ = 0;
   int in_group_ = 0;
 };
@@ -470,6 +415,8 @@ BitmapPlan bitmap_plan(const BitmapWeight& weight) {
   }
   plan.segment_chunks = (plan.chunks + plan.segments - 1) / plan.segments;
   const int64_t at = reinterpret_cast<uintptr_t>(weight.bitmask) | (weight.k + 7) / 8;
+  plan.values_begin = reinterpret_cast<uintptr_t>(weight.values);
+  plan.values_end = plan.values_begin + (weight.stored * weight.value_bits + 7) / 8;
   plan.mask_access = at % 16 == 0 ? 16 : at % 8 == 0 ? 8 : at % 4 == 0 ? 4 : 1;
   return plan;
 }

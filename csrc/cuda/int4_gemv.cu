@@ -33,22 +33,30 @@ struct Chunk {
   uint32_t zeros;  // two bytes
 };
 
-template <typename T>
+template <typename T, bool kWideScales>
 class Gemv {
+  static constexpr int kSlabPairs = int4::kWordsPerSlab / 2, kScaleBytes = kWideScales ? 4 : 2;
+
  public:
   __device__ __forceinline__ Gemv(const Int4GemmArgs& args, const Int4Plan& plan) : args_(args), plan_(plan) {
     panel_ = block_id();
     const int share = plan.part_slabs, slabs = static_cast<int>(plan.slabs);
     begin_ = warp() * share;
     end_ = min(begin_ + share, slabs);
-    load_group_ = begin_ / plan.group_slabs;
-    load_group_end_ = (load_group_ + 1) * plan.group_slabs;
+    load_slab_ = begin_;
+    const int group = begin_ / plan.group_slabs, column = lane() / 4 * 2;
+    load_group_end_ = (group + 1) * plan.group_slabs;
+    words_ = reinterpret_cast<const uint2*>(args.packed + int4::slab_word(panel_, begin_, args.k) +
+                                            lane() % 4 * int4::kPanel + column);
+    const int64_t at = (panel_ * plan.groups + group) * int4::kPanel + column;
+    scales_ = static_cast<const unsigned char*>(args.scales) + at * kScaleBytes;
+    zeros_ = args.zeros == nullptr ? nullptr : args.zeros + at;
   }
 
   __device__ __forceinline__ void run() {
     Chunk ring[kDepth];
 #pragma unroll
-    for (int i = 0; i < kDepth; ++i) load(ring[i], begin_ + i * kSlabs);
+    for (int i = 0; i < kDepth; ++i) load(ring[i]);
     load_x();
     __syncthreads();
     int group_end = (begin_ / plan_.group_slabs + 1) * plan_.group_slabs;
@@ -68,7 +76,7 @@ class Gemv {
           total[1] = fmaf(scale[1], sum[2], total[1]);
           sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
         }
-        load(ring[i], slab + kDepth * kSlabs);
+        load(ring[i]);
       }
     }
     __syncthreads();  // all warps have read x
@@ -92,39 +100,44 @@ class Gemv {
   static __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / 32; }
 
   // Loads the chunk that follows the last one. Words of slabs past the end are 0, and so is x there.
-  __device__ __forceinline__ void load(Chunk& chunk, int slab) {
-    const uint32_t* words =
-        args_.packed + int4::slab_word(panel_, slab, args_.k) + lane() % 4 * int4::kPanel + lane() / 4 * 2;
+  __device__ __forceinline__ void load(Chunk& chunk) {
+    if (load_slab_ + kSlabs <= end_) {
 #pragma unroll
-    for (int s = 0; s < kSlabs; ++s) {
-      chunk.words[s] = {0, 0};
-      if (slab + s < end_) chunk.words[s] = __ldg(reinterpret_cast<const uint2*>(words + s * int4::kWordsPerSlab));
-    }
-    if (slab >= end_) return;
-    if (slab >= load_group_end_) {
-      ++load_group_;
-      load_group_end_ += plan_.group_slabs;
-    }
-    const int64_t at = (panel_ * plan_.groups + load_group_) * int4::kPanel + lane() / 4 * 2;
-    if (plan_.scale_bytes == 4) {
-      chunk.scales = __ldg(reinterpret_cast<const uint2*>(static_cast<const float*>(args_.scales) + at));
+      for (int s = 0; s < kSlabs; ++s) chunk.words[s] = __ldg(words_ + s * kSlabPairs);
     } else {
-      chunk.scales.x = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(args_.scales) + at));
+#pragma unroll
+      for (int s = 0; s < kSlabs; ++s) {
+        chunk.words[s] = {0, 0};
+        if (load_slab_ + s < end_) chunk.words[s] = __ldg(words_ + s * kSlabPairs);
+      }
+      if (load_slab_ >= end_) return;
+    }
+    words_ += kSlabs * kSlabPairs;
+    if constexpr (kWideScales) {
+      chunk.scales = __ldg(reinterpret_cast<const uint2*>(scales_));
+    } else {
+      chunk.scales.x = __ldg(reinterpret_cast<const uint32_t*>(scales_));
     }
     chunk.zeros = kSymmetricZero * 0x101u;
-    if (args_.zeros != nullptr) chunk.zeros = __ldg(reinterpret_cast<const uint16_t*>(args_.zeros + at));
+    if (zeros_ != nullptr) chunk.zeros = __ldg(reinterpret_cast<const uint16_t*>(zeros_));
+    load_slab_ += kSlabs;
+    if (load_slab_ >= load_group_end_) {
+      load_group_end_ += plan_.group_slabs;
+      scales_ += int4::kPanel * kScaleBytes;
+      if (zeros_ != nullptr) zeros_ += int4::kPanel;
+    }
   }
 
   __device__ __forceinline__ void scales_of(float (&scale)[2], const Chunk& chunk) const {
-    if (plan_.scale_bytes == 4) {
+    if constexpr (kWideScales) {
       scale[0] = __uint_as_float(chunk.scales.x);
       scale[1] = __uint_as_float(chunk.scales.y);
-      return;
-    }
+    } else {
 #pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const auto bits = static_cast<uint16_t>(chunk.scales.x >> 16 * c);
-      scale[c] = args_.scale_dtype == Dtype::kFloat16 ? to_float(Float16{bits}) : to_float(BFloat16{bits});
+      for (int c = 0; c < 2; ++c) {
+        const auto bits = static_cast<uint16_t>(chunk.scales.x >> 16 * c);
+        scale[c] = args_.scale_dtype == Dtype::kFloat16 ? to_float(Float16{bits}) : to_float(BFloat16{bits});
+      }
     }
   }
 
@@ -182,13 +195,15 @@ class Gemv {
   const Int4GemmArgs& args_;
   const Int4Plan& plan_;
   int64_t panel_;
-  int begin_, end_;                  // the slabs of the warp's part
-  int load_group_, load_group_end_;  // the group of the last chunk that was loaded, and the slab at which it ends
+  int begin_, end_;                 // the slabs of the warp's part
+  int load_slab_, load_group_end_;  // the next slab to load, and the slab at which its group ends
+  const uint2* words_;              // what the lane loads next
+  const unsigned char *scales_, *zeros_;
 };
 
-template <typename T>
+template <typename T, bool kWideScales>
 __global__ void __launch_bounds__(kThreads, 4) int4_gemv_kernel(const Int4GemmArgs args, const Int4Plan plan) {
-  Gemv<T>(args, plan).run();
+  Gemv<T, kWideScales>(args, plan).run();
 }
 
 int64_t shared_bytes(const Int4GemmArgs& args) { return kParts * part_slabs(args.k) * kSlabBytes; }
@@ -206,7 +221,11 @@ const char* int4_gemv(const Int4GemmArgs& args, CUstream_st* stream) {
     return launch(kernel, int4::panels(args.n), kThreads, static_cast<int>(shared_bytes(args)), stream, args,
                   int4_plan(args, nullptr));
   };
-  return args.dtype == Dtype::kFloat16 ? start(int4_gemv_kernel<Float16>) : start(int4_gemv_kernel<BFloat16>);
+  const bool wide = args.scale_dtype == Dtype::kFloat32;
+  if (args.dtype == Dtype::kFloat16) {
+    return wide ? start(int4_gemv_kernel<Float16, true>) : start(int4_gemv_kernel<Float16, false>);
+  }
+  return wide ? start(int4_gemv_kernel<BFloat16, true>) : start(int4_gemv_kernel<BFloat16, false>);
 }
 
 }  // namespace cuda

@@ -78,21 +78,22 @@ template <>
 struct Codes<BFloat16> {
   static constexpr uint32_t kMagic = 0x43004300u, kOne = 0x3F803F80u;
   static constexpr int kTop = 127;
-  uint32_t low, rest;
+  uint32_t low;
+  int rest;
 
   __device__ __forceinline__ void set(int zero) {
     const int near = zero < kTop ? zero : kTop;
-    low = both<BFloat16>(static_cast<float>(-128 - near));
-    rest = both<BFloat16>(static_cast<float>(near - zero));
+    low = both(0xC300u + static_cast<uint32_t>(near));  // -128 - near: the last 7 bits count ones
+    rest = near - zero;
   }
-  __device__ __forceinline__ bool wide() const { return (rest & 0x7FFF) != 0; }
+  __device__ __forceinline__ bool wide() const { return rest != 0; }
 
   template <bool kWide>
   __device__ __forceinline__ void pairs(uint32_t (&to)[4], uint32_t word) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       to[i] = multiply_add_pair<BFloat16>(and_or(word >> 4 * i, int4::kPairMask, kMagic), kOne, low);
-      if constexpr (kWide) to[i] = multiply_add_pair<BFloat16>(to[i], kOne, rest);
+      if constexpr (kWide) to[i] = multiply_add_pair<BFloat16>(to[i], kOne, both<BFloat16>(static_cast<float>(rest)));
     }
   }
 };

@@ -2,9 +2,9 @@
 //
 // A thread block takes one job after the other from a counter: 128 queries of a head, 64 for each group of warps.
 //
-//   warp 8          walks the block lists of both groups' rows at once, in ascending order, and copies every listed
-//   (producer)      tile of 64 keys and its values once. A tile names the groups that want it. Where both rows list the
-//                   same block, and blocks of 128 queries always do, its bytes move once for 128 queries.
+//   warps 8, 9      walk the block lists of both groups' rows at once, in ascending order, and copy every listed tile
+//   (producers)     of 64 keys (warp 8) and its values (warp 9) once. A tile names the groups that want it. Where both
+//                   rows list the same block, and blocks of 128 queries always do, its bytes move once for 128 queries.
 //
 //       shared:     Q [128 × D]   ring of kStages:  K [64 × D]  V [64 × D]     every tile in rows of 128 bytes, swizzled
 //                                 full and empty barriers for each K and each V
@@ -15,7 +15,7 @@
 //
 //       registers:  Q [16 rows × D] a warp, S 32 floats, P 16 words, O D / 2 floats a thread, maximum and sum of 2 rows
 //
-// One thread of the producer starts all copies. The copy engine (TMA) fetches a tile by its coordinates, swizzles it, and
+// One thread of a producer starts its copies. The copy engine (TMA) fetches a tile by its coordinates, swizzles it, and
 // raises the tile's barrier when its bytes have arrived. Rows past the end of the keys arrive as zeros.
 //
 // Floor: 4 · 64 · D operations for each query and listed tile at the tensor cores' rate (m64n64k16 and m64nDk16), and
@@ -184,42 +184,35 @@ struct Turn {
 
 // --- the producer -------------------------------------------------------------------------------------------------
 
-// An ascending list of block ids, read by a warp 32 at a time, the next 32 ahead. Past its end it reads kEnd.
+// An ascending list of block ids. It loads one id ahead. Ids outside [begin, end) are left out; past its end it reads
+// kEnd.
 class List {
  public:
-  __device__ __forceinline__ List(const int32_t* ids, int count) : ids_(ids), count_(count), at_(0) {
-    here_ = load(0);
-    next_ = load(32);
+  __device__ __forceinline__ List(const int32_t* ids, int count, int begin, int end)
+      : ids_(ids), count_(count), begin_(begin), end_(end) {
+    next_ = load();
+    pop();
   }
 
-  // The id in [begin, end) at the front, or kEnd.
-  __device__ __forceinline__ int front(int begin, int end) {
-    for (;;) {
-      const int id = __shfl_sync(kWholeWarp, here_, at_ % 32);
-      if (id == kEnd || id >= end) return kEnd;
-      if (id >= begin) return id;
-      pop();
-    }
-  }
+  __device__ __forceinline__ int front() const { return front_; }
 
   __device__ __forceinline__ void pop() {
-    if (++at_ % 32 == 0) {
-      here_ = next_;
-      next_ = load(at_ + 32);
-    }
+    do {
+      front_ = next_;
+      next_ = load();
+    } while (front_ < begin_);
+    if (front_ >= end_) front_ = kEnd;
   }
 
  private:
-  __device__ __forceinline__ int load(int from) const {
-    const int at = from + static_cast<int>(threadIdx.x) % 32;
-    return at < count_ ? ids_[at] : kEnd;
-  }
+  __device__ __forceinline__ int load() { return at_ < count_ ? __ldg(ids_ + at_++) : kEnd; }
 
   const int32_t* ids_;
-  int count_, at_, here_, next_;
+  int count_, begin_, end_, at_ = 0, front_ = 0, next_ = 0;
 };
 
-template <int kDim>
+// kPart: whether the warp copies keys (0), and queries, too, or values (1).
+template <int kDim, int kPart>
 class Producer {
   using Shared = Ring<kDim>;
 
@@ -228,27 +221,37 @@ class Producer {
       : args_(args), plan_(plan), maps_(maps) {}
 
   __device__ __forceinline__ void run() {
-    for (uint32_t parity = 1;; parity ^= 1) {
-      unsigned long long at = 0;
-      if (lane() == 0) at = atomicAdd(plan_.counter, 1ull);
-      at = __shfl_sync(kWholeWarp, at, 0);
-      const Job job = job_of(args_, plan_, static_cast<int64_t>(at));
-      wait(shared_.empty(Shared::kQueries), parity);
-      if (lane() == 0) {
-        Shared::job() = static_cast<int64_t>(at);
-        if (job.any) {
-          arrive_expecting(shared_.full(Shared::kQueries), kGroups * Shared::kTileBytes);
+    for (uint32_t parity = 0;; parity ^= 1) {
+      const SharedAddress full = shared_.full(Shared::kQueries);
+      if constexpr (kPart == 0) {
+        unsigned long long at = 0;
+        if (lane() == 0) at = atomicAdd(plan_.counter, 1ull);
+        at = __shfl_sync(kWholeWarp, at, 0);
+        wait(shared_.empty(Shared::kQueries), parity ^ 1);
+        const Job job = job_of(args_, plan_, static_cast<int64_t>(at));
+        if (lane() == 0) {
+          Shared::job() = static_cast<int64_t>(at);
+          if (job.any) {
+            arrive_expecting(full, kGroups * Shared::kTileBytes);
 #pragma unroll
-          for (int g = 0; g < kGroups; ++g) {
-            copy_tile(shared_.base + g * Shared::kTileBytes, maps_.q, static_cast<int>(job.first) + g * kRows,
-                      static_cast<int>(job.head), static_cast<int>(job.batch), shared_.full(Shared::kQueries));
+            for (int g = 0; g < kGroups; ++g) {
+              copy_tile(shared_.base + g * Shared::kTileBytes, maps_.q, static_cast<int>(job.first) + g * kRows,
+                        static_cast<int>(job.head), static_cast<int>(job.batch), full);
+            }
+          } else {
+            arrive(full);
           }
-        } else {
-          arrive(shared_.full(Shared::kQueries));
         }
+        if (!job.any) return;
+        walk(job);
+      } else {
+        wait(full, parity);
+        const Job job = job_of(args_, plan_, Shared::job());
+        __syncwarp();
+        if (lane() == 0) arrive(shared_.empty(Shared::kQueries));
+        if (!job.any) return;
+        walk(job);
       }
-      if (!job.any) return;
-      walk(job);
     }
   }
 
@@ -256,7 +259,7 @@ class Producer {
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
 
   // The list of a group's row, empty if the group has no queries.
-  __device__ __forceinline__ List list_of(const Job& job, int64_t first) const {
+  __device__ __forceinline__ List list_of(const Job& job, int64_t first, int begin, int end) const {
     const IndexArgs& index = args_.index;
     const int64_t head = job.head / plan_.index_group, row = first / args_.block_q;
     int count = 0;
@@ -264,22 +267,20 @@ class Producer {
     const int capacity = static_cast<int>(index.block_capacity);
     return List(
         index.block_index + job.batch * index.index_batch + head * index.index_head + row * index.block_capacity,
-        min(count, capacity));
+        min(count, capacity), begin / args_.block_k, (end + args_.block_k - 1) / args_.block_k);
   }
 
   __device__ __forceinline__ void walk(const Job& job) {
     const int64_t second = job.first + kRows;
     const bool alike = job.first / args_.block_q == second / args_.block_q;  // both groups have one row of the index
-    List a = list_of(job, job.first), b = list_of(job, alike ? args_.nq : second);
     const Sight sight_a(args_, job.first, kRows), sight_b(args_, second, kRows);
-    const int begin_a = sight_a.begin / args_.block_k, begin_b = sight_b.begin / args_.block_k;
-    const int end_a = (max(sight_a.end, alike ? sight_b.end : 0) + args_.block_k - 1) / args_.block_k;
-    const int end_b = (sight_b.end + args_.block_k - 1) / args_.block_k;
+    // If both groups have one row, the first list is for both, and the second one is empty.
+    List a = list_of(job, job.first, sight_a.begin, alike ? max(sight_a.end, sight_b.end) : sight_a.end);
+    List b = list_of(job, alike ? args_.nq : second, sight_b.begin, sight_b.end);
     const int kv_head = static_cast<int>(job.head) / plan_.group, batch = static_cast<int>(job.batch);
     int held = 0, held_what = 0;  // a tile waits until it is known whether it is the last one
     for (;;) {
-      const int id_a = a.front(begin_a, end_a), id_b = alike ? kEnd : b.front(begin_b, end_b);
-      const int id = min(id_a, id_b);
+      const int id_a = a.front(), id_b = b.front(), id = min(id_a, id_b);
       if (id == kEnd) break;
       if (id_a == id) a.pop();
       if (id_b == id) b.pop();
@@ -295,25 +296,20 @@ class Producer {
     push(held, held_what | kLast, kv_head, batch);
   }
 
-  // Starts the copies of a tile of keys and its values. The last tile of a job that lists nothing has no keys.
+  // Starts the copy of a tile of keys or values. The last tile of a job that lists nothing has none.
   __device__ __forceinline__ void push(int key, int what, int kv_head, int batch) {
-    const int k = 2 * turn_.stage, v = k + 1;
-    wait(shared_.empty(k), turn_.parity ^ 1);
-    if (lane() == 0) Shared::note(turn_.stage) = {key, what};
-    push_tile(k, maps_.k, key, what != kLast, kv_head, batch);
-    wait(shared_.empty(v), turn_.parity ^ 1);
-    push_tile(v, maps_.v, key, what != kLast, kv_head, batch);
-    turn_.advance();
-  }
-
-  __device__ __forceinline__ void push_tile(int tile, const CUtensorMap& map, int key, bool any, int head, int batch) {
-    if (lane() != 0) return;
-    if (any) {
-      arrive_expecting(shared_.full(tile), Shared::kTileBytes);
-      copy_tile(shared_.tile(tile), map, key, head, batch, shared_.full(tile));
-    } else {
-      arrive(shared_.full(tile));
+    const int tile = 2 * turn_.stage + kPart;
+    wait(shared_.empty(tile), turn_.parity ^ 1);
+    if (lane() == 0) {
+      if (kPart == 0) Shared::note(turn_.stage) = {key, what};
+      if (what != kLast) {
+        arrive_expecting(shared_.full(tile), Shared::kTileBytes);
+        copy_tile(shared_.tile(tile), kPart == 0 ? maps_.k : maps_.v, key, kv_head, batch, shared_.full(tile));
+      } else {
+        arrive(shared_.full(tile));
+      }
     }
+    turn_.advance();
   }
 
   static __device__ __forceinline__ void copy_tile(SharedAddress to, const CUtensorMap& map, int token, int head,
@@ -589,13 +585,19 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Ring<kDim> shared;
   if (threadIdx.x < Ring<kDim>::kBarriers) {
     init_barrier(shared.full(static_cast<int>(threadIdx.x)), 1);
-    init_barrier(shared.empty(static_cast<int>(threadIdx.x)), kGroups * kGroupWarps);
+    // The warp that copies values reads the job, too.
+    const int readers = kGroups * kGroupWarps + (threadIdx.x == Ring<kDim>::kQueries ? 1 : 0);
+    init_barrier(shared.empty(static_cast<int>(threadIdx.x)), readers);
   }
   fence_async_proxy();  // the copy engine must see them, too
   __syncthreads();
   if (threadIdx.x >= kConsumers) {
     give_registers<kProducerRegisters>();
-    if (threadIdx.x < kConsumers + 32) Producer<kDim>(args, plan, maps).run();
+    if (threadIdx.x < kConsumers + 32) {
+      Producer<kDim, 0>(args, plan, maps).run();
+    } else if (threadIdx.x < kConsumers + 64) {
+      Producer<kDim, 1>(args, plan, maps).run();
+    }
   } else {
     take_registers<kConsumerRegisters>();
     Consumer<T, kDim>(args, plan).run();
