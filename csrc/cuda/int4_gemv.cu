@@ -1,4 +1,4 @@
-// int4_gemm for one row of x: a decode step. Weights go from memory to registers, and from there to mma.sync.
+// int4_gemm for up to 4 rows of x: a decode step. Weights go from memory to registers, and from there to mma.sync.
 //
 //   a block:  a panel of 16 columns; four warps, one part of K each       a chunk of a warp: 4 slabs of 32 k
 //
@@ -7,8 +7,9 @@
 //     panel  │ warp 0 │ warp 1 │ warp 2 │ warp 3 │  x       16 bytes a lane and slab, from shared memory
 //            └────────┴────────┴────────┴────────┘
 //
-// Every column of operand B is the row of x, so all columns of the result are alike and one of them is used. x lies in
-// shared memory in the order in which a lane needs it: for every slab and t the four pairs k = 8 i + 2 t of word t.
+// The 8 columns of operand B are rows of x; if there are fewer, the last row fills the columns that are left. x lies in
+// shared memory in the order in which a lane needs it: for every slab and t the four pairs k = 8 i + 2 t of word t. Rows
+// are 64 bytes more than a multiple of 128 bytes apart, so two rows of a slab lie in different banks.
 //
 // The sums and their order are those of int4_gemm_sm80.cu, bit by bit: a row's result does not depend on the batch.
 //
@@ -23,8 +24,18 @@ namespace cuda {
 namespace {
 
 constexpr int kWarps = kParts, kThreads = 32 * kWarps, kSlabs = kPartStep, kDepth = 4;
-constexpr int kSlabBytes = int4::kSlab * 2;  // of x
-constexpr int64_t kMostBytes = 64 << 10;     // of x in shared memory
+constexpr int kSlabBytes = int4::kSlab * 2;                   // of x
+constexpr int64_t kMostRows = 4;                              // x then has as many bytes as the weights of the panel
+constexpr int64_t kMostBytes = (64 << 10) + kSlabBytes;       // of x in shared memory
+constexpr int kPartBytes = int4::kPanel * mma::kColumns * 4;  // the sums of a part
+
+static_assert(kThreads == int4::kPanel * mma::kColumns, "a thread adds the parts of one result");
+
+// The bytes from a row of x to the next one in shared memory.
+HEADSTART_HOST_DEVICE constexpr int row_bytes(int part_slabs) { return kParts * part_slabs * kSlabBytes + kSlabBytes; }
+
+// The unit of t in a slab of x is t ^ swizzle(slab), so that a warp writes eight slabs without bank conflicts.
+HEADSTART_HOST_DEVICE constexpr int swizzle(int slab) { return slab >> 1 & 3; }
 
 // What a lane has of a chunk.
 struct Chunk {
@@ -60,7 +71,7 @@ class Gemv {
     load_x();
     __syncthreads();
     int group_end = (begin_ / plan_.group_slabs + 1) * plan_.group_slabs;
-    float total[2] = {0.0f, 0.0f}, sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float total[4] = {0.0f, 0.0f, 0.0f, 0.0f}, sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     for (int first = begin_; first < end_; first += kDepth * kSlabs) {
 #pragma unroll
       for (int i = 0; i < kDepth; ++i) {
@@ -72,27 +83,31 @@ class Gemv {
         if (group_ends || slab + kSlabs >= end_) {
           float scale[2];
           scales_of(scale, ring[i]);
-          total[0] = fmaf(scale[0], sum[0], total[0]);
-          total[1] = fmaf(scale[1], sum[2], total[1]);
-          sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            total[j] = fmaf(scale[j / 2], sum[j], total[j]);
+            sum[j] = 0.0f;
+          }
         }
         load(ring[i]);
       }
     }
-    __syncthreads();  // all warps have read x
-    float* parts = reinterpret_cast<float*>(shared_memory());
-    if (lane() % 4 == 0) {
-      parts[warp() * int4::kPanel + lane() / 2] = total[0];
-      parts[warp() * int4::kPanel + lane() / 2 + 1] = total[1];
+    __syncthreads();                                           // all warps have read x
+    float* parts = reinterpret_cast<float*>(shared_memory());  // [part][row][column]
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int row = mma::c_column(lane(), j % 2), column = lane() / 4 * 2 + j / 2;
+      parts[(warp() * mma::kColumns + row) * int4::kPanel + column] = total[j];
     }
     __syncthreads();
-    const int64_t column = panel_ * int4::kPanel + static_cast<int>(threadIdx.x);
-    if (threadIdx.x >= int4::kPanel || column >= args_.n) return;
-    float result = parts[threadIdx.x];
+    const int thread = static_cast<int>(threadIdx.x), row = thread / int4::kPanel;
+    const int64_t column = panel_ * int4::kPanel + thread % int4::kPanel;
+    if (row >= args_.m || column >= args_.n) return;
+    float result = parts[thread];
 #pragma unroll
-    for (int part = 1; part < kParts; ++part) result += parts[part * int4::kPanel + threadIdx.x];
+    for (int part = 1; part < kParts; ++part) result += parts[part * kThreads + thread];
     const float bias = args_.bias == nullptr ? 0.0f : to_float(static_cast<const T*>(args_.bias)[column]);
-    static_cast<T*>(args_.out)[column] = from_float<T>(result + bias);
+    static_cast<T*>(args_.out)[row * args_.n + column] = from_float<T>(result + bias);
   }
 
  private:
@@ -143,10 +158,12 @@ class Gemv {
 
   __device__ __forceinline__ void load_x() const {
     constexpr int kUnit = mma::kUnitBytes / 2;  // the elements with one i
-    const T* x = static_cast<const T*>(args_.x);
-    uint32_t* to = reinterpret_cast<uint32_t*>(shared_memory());
-    const int units = kParts * plan_.part_slabs * int4::kSlab / kUnit;
-    for (int unit = static_cast<int>(threadIdx.x); unit < units; unit += kThreads) {
+    const int row_units = kParts * plan_.part_slabs * int4::kSlab / kUnit,
+              units = static_cast<int>(args_.m) * row_units;
+    for (int at = static_cast<int>(threadIdx.x); at < units; at += kThreads) {
+      const int row = at / row_units, unit = at % row_units;
+      const T* x = static_cast<const T*>(args_.x) + row * args_.x_row;
+      uint32_t* to = reinterpret_cast<uint32_t*>(shared_memory() + row * row_bytes(plan_.part_slabs));
       uint4 pairs = {0, 0, 0, 0};
       const int64_t k = static_cast<int64_t>(unit) * kUnit;
       uint32_t* words[4] = {&pairs.x, &pairs.y, &pairs.z, &pairs.w};
@@ -160,7 +177,7 @@ class Gemv {
       }
       const int slab = unit / 4, i = unit % 4;
 #pragma unroll
-      for (int t = 0; t < 4; ++t) to[slab * 16 + t * 4 + i] = *words[t];
+      for (int t = 0; t < 4; ++t) to[slab * 16 + (t ^ swizzle(slab)) * 4 + i] = *words[t];
     }
   }
 
@@ -179,10 +196,12 @@ class Gemv {
   template <bool kWide>
   __device__ __forceinline__ void multiply_slabs(float (&sum)[4], const Codes<T> (&codes)[2], const Chunk& chunk,
                                                  int slab) const {
+    const int row = min(lane() / 4, static_cast<int>(args_.m) - 1);
+    const unsigned char* x = shared_memory() + row * row_bytes(plan_.part_slabs) + slab * kSlabBytes;
 #pragma unroll
     for (int s = 0; s < kSlabs; ++s) {
-      const uint4 right =
-          *reinterpret_cast<const uint4*>(shared_memory() + (slab + s) * kSlabBytes + lane() % 4 * mma::kUnitBytes);
+      const int unit = lane() % 4 ^ swizzle(slab) ^ swizzle(s);  // a chunk begins at a multiple of kSlabs
+      const uint4 right = *reinterpret_cast<const uint4*>(x + s * kSlabBytes + unit * mma::kUnitBytes);
       uint32_t even[4], odd[4];
       codes[0].template pairs<kWide>(even, chunk.words[s].x);
       codes[1].template pairs<kWide>(odd, chunk.words[s].y);
@@ -206,14 +225,17 @@ __global__ void __launch_bounds__(kThreads, 4) int4_gemv_kernel(const Int4GemmAr
   Gemv<T, kWideScales>(args, plan).run();
 }
 
-int64_t shared_bytes(const Int4GemmArgs& args) { return kParts * part_slabs(args.k) * kSlabBytes; }
+int64_t shared_bytes(const Int4GemmArgs& args) {
+  const int64_t x = args.m * row_bytes(static_cast<int>(part_slabs(args.k)));
+  return x < kParts * kPartBytes ? kParts * kPartBytes : x;
+}
 
 }  // namespace
 
 bool int4_gemv_runs(const Int4GemmArgs& args) {
   const Int4Plan plan = int4_plan(args, nullptr);
-  return args.m == 1 && args.dtype != Dtype::kFloat32 && plan.weight_vectors && shared_bytes(args) <= kMostBytes &&
-         (plan.group_slabs % kSlabs == 0 || plan.groups == 1);
+  return args.m <= kMostRows && args.dtype != Dtype::kFloat32 && plan.weight_vectors &&
+         shared_bytes(args) <= kMostBytes && (plan.group_slabs % kSlabs == 0 || plan.groups == 1);
 }
 
 const char* int4_gemv(const Int4GemmArgs& args, CUstream_st* stream) {
