@@ -1,8 +1,8 @@
 """Makes README.md's tables, docs/numbers.md and docs/registers.md from bench/results: ``python bench/pages.py``.
 
-docs/numbers.md shows every CPU that has a results file of `run.py`. README.md shows a few rows of the newest one, and
-the tables of the newest demo and of the newest run of `peers.py`. With `--check`, nothing is written, and a page that
-differs from the results is an error.
+docs/numbers.md shows every CPU that has a results file of `run.py`, and every GPU that has one of `gpu/run.py`.
+README.md shows a few rows of the newest ones, and the tables of the newest demo and of the newest run of `peers.py`.
+With `--check`, nothing is written, and a page that differs from the results is an error.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import registers
 import report
 from baselines import COPY, FLEX, INT4, LINEAR, SDPA
 from cases import CHOICE, EVERY
+from gpu import tables as gpu
 from work import (
     BITMAP,
     BITMAP_GEMM,
@@ -32,6 +33,7 @@ from work import (
 BEGIN, END = "<!-- numbers:begin -->", "<!-- numbers:end -->"
 DEMO_BEGIN, DEMO_END = "<!-- demo:begin -->", "<!-- demo:end -->"
 PEERS_BEGIN, PEERS_END = "<!-- peers:begin -->", "<!-- peers:end -->"
+GPU_BEGIN, GPU_END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 TABLE_OF = {INT4_GEMM: "int4 weights", BITMAP: "bitmap weights", BITMAP_GEMM: "bitmap weights", CHOICE: CHOICE}
 # README.md's rows: family, result.
 SHORT = (
@@ -64,9 +66,11 @@ A row that misses a target says so.
 """
 
 
-def numbers_page(files: dict[str, dict]) -> str:
-    """files: results by the path of their file, as a reader of the page finds it."""
-    return "\n".join([HEAD, *(cpu_section(results, source) for source, results in files.items())])
+def numbers_page(files: dict[str, dict], gpus: dict[str, dict]) -> str:
+    """Both: results by the path of their file, as a reader of the page finds it."""
+    sections = [cpu_section(results, source) for source, results in files.items()]
+    sections += [gpu.section(results, source) for source, results in gpus.items()]
+    return "\n".join([HEAD, *sections])
 
 
 def cpu_section(results: dict, source: str) -> str:
@@ -355,6 +359,13 @@ def run_results(folder: Path) -> dict[Path, dict]:
     return dict(sorted(found.items(), key=lambda item: item[1]["environment"]["date"], reverse=True))
 
 
+def gpu_results(folder: Path) -> dict[Path, dict]:
+    """The results of `gpu/run.py`, the newest first."""
+    found = {path: content for path in sorted(folder.glob("*.json")) if "families" in (content := report.parse(path))}
+    newest = {path: max(f["environment"]["date"] for f in found[path]["families"].values()) for path in found}
+    return dict(sorted(found.items(), key=lambda item: newest[item[0]], reverse=True))
+
+
 def pages(root: Path) -> dict[Path, str]:
     """The pages, and the text that they should have."""
     folder, readme = root / "bench" / "results", root / "README.md"
@@ -371,8 +382,15 @@ def pages(root: Path) -> dict[Path, str]:
     if beside:
         newest_peers = max(beside, key=lambda content: content["environment"]["date"])
         text = replaced(text, "\n".join(peers_table(newest_peers)), readme, PEERS_BEGIN, PEERS_END)
-    below = {f"../{path.relative_to(root).as_posix()}": results for path, results in runs.items()}
-    found = {readme: text, root / "docs" / "numbers.md": numbers_page(below)}
+    gpus = gpu_results(folder)
+    if gpus:
+        rows = gpu.summary(next(iter(gpus.values())))
+        text = replaced(text, "\n".join(["| | |", "|---|---|", *rows]), readme, GPU_BEGIN, GPU_END)
+
+    def below(files: dict[Path, dict]) -> dict[str, dict]:
+        return {f"../{path.relative_to(root).as_posix()}": results for path, results in files.items()}
+
+    found = {readme: text, root / "docs" / "numbers.md": numbers_page(below(runs), below(gpus))}
     taken = folder / registers.RESULTS.name
     if taken.exists():
         found[root / "docs" / "registers.md"] = registers.page(report.parse(taken))

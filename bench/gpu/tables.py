@@ -12,10 +12,11 @@ def section(results: dict, source: str) -> str:
     environments = [family["environment"] for family in families.values()]
     newest = max(environments, key=lambda e: e["date"])
     limits = max((family["rooflines"] for family in families.values()), key=lambda r: r["bf16_matmul_tflops"])
-    commits = sorted({f"{e['commit']}{' with uncommitted changes' if e['uncommitted'] else ''}" for e in environments})
+    changed = {True: " with uncommitted changes", False: ""}
+    commits = sorted({f"commit {e['commit']}{changed[e['uncommitted']]}" for e in environments})
     parts = [
         f"## {newest['gpu']}",
-        f"torch {newest['torch']}, Triton {newest['triton']}, driver {newest['driver']}; {newest['date'][:10]}, commits "
+        f"torch {newest['torch']}, Triton {newest['triton']}, driver {newest['driver']}; {newest['date'][:10]}, "
         f"{', '.join(commits)}. From [`{source.rpartition('/')[2]}`]({source}). A torch matrix product of 8,192³ in "
         f"bf16 reaches {limits['bf16_matmul_tflops']:.0f} TFLOP/s here, a copy {limits['copy_gbps']:,.0f} GB/s (bytes "
         f"read and written), a sum {limits['read_gbps']:,.0f} GB/s. Everything is bf16, with 32 query heads on 8 KV "
@@ -32,7 +33,8 @@ def section(results: dict, source: str) -> str:
 def table(rows: list[dict]) -> list[str]:
     lines = ["| | time | against | share of the limit | target |", "|---|--:|---|---|---|"]
     for row in rows:
-        lines.append(f"| {' | '.join((name_of(row), time_of(mine(row)), against(row), share(row), target(row, rows)))} |")
+        cells = name_of(row), time_of(mine(row)), against(row), share(row), target(row, rows)
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
