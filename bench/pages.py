@@ -66,10 +66,10 @@ A row that misses a target says so.
 """
 
 
-def numbers_page(files: dict[str, dict], gpus: dict[str, dict]) -> str:
+def numbers_page(files: dict[str, dict], gpus: dict[str, dict] | None = None) -> str:
     """Both: results by the path of their file, as a reader of the page finds it."""
     sections = [cpu_section(results, source) for source, results in files.items()]
-    sections += [gpu.section(results, source) for source, results in gpus.items()]
+    sections += [gpu.section(results, source) for source, results in (gpus or {}).items()]
     return "\n".join([HEAD, *sections])
 
 

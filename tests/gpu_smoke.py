@@ -21,6 +21,15 @@ INT4_ROWS = (1, 12, 40, 200)  # one for each of the kernels that int4_gemm choos
 INDEX = Shape(1, 4, 2, 300, 333, 64)
 
 
+def check_sparse_attention(ops) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        return
+    for dim, dtype in ((64, torch.float16), (128, torch.bfloat16)):
+        for block in (64, 128):
+            shape = Shape(1, 4, 2, 300, 333, dim, 4, block_q=block)
+            sparse_attention.check_case(ops._sparse_attention_sm90, shape, dtype)
+
+
 def check_merge(ops) -> None:
     out, lse = torch.randn(1, 2, 70, 64).bfloat16(), torch.randn(1, 2, 70)
     sparse_attention.check_merge(ops.merge_attention, out, lse, 2 * out, lse + 1)
@@ -63,6 +72,7 @@ def check_bitmap_gemm(ops) -> None:
 
 
 CASES: dict[str, Callable] = {
+    "_sparse_attention_sm90": check_sparse_attention,
     "merge_attention": check_merge,
     "vertical_slash_index": lambda ops: prefill_index.check_vertical_slash(ops, INDEX, *prefill_index.inputs(INDEX)),
     "block_topk_index": lambda ops: prefill_index.check_topk(ops, INDEX, *prefill_index.inputs(INDEX)),

@@ -110,10 +110,14 @@ def test_random_index(ops, shape: Shape, dtype):
     judge.check_case(ops.sparse_attention, shape, dtype, unread=unread(ops, shape))
 
 
-@places("cpu", "triton")
+@places("cpu", "cuda", "triton")
 @by_case(*MORE_CASES)
 def test_more_random_indices(ops, shape: Shape, dtype):
-    if ops.kind == "triton" and dtype != BF16 and shape in shapes.ATTENTION[len(shapes.HEAD_DIMS) :] + shapes.WINDOWED:
+    if (
+        ops.kind in ("cuda", "triton")
+        and dtype != BF16
+        and shape in shapes.ATTENTION[len(shapes.HEAD_DIMS) :] + shapes.WINDOWED
+    ):
         pytest.skip("each dtype compiles a kernel, and the interpreter ran such")
     judge.check_case(ops.sparse_attention, shape, dtype, unread=unread(ops, shape))
 

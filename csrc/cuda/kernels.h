@@ -16,7 +16,8 @@ namespace cuda {
 const char* merge_attention(const MergeAttentionArgs& args, CUstream_st* stream);
 
 // Attention for prompts on Hopper: 16-bit elements, head dims 64 and 128, blocks of a multiple of 64, no columns, no
-// padding, and rows of q, k and v that lie 16-byte aligned. Needs a workspace of sparse_attention_sm90_workspace bytes.
+// window, no padding, and rows of q, k and v that lie 16-byte aligned. It reads the keys of a block that no query of the
+// block sees; a NaN among their values reaches the result. Needs a workspace of sparse_attention_sm90_workspace bytes.
 bool sparse_attention_sm90_runs(const SparseAttentionArgs& args);
 int64_t sparse_attention_sm90_workspace(const SparseAttentionArgs& args);
 const char* sparse_attention_sm90(const SparseAttentionArgs& args, void* workspace, CUstream_st* stream);

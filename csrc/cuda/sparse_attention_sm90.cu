@@ -75,25 +75,19 @@ __device__ __forceinline__ Job job_of(const SparseAttentionArgs& args, const Pla
           (plan.tiles - 1 - at / lanes) * (kGroups * kRows), true};
 }
 
-// The keys that some query, and those that every query, of `count` queries from `first` on sees.
+// The keys [0, end) that some query, and those [0, whole_end) that every query, of `count` queries from `first` on sees.
 struct Sight {
-  int begin, end, whole_begin, whole_end;
+  int end, whole_end;
 
   __device__ __forceinline__ Sight(const SparseAttentionArgs& args, int64_t first, int count) {
-    const int offset = static_cast<int>(args.nk - args.nq), nk = static_cast<int>(args.nk);
-    const int from = static_cast<int>(first) + offset;
-    int last = from + count - 1;
-    if (last >= nk) last = nk - 1;
-    const int window = args.window < args.nk ? static_cast<int>(args.window) : nk + 1;
-    begin = max(0, from - window + 1);
-    whole_begin = max(0, last - window + 1);
-    end = args.causal ? last + 1 : nk;
+    const int nk = static_cast<int>(args.nk), from = static_cast<int>(first + args.nk - args.nq);
+    end = args.causal ? min(from + count, nk) : nk;
     whole_end = args.causal ? from + 1 : nk;
     if (first >= args.nq) end = whole_end = 0;
   }
 
-  __device__ __forceinline__ bool sees(int key) const { return key < end && key + kKeys > begin; }
-  __device__ __forceinline__ bool whole(int key) const { return key >= whole_begin && key + kKeys <= whole_end; }
+  __device__ __forceinline__ bool sees(int key) const { return key < end; }
+  __device__ __forceinline__ bool whole(int key) const { return key + kKeys <= whole_end; }
 };
 
 // --- barriers -----------------------------------------------------------------------------------------------------
@@ -184,12 +178,10 @@ struct Turn {
 
 // --- the producer -------------------------------------------------------------------------------------------------
 
-// An ascending list of block ids. It loads one id ahead. Ids outside [begin, end) are left out; past its end it reads
-// kEnd.
+// An ascending list of block ids. It loads one id ahead. Ids outside [0, end) are left out; past its end it reads kEnd.
 class List {
  public:
-  __device__ __forceinline__ List(const int32_t* ids, int count, int begin, int end)
-      : ids_(ids), count_(count), begin_(begin), end_(end) {
+  __device__ __forceinline__ List(const int32_t* ids, int count, int end) : ids_(ids), count_(count), end_(end) {
     next_ = load();
     pop();
   }
@@ -200,7 +192,7 @@ class List {
     do {
       front_ = next_;
       next_ = load();
-    } while (front_ < begin_);
+    } while (front_ < 0);
     if (front_ >= end_) front_ = kEnd;
   }
 
@@ -208,7 +200,7 @@ class List {
   __device__ __forceinline__ int load() { return at_ < count_ ? __ldg(ids_ + at_++) : kEnd; }
 
   const int32_t* ids_;
-  int count_, begin_, end_, at_ = 0, front_ = 0, next_ = 0;
+  int count_, end_, at_ = 0, front_ = 0, next_ = 0;
 };
 
 // kPart: whether the warp copies keys (0), and queries, too, or values (1).
@@ -259,7 +251,7 @@ class Producer {
   static __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % 32; }
 
   // The list of a group's row, empty if the group has no queries.
-  __device__ __forceinline__ List list_of(const Job& job, int64_t first, int begin, int end) const {
+  __device__ __forceinline__ List list_of(const Job& job, int64_t first, int end) const {
     const IndexArgs& index = args_.index;
     const int64_t head = job.head / plan_.index_group, row = first / args_.block_q;
     int count = 0;
@@ -267,7 +259,7 @@ class Producer {
     const int capacity = static_cast<int>(index.block_capacity);
     return List(
         index.block_index + job.batch * index.index_batch + head * index.index_head + row * index.block_capacity,
-        min(count, capacity), begin / args_.block_k, (end + args_.block_k - 1) / args_.block_k);
+        min(count, capacity), (end + args_.block_k - 1) / args_.block_k);
   }
 
   __device__ __forceinline__ void walk(const Job& job) {
@@ -275,8 +267,8 @@ class Producer {
     const bool alike = job.first / args_.block_q == second / args_.block_q;  // both groups have one row of the index
     const Sight sight_a(args_, job.first, kRows), sight_b(args_, second, kRows);
     // If both groups have one row, the first list is for both, and the second one is empty.
-    List a = list_of(job, job.first, sight_a.begin, alike ? max(sight_a.end, sight_b.end) : sight_a.end);
-    List b = list_of(job, alike ? args_.nq : second, sight_b.begin, sight_b.end);
+    List a = list_of(job, job.first, alike ? max(sight_a.end, sight_b.end) : sight_a.end);
+    List b = list_of(job, alike ? args_.nq : second, sight_b.end);
     const int kv_head = static_cast<int>(job.head) / plan_.group, batch = static_cast<int>(job.batch);
     int held = 0, held_what = 0;  // a tile waits until it is known whether it is the last one
     for (;;) {
@@ -527,14 +519,12 @@ class Consumer {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const Sight sight(args_, first + row() + 8 * half, 1);
-      // The keys [begin, end) that the row sees, counted from the lane's first key of the tile.
-      const int from = key + lane() % 4 * 2, begin = sight.begin - from, end = sight.end - from;
+      const int end = sight.end - (key + lane() % 4 * 2);  // counted from the lane's first key of the tile
 #pragma unroll
       for (int t = 0; t < kScoreTiles; ++t) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const int at = t * mma::kColumns + i;
-          if (at < begin || at >= end) s[t][2 * half + i] = -INFINITY;
+          if (t * mma::kColumns + i >= end) s[t][2 * half + i] = -INFINITY;
         }
       }
     }
@@ -661,7 +651,7 @@ bool sparse_attention_sm90_runs(const SparseAttentionArgs& args) {
   };
   return args.dtype != Dtype::kFloat32 && (args.head_dim == 64 || args.head_dim == 128) && args.block_q % kRows == 0 &&
          args.block_k % kKeys == 0 && args.index.column_count == nullptr && args.kv_start == nullptr &&
-         args.nk <= INT32_MAX / 2 && aligned(args.q, args.heads_q, args.nq) &&
+         args.window >= args.nk && args.nk <= INT32_MAX / 2 && aligned(args.q, args.heads_q, args.nq) &&
          aligned(args.k, args.heads_kv, args.nk) && aligned(args.v, args.heads_kv, args.nk) && has_warp_groups();
 }
 

@@ -359,7 +359,8 @@ def _cuda_sparse_attention(q, k, v, block_count, block_index, *columns_and_paddi
     from ..triton import sparse_attention as kernels
 
     runs = kernels.sparse_attention
-    plain = all(x is None for x in columns_and_padding)
+    # Padding and what lies before a window may hold anything, and only Triton's kernel never reads it.
+    plain = all(x is None for x in (*columns_and_padding, options.get("window")))
     if plain and _library.has_kernel("_sparse_attention_sm90", "CUDA") and kernels.fits_sm90(q, k, v):
         runs = _sparse_attention_sm90
     return runs(q, k, v, block_count, block_index, *columns_and_padding, **options)
