@@ -390,9 +390,10 @@ def test_a_window_that_cuts_keys_off_is_attended_as_such(here):
 
 
 def test_on_a_device_without_costs_the_length_decides(here):
-    for n, path in [(1023, "dense"), (1024, "sparse"), (100_000, "sparse")]:
+    for n, path in [(16383, "own"), (16384, "sparse"), (100_000, "sparse")]:
         assert choose(here, prompt(n), device="cuda") == path
-    assert choose(here, prompt(100_000, nq=63), device="cuda") == "dense"
+    assert choose(here, prompt(100_000, nq=63), device="cuda") == "own"
+    assert choose(here, prompt(100_000, nq=63), device="cuda", own=None) == "dense"
     assert choose(here, prompt(100_000), device="cuda", has_kernel=False) == "own"
 
 

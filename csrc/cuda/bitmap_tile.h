@@ -114,6 +114,10 @@ class BitmapTile {
       for (int first = 0; first < kTileRows; first += kBatch) {
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) fetch(windows[i], first + i);
+        if (row_edges(first) != 0) {
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) fetch_edge(windows[i], first + i);
+        }
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) each(first + i, expand(windows[i], first + i, column));
       }
@@ -261,18 +265,34 @@ class BitmapTile {
     window.shift = at % kValuesPerWord * kStored;
     const auto word = reinterpret_cast<uintptr_t>(row_words()[row]);
     const uint32_t* from = reinterpret_cast<const uint32_t*>(word & ~kEdge) + at / kValuesPerWord;
-    const uint32_t end = window.bits == 0 ? 0 : window.shift + __popc(window.bits) * kStored;
-    if ((word & kEdge) == 0) {
+    const uint32_t end = window.bits == 0 || (word & kEdge) != 0 ? 0 : window.shift + __popc(window.bits) * kStored;
 #pragma unroll
-      for (int i = 0; i < kWindow; ++i) load_if(end > 32 * i, window.words[i], from + i);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWindow; ++i) {
-        if (end > 32 * i) window.words[i] = edge_word(from + i);
-      }
-    }
+    for (int i = 0; i < kWindow; ++i) load_if(end > 32 * i, window.words[i], from + i);
     if constexpr (kScaled) {
       window.scale = window.bits != 0 && one_scale() ? scale_bits(row, group_) : 0;
+    }
+  }
+
+  // Whether rows [first, first + kBatch) have kEdge.
+  __device__ __forceinline__ uintptr_t row_edges(int first) const {
+    uintptr_t edges = 0;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) edges |= reinterpret_cast<uintptr_t>(row_words()[first + i]) & kEdge;
+    return edges;
+  }
+
+  // Loads the words of a window whose row has kEdge.
+  __device__ __forceinline__ void fetch_edge(Window& window, int row) const {
+    const auto word = reinterpret_cast<uintptr_t>(row_words()[row]);
+    if ((word & kEdge) == 0) return;
+    const uint32_t bit = lane() * kUnit;
+    const uint2 record = records()[row * kWords + bit / 32];
+    const uint32_t at = record.y + __popc(record.x & ((1u << bit % 32) - 1));
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(word & ~kEdge) + at / kValuesPerWord;
+    const uint32_t end = window.bits == 0 ? 0 : window.shift + __popc(window.bits) * kStored;
+#pragma unroll
+    for (int i = 0; i < kWindow; ++i) {
+      if (end > 32 * i) window.words[i] = edge_word(from + i);
     }
   }
 

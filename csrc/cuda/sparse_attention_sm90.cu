@@ -159,6 +159,13 @@ struct Ring {
     return *reinterpret_cast<volatile int64_t*>(shared_memory() + kNotesAt + kStages * 8);
   }
 
+  // The lane that reads is the one that arrives at the barrier afterwards.
+  static __device__ __forceinline__ int64_t read_job() {
+    long long at = 0;
+    if (threadIdx.x % 32 == 0) at = job();
+    return __shfl_sync(kWholeWarp, at, 0);
+  }
+
   SharedAddress base;
 };
 
@@ -238,8 +245,7 @@ class Producer {
         walk(job);
       } else {
         wait(full, parity);
-        const Job job = job_of(args_, plan_, Shared::job());
-        __syncwarp();
+        const Job job = job_of(args_, plan_, Shared::read_job());
         if (lane() == 0) arrive(shared_.empty(Shared::kQueries));
         if (!job.any) return;
         walk(job);
@@ -340,7 +346,7 @@ class Consumer {
   __device__ __forceinline__ void run() {
     for (uint32_t parity = 0;; parity ^= 1) {
       wait(shared_.full(Shared::kQueries), parity);
-      const Job job = job_of(args_, plan_, Shared::job());
+      const Job job = job_of(args_, plan_, Shared::read_job());
       if (job.any) load_queries();
       release(shared_.empty(Shared::kQueries));
       if (!job.any) return;
@@ -369,11 +375,12 @@ class Consumer {
       load_matrices(q_[d], tile + d / 4 * kHalfBytes +
                                static_cast<uint32_t>(mma::unit_offset(r, d % 4 * 2 + mma::a_load_unit(lane()))));
     }
-    if (args_.scale < 0) {
+    // A scale of 0 or less is taken into q: the scores are scaled after they are masked.
+    if (args_.scale <= 0) {
 #pragma unroll
       for (int d = 0; d < kDepths; ++d) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) q_[d][i] ^= 0x80008000u;
+        for (int i = 0; i < 4; ++i) q_[d][i] = args_.scale < 0 ? q_[d][i] ^ 0x80008000u : 0u;
       }
     }
   }
@@ -381,7 +388,7 @@ class Consumer {
   __device__ __forceinline__ void attend(const Job& job) {
     const int64_t first = job.first + group() * kRows;
     const Sight sight(args_, first, kRows);
-    const float scale = fabsf(args_.scale) * kLog2E;
+    const float scale = args_.scale == 0 ? 1.0f : fabsf(args_.scale) * kLog2E;
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
 #pragma unroll

@@ -197,19 +197,21 @@ def block_mass_kernel(
     lane = tl.arange(0, CHUNK)[None, :]
     # Tiles that hold no block of [begin, end) were skipped, so their results must not be read.
     tiles_end = (end + TILE_BLOCKS - 1) // TILE_BLOCKS
-    top = tl.full([GROUPS], float("-inf"), tl.float32)
+    # A finite start, so that a group that sees no key needs no choice afterwards. Triton 3.6 does not compile a loop
+    # whose reduction is used twice.
+    top = tl.full([GROUPS], -3.0e38, tl.float32)
     for first in tl.range(begin // TILE_BLOCKS, tiles_end, CHUNK):
         tile = first + lane
         maxima = tl.load(tile_max + at * tiles_k + tile, mask=is_group & (tile < tiles_end), other=float("-inf"))
         top = tl.maximum(top, tl.max(maxima, 1))
-    top = tl.where(top == float("-inf"), 0.0, top)[:, None]
+    top = top[:, None]
     total = tl.zeros([GROUPS], tl.float32)
     for first in tl.range(begin, end, CHUNK):
         block = first + lane
         inside = is_group & (block < end)
         maxima = tl.load(tile_max + at * tiles_k + block // TILE_BLOCKS, mask=inside, other=float("-inf"))
         total += tl.sum(tl.exp2(maxima - top) * tl.load(partial + at * blocks + block, mask=inside, other=0.0), 1)
-    inverse = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)[:, None]
+    inverse = (1.0 / tl.maximum(total, 1.0e-37))[:, None]  # where the total is 0, so are all weights
     mass += (stream.to(tl.int64) * rows + row) * blocks
     for first in tl.range(begin, end, CHUNK):
         block = first + lane
