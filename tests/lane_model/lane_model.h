@@ -102,7 +102,7 @@ inline std::vector<unsigned char> shared;
 inline std::function<void()> body;
 inline const char* failure;
 inline bool descending;
-inline bool warp_groups;  // whether the device has wgmma
+inline bool warp_groups;                  // whether the device has wgmma
 inline std::vector<const void*> outside;  // bytes that no load may touch
 
 inline void leave() {
@@ -492,7 +492,8 @@ void group_multiply_add(float (&c)[kTiles][4], const void* left, const void* rig
 // the swizzle taken from the address itself.
 inline uint16_t group_element(uint64_t descriptor, int row, int depth) {
   const auto field = [&](int shift) { return static_cast<uint32_t>(descriptor >> shift & 0x3FFF) << 4; };
-  const uint32_t at = field(0) + static_cast<uint32_t>(row / 8) * field(32) + static_cast<uint32_t>(row % 8 * 128 + depth * 2);
+  const uint32_t at =
+      field(0) + static_cast<uint32_t>(row / 8) * field(32) + static_cast<uint32_t>(row % 8 * 128 + depth * 2);
   uint16_t bits;
   std::memcpy(&bits, lane_model::shared.data() + (at ^ (at >> 7 & 7) << 4), sizeof bits);
   return bits;
