@@ -269,7 +269,8 @@ gpu-smoke-now:
 # each with one thread for what is computed on the CPU.
 gpu-test-now:
 	$(check_gpu)
-	$(GPU_ENV) OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(GPU_TESTS) -q -m gpu --gpu-report $(GPU_REPORT)/tests.jsonl $(TEST_ARGS) \
+	$(GPU_ENV) OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(GPU_TESTS) -q -m gpu \
+		--gpu-report $(GPU_REPORT)/tests.jsonl $(TEST_ARGS) \
 		$$($(PYTHON) -c 'import xdist' 2> /dev/null && echo "-n $$(( $$(nproc) < 8 ? $$(nproc) : 8 ))")
 
 gpu-bench-now:

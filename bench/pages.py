@@ -385,7 +385,7 @@ def pages(root: Path) -> dict[Path, str]:
     gpus = gpu_results(folder)
     if gpus:
         rows = gpu.summary(next(iter(gpus.values())))
-        text = replaced(text, "\n".join(["| | |", "|---|---|", *rows]), readme, GPU_BEGIN, GPU_END)
+        text = replaced(text, "\n".join(rows), readme, GPU_BEGIN, GPU_END)
 
     def below(files: dict[Path, dict]) -> dict[str, dict]:
         return {f"../{path.relative_to(root).as_posix()}": results for path, results in files.items()}

@@ -51,6 +51,22 @@ def test_a_crossover_is_where_dense_stays_ahead(gpu, fused, dense, first):
     assert weights.crossover((10, 20, 30), fused, dense) == first
 
 
+def test_a_table_says_which_targets_are_missed(gpu):
+    from gpu import tables
+
+    def attention(density, **ms):
+        return {"op": "sparse_attention", "tokens": 8192, "head_dim": 128, "block": 64, "density": density, "ms": ms}
+
+    dense, slow = attention(1.0, headstart=2.0, cudnn=1.0, flash=3.0), attention(0.25, headstart=0.6, cudnn=1.0)
+    quick = attention(0.25, headstart=0.5, cudnn=1.0)
+    int4 = {"op": "int4_gemm", "rows": 1, "of_read": 0.8, "ms": {"headstart": 0.02, "linear": 0.05}}
+    rows = [dense, slow, quick, int4]
+    assert [tables.goal(row, rows)[1] for row in rows] == [False, False, True, True]
+    lines = tables.table(rows)[2:]
+    assert ["missed" in line for line in lines] == [True, True, False, False]
+    assert "| 2 ms | 0.50× cudnn, 1.50× flash |" in lines[0] and "| 20 µs | 2.50× linear | 80 % of the read" in lines[3]
+
+
 def test_every_row_is_on_disk_at_once_and_other_families_stay(gpu, tmp_path, capsys):
     import clock
 

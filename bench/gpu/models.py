@@ -27,6 +27,7 @@ SMOLLM2_135M = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=3
                     num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True,
                     rope_parameters={"rope_type": "default", "rope_theta": 1e5})  # fmt: skip
 CASES = (("SmolLM2-135M", SMOLLM2_135M, (8192,)), ("Llama 3 8B", LLAMA_3_8B, (32768, 131072)))
+SHOWN = "block_topk"  # the plan that the others are held against
 LONGEST_TWICE = 65536  # a longer prompt is read once
 # MInference's budgets for 128K tokens; a twentieth of the blocks; the default.
 PLANS = {
@@ -61,5 +62,5 @@ def prefill(_: Clock, results: Results, name: str, config: dict, lengths: tuple[
                 headstart.unpatch(model) if way == "sdpa" else headstart.patch(model, PLANS[way](n))
                 taken.append(first_token(ids))
         ms = {way: statistics.median(taken[1:] or taken) for way, taken in times.items()}
-        ms["headstart"] = ms["block_topk"]
-        results.add("prefill", {"model": name, "tokens": n}, ms, server="model")
+        ms["headstart"] = ms.pop(SHOWN)
+        results.add("prefill", {"model": name, "tokens": n, "plan": SHOWN}, ms, server="model")

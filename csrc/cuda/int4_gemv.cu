@@ -14,8 +14,8 @@
 // The sums and their order are those of int4_gemm_sm80.cu, bit by bit: a row's result does not depend on the batch.
 //
 // Floor: K · N / 2 bytes, and the scales and zeros, at the memory bandwidth. A slab of a panel is 256 bytes, for which
-// an H100's multiprocessor has 20 cycles, in which it issues 80 instructions. A warp needs about 33 (bfloat16): 22 to
-// dequantise, 2 mma, 2 loads, and 7 for scales and zero points. The 16 warps of a multiprocessor have 64 KiB in flight.
+// an H100's multiprocessor has 20 cycles, in which it issues 80 instructions. A warp takes nearly 50 (bfloat16), of
+// which 22 dequantise; the rest are loads, mma, scales, zero points and addresses. The 16 warps of a multiprocessor have 64 KiB in flight.
 
 #include "int4_block.h"
 

@@ -439,7 +439,8 @@ def sparse_attention(
     lists = make_lists(block_count, block_index, column_count, column_index, block_k)
     group, index_group = heads // kv_heads, heads // block_count.shape[1]
     if d % 8 == 0:
-        # One copy here avoids loads of 2 bytes in every tile. So compiled, tiles of head dim 72 were wrong on an H100.
+        # One copy here avoids loads of 2 bytes in every tile. With such loads, Triton 3.6 gave wrong results for head
+        # dim 72 on an H100.
         q, k, v = (x if _reads_vectors(x) else x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
     unit = stride_unit(q, k, v)
     strides = token_strides(unit, q, k, v)
